@@ -1,0 +1,1 @@
+//! Client of clustermesh-server: mTLS channel, etcd calls, agent stream, node session.

@@ -1,0 +1,1 @@
+//! What every process needs: logging, TLS material, readiness, drain, HTTP for metrics and health.

@@ -1,0 +1,1 @@
+//! The contract: protobuf, key schema, records, validation and limits; no I/O.

@@ -1,0 +1,1 @@
+//! Pure MVCC keyspace: transactions, leases, watch matching, compaction, snapshots.

@@ -1,0 +1,1 @@
+//! Pure mesh decisions: allocation, claims, service join, peer copies.

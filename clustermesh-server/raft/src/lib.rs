@@ -1,0 +1,1 @@
+//! openraft wired to core and store: batcher, reads, leases, watch hub.

@@ -1,0 +1,1 @@
+//! The server process: gRPC services, sessions, peering, controllers.

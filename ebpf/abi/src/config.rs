@@ -1,0 +1,92 @@
+//! What the programs must know of their node: one entry in an array map, readable and replaceable at run time.
+
+use crate::Address;
+
+/// UDP port of the tunnel (VXLAN as Cilium and Linux use it, not the IANA port).
+pub const TUNNEL_PORT: u16 = 8472;
+
+/// [`NodeConfig::flags`]: write a flow record for every packet.
+pub const CONFIG_FLOWS: u32 = 1 << 0;
+
+/// How many bits of an identity number are local to its cluster.
+///
+/// 24 bits in all; 16 local bits allow 255 clusters, 15 allow 511.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdentitySplit(u8);
+
+impl IdentitySplit {
+    /// 255 clusters of 65,535 identities.
+    pub const CLUSTERS_255: Self = Self(16);
+    /// 511 clusters of 32,767 identities.
+    pub const CLUSTERS_511: Self = Self(15);
+
+    /// The split with that many local bits, if it is one of the two.
+    #[must_use]
+    pub const fn from_local_bits(bits: u8) -> Option<Self> {
+        match bits {
+            15 => Some(Self::CLUSTERS_511),
+            16 => Some(Self::CLUSTERS_255),
+            _ => None,
+        }
+    }
+
+    /// Number of local bits.
+    #[must_use]
+    pub const fn local_bits(self) -> u8 {
+        self.0
+    }
+
+    /// The cluster that an identity belongs to; 0 for reserved ones.
+    #[must_use]
+    pub const fn cluster_of(self, identity: u32) -> u32 {
+        identity >> self.0
+    }
+}
+
+/// Largest identity number that is reserved and belongs to no cluster.
+pub const RESERVED_IDENTITY_MAX: u32 = 255;
+/// Reserved identity: the node itself. Never accepted from the wire.
+pub const IDENTITY_HOST: u32 = 1;
+/// Reserved identity: outside the mesh.
+pub const IDENTITY_WORLD: u32 = 2;
+/// Reserved identity: the health address of a node.
+pub const IDENTITY_HEALTH: u32 = 4;
+/// Reserved identity: another node.
+pub const IDENTITY_REMOTE_NODE: u32 = 6;
+
+/// The node's own settings.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeConfig {
+    /// Own tunnel end, IPv4, mapped; zeros = none.
+    pub underlay_v4: Address,
+    /// Own tunnel end, IPv6; zeros = none.
+    pub underlay_v6: Address,
+    /// Pod CIDR of this node, IPv4, mapped; unknown addresses in it are answered with RST or ICMP.
+    pub pod_cidr_v4: Address,
+    /// Pod CIDR of this node, IPv6.
+    pub pod_cidr_v6: Address,
+    /// Bits of the mapped `pod_cidr_v4` that count (96 and more); 0 = no IPv4.
+    pub pod_cidr_v4_bits: u8,
+    /// Bits of `pod_cidr_v6` that count; 0 = no IPv6.
+    pub pod_cidr_v6_bits: u8,
+    /// Local bits of identities, see [`IdentitySplit`].
+    pub identity_local_bits: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// Own cluster.
+    pub cluster_id: u16,
+    /// UDP port of the tunnel, big-endian.
+    pub tunnel_port_be: [u8; 2],
+    /// Host's side of the veth pair between host and pods.
+    pub host_ifindex: u32,
+    /// `CONFIG_*` bits.
+    pub flags: u32,
+    /// MAC of `host_ifindex`.
+    pub host_mac: [u8; 6],
+    /// Zero.
+    pub reserved2: [u8; 2],
+}
+
+const _: () = assert!(size_of::<NodeConfig>() == 88);

@@ -1,0 +1,94 @@
+//! Services: virtual address → list of backends, and what a socket remembers of its choice.
+//!
+//! A frontend names a backend list by number. A changed list is written under a new
+//! number first; one write of the frontend then switches every new connection.
+
+use crate::Address;
+
+/// Entries of the frontend map.
+pub const FRONTENDS_MAX: u32 = 1 << 16;
+/// Entries of the backend map, all lists together.
+pub const BACKENDS_MAX: u32 = 1 << 19;
+/// Backends in one list.
+pub const BACKENDS_PER_LIST_MAX: u16 = 4_096;
+/// Virtual addresses that one unconnected UDP socket remembers; beyond, the oldest is forgotten.
+pub const UDP_CHOICES_PER_SOCKET_MAX: usize = 8;
+
+/// A virtual address and port (hash map).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FrontendKey {
+    /// Virtual address, mapped.
+    pub address: Address,
+    /// Port, big-endian.
+    pub port_be: [u8; 2],
+    /// IP protocol number (6 or 17).
+    pub protocol: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// The list that a frontend uses now.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FrontendValue {
+    /// Number of the list, unique for the life of the maps.
+    pub list_id: u32,
+    /// Entries of the list; 0 = connections are refused.
+    pub backend_count: u16,
+    /// Zero.
+    pub flags: u16,
+}
+
+/// A place in a list (hash map).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendKey {
+    /// See [`FrontendValue::list_id`].
+    pub list_id: u32,
+    /// From 0.
+    pub slot: u32,
+}
+
+/// A backend.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendValue {
+    /// Address, mapped.
+    pub address: Address,
+    /// Port, big-endian.
+    pub port_be: [u8; 2],
+    /// Cluster that has it.
+    pub cluster_id: u16,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// What a connected socket remembers (socket storage).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketChoice {
+    /// The address that the application named.
+    pub virtual_address: Address,
+    /// The address that was chosen.
+    pub backend_address: Address,
+    /// Port that the application named, big-endian.
+    pub virtual_port_be: [u8; 2],
+    /// Port that was chosen, big-endian.
+    pub backend_port_be: [u8; 2],
+}
+
+/// What an unconnected UDP socket remembers (socket storage).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UdpSocketChoices {
+    /// Unused entries have port 0.
+    pub choices: [SocketChoice; UDP_CHOICES_PER_SOCKET_MAX],
+    /// The entry that is written next.
+    pub next: u32,
+}
+
+const _: () = assert!(size_of::<FrontendKey>() == 20 && size_of::<FrontendValue>() == 8);
+const _: () = assert!(size_of::<BackendKey>() == 8 && size_of::<BackendValue>() == 24);
+const _: () = assert!(size_of::<SocketChoice>() == 36);
+const _: () = assert!(size_of::<UdpSocketChoices>() == 36 * UDP_CHOICES_PER_SOCKET_MAX + 4);

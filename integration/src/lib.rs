@@ -1,0 +1,1 @@
+//! The lab, the demo, scenarios and benchmarks with real processes.

@@ -1,0 +1,1 @@
+//! Pure: records in, desired kernel state out, difference to actual.
