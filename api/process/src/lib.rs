@@ -1,1 +1,18 @@
-//! What every process needs: logging, TLS material, readiness, drain, HTTP for metrics and health.
+//! What every process of the project needs: logging, TLS material, readiness, drain, HTTP for metrics and health.
+
+pub mod admin;
+pub mod drain;
+pub mod identity;
+pub mod logging;
+pub mod readiness;
+pub mod tls;
+
+pub use admin::{AdminPages, AdminServer, DrainEnd};
+pub use drain::{Drain, DrainPhase, DrainTrigger, drain, shutdown_signal};
+pub use identity::{Organisation, PeerIdentity};
+pub use logging::{LogFormat, LoggingError};
+pub use readiness::{Readiness, ReadyToken};
+pub use tls::{ClientTls, ServerTls, TlsError, TlsPaths, install_crypto_provider};
+
+/// Exit code of a process whose configuration is bad (`EX_USAGE` of sysexits.h).
+pub const EXIT_BAD_CONFIGURATION: u8 = 64;

@@ -1,0 +1,244 @@
+//! TLS material from PEM files, read again when the files change, without a restart.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tracing::{info, warn};
+
+/// Files are looked at for changes at most this often.
+pub const RELOAD_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The three PEM files of one party.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsPaths {
+    /// Certificates that the other side's chain must end in.
+    pub ca: PathBuf,
+    /// Own certificate chain, leaf first.
+    pub cert: PathBuf,
+    /// Own private key.
+    pub key: PathBuf,
+}
+
+/// Why TLS material cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file cannot be read or holds no PEM block of the kind.
+    #[error("{what} {path}: {reason}")]
+    File {
+        /// What the file should hold.
+        what: &'static str,
+        /// The file.
+        path: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The pieces do not fit together.
+    #[error("TLS material of {cert}: {source}")]
+    Material {
+        /// The certificate file.
+        cert: String,
+        /// What rustls says.
+        source: rustls::Error,
+    },
+    /// The CA file cannot verify clients.
+    #[error("client verification with {ca}: {reason}")]
+    Verifier {
+        /// The CA file.
+        ca: String,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// Installs `ring` as the process's crypto provider; later calls do nothing.
+pub fn install_crypto_provider() {
+    // Err means that one is installed already, which is what is wanted.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+}
+
+/// Server side: mutual TLS 1.3, ALPN h2 and http/1.1. Clones share the cache.
+#[derive(Debug, Clone)]
+pub struct ServerTls(Arc<Reloading<ServerConfig>>);
+
+/// Client side: mutual TLS 1.3, ALPN h2. Clones share the cache.
+#[derive(Debug, Clone)]
+pub struct ClientTls(Arc<Reloading<ClientConfig>>);
+
+impl ServerTls {
+    /// Loads the files.
+    ///
+    /// # Errors
+    /// When a file is missing, is not PEM, or certificate and key do not match.
+    pub fn load(paths: TlsPaths) -> Result<Self, TlsError> {
+        Ok(Self(Arc::new(Reloading::load(paths, server_config)?)))
+    }
+
+    /// The configuration for the next connection; fresh if the files have changed.
+    #[must_use]
+    pub fn config(&self) -> Arc<ServerConfig> {
+        self.0.current(RELOAD_CHECK_INTERVAL)
+    }
+}
+
+impl ClientTls {
+    /// Loads the files.
+    ///
+    /// # Errors
+    /// When a file is missing, is not PEM, or certificate and key do not match.
+    pub fn load(paths: TlsPaths) -> Result<Self, TlsError> {
+        Ok(Self(Arc::new(Reloading::load(paths, client_config)?)))
+    }
+
+    /// The configuration for the next connection; fresh if the files have changed.
+    #[must_use]
+    pub fn config(&self) -> Arc<ClientConfig> {
+        self.0.current(RELOAD_CHECK_INTERVAL)
+    }
+}
+
+type Build<T> = fn(&TlsPaths) -> Result<T, TlsError>;
+type Stamp = [Option<(SystemTime, u64)>; 3];
+
+#[derive(Debug)]
+struct Reloading<T> {
+    paths: TlsPaths,
+    build: Build<T>,
+    state: Mutex<Loaded<T>>,
+}
+
+#[derive(Debug)]
+struct Loaded<T> {
+    config: Arc<T>,
+    stamp: Stamp,
+    checked: Instant,
+}
+
+impl<T> Reloading<T> {
+    fn load(paths: TlsPaths, build: Build<T>) -> Result<Self, TlsError> {
+        // The stamp first: a change during the read is then seen as a change later.
+        let stamp = stamp(&paths);
+        let config = Arc::new(build(&paths)?);
+        Ok(Self {
+            paths,
+            build,
+            state: Mutex::new(Loaded {
+                config,
+                stamp,
+                checked: Instant::now(),
+            }),
+        })
+    }
+
+    fn current(&self, interval: Duration) -> Arc<T> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.checked.elapsed() >= interval {
+            state.checked = Instant::now();
+            let now = stamp(&self.paths);
+            if now != state.stamp {
+                // Certificate and key are replaced one after the other: a mismatch is retried, the old pair serves on.
+                match (self.build)(&self.paths) {
+                    Ok(config) => {
+                        info!(cert = %self.paths.cert.display(), "TLS material read again");
+                        state.config = Arc::new(config);
+                        state.stamp = now;
+                    }
+                    Err(error) => {
+                        warn!(%error, "changed TLS material cannot be used, keeping the old")
+                    }
+                }
+            }
+        }
+        Arc::clone(&state.config)
+    }
+}
+
+fn stamp(paths: &TlsPaths) -> Stamp {
+    [&paths.ca, &paths.cert, &paths.key].map(|path| {
+        let data = std::fs::metadata(path).ok()?;
+        Some((data.modified().ok()?, data.len()))
+    })
+}
+
+fn server_config(paths: &TlsPaths) -> Result<ServerConfig, TlsError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = WebPkiClientVerifier::builder_with_provider(
+        Arc::new(roots(&paths.ca)?),
+        Arc::clone(&provider),
+    )
+    .build()
+    .map_err(|error| TlsError::Verifier {
+        ca: paths.ca.display().to_string(),
+        reason: error.to_string(),
+    })?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|source| material(paths, source))?
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain(&paths.cert)?, key(&paths.key)?)
+        .map_err(|source| material(paths, source))?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+fn client_config(paths: &TlsPaths) -> Result<ClientConfig, TlsError> {
+    let mut config =
+        ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(|source| material(paths, source))?
+            .with_root_certificates(roots(&paths.ca)?)
+            .with_client_auth_cert(chain(&paths.cert)?, key(&paths.key)?)
+            .map_err(|source| material(paths, source))?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+fn material(paths: &TlsPaths, source: rustls::Error) -> TlsError {
+    TlsError::Material {
+        cert: paths.cert.display().to_string(),
+        source,
+    }
+}
+
+fn file(what: &'static str, path: &Path, reason: impl ToString) -> TlsError {
+    TlsError::File {
+        what,
+        path: path.display().to_string(),
+        reason: reason.to_string(),
+    }
+}
+
+fn roots(path: &Path) -> Result<RootCertStore, TlsError> {
+    let mut store = RootCertStore::empty();
+    for certificate in certificates("CA file", path)? {
+        store
+            .add(certificate)
+            .map_err(|error| file("CA file", path, error))?;
+    }
+    Ok(store)
+}
+
+fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    certificates("certificate file", path)
+}
+
+fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let list: Vec<_> = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect)
+        .map_err(|error| file(what, path, error))?;
+    if list.is_empty() {
+        return Err(file(what, path, "no certificate in it"));
+    }
+    Ok(list)
+}
+
+fn key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_file(path).map_err(|error| file("key file", path, error))
+}
+
+#[cfg(test)]
+mod tests;
