@@ -1,4 +1,24 @@
+//! The kernel programs: one file per hook, shared steps beside them.
+//!
+//! Licence: Apache-2.0 OR GPL-2.0-only. The kernel knows no string for that pair, so
+//! the object carries the half that it takes (helpers such as `bpf_fib_lookup` are
+//! for GPL-compatible programs only).
 #![no_std]
 #![no_main]
+#![expect(
+    unsafe_code,
+    reason = "helpers, maps and packets are reached through raw pointers"
+)]
+
+mod maps;
+
+/// Read by the kernel when a program is loaded.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "license")]
+static LICENSE: [u8; 7] = *b"GPL v2\0";
+
 #[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! { loop {} }
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // Never reached: the verifier refuses a program in which it could be.
+    loop {}
+}
