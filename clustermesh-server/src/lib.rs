@@ -1,1 +1,3 @@
-//! The server process: gRPC services, sessions, peering, controllers.
+//! The server process: etcd v3 and mesh services on one port, sessions, peering, controllers.
+
+pub mod config;

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod drain;
 pub mod identity;
 pub mod logging;
+pub mod notify;
 pub mod readiness;
 pub mod tls;
 
@@ -11,6 +12,7 @@ pub use admin::{AdminPages, AdminServer, DrainEnd};
 pub use drain::{Drain, DrainPhase, DrainTrigger, drain, shutdown_signal};
 pub use identity::{Organisation, PeerIdentity};
 pub use logging::{LogFormat, LoggingError};
+pub use notify::{notify_ready, notify_stopping};
 pub use readiness::{Readiness, ReadyToken};
 pub use tls::{ClientTls, ServerTls, TlsError, TlsPaths, install_crypto_provider};
 

@@ -1,0 +1,462 @@
+//! The server's configuration file: TOML, unknown keys refused, checked once as a whole.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clustermesh_api::limits::{MAX_CLUSTER_NAME_BYTES, MAX_PEERS, MAX_TXN_OPS, MAX_VALUE_BYTES};
+use clustermesh_process::TlsPaths;
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use serde::Deserialize;
+
+/// Endpoints given for one peer.
+pub const MAX_ENDPOINTS_PER_PEER: usize = 16;
+/// The configuration file has at most so many bytes.
+pub const MAX_CONFIG_FILE_BYTES: u64 = 1 << 20;
+
+/// Everything that the file says, with defaults filled in.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The cluster that this server owns. Absent: a plain store that writes nothing of its own.
+    pub cluster: Option<ClusterConfig>,
+    /// Folder of log, vote and snapshots.
+    #[serde(default = "default_data_dir")]
+    pub data_dir: PathBuf,
+    /// gRPC and HTTP over mutual TLS.
+    #[serde(default = "default_listen_client")]
+    pub listen_client: SocketAddr,
+    /// Metrics and health in clear; loopback only.
+    #[serde(default = "default_listen_admin")]
+    pub listen_admin: SocketAddr,
+    /// This server's certificate, and the CA of its clients.
+    pub tls: TlsConfig,
+    /// Clusters to copy from.
+    #[serde(default)]
+    pub peers: Vec<PeerConfig>,
+    /// Bounds of requests.
+    #[serde(default)]
+    pub limits: LimitsConfig,
+    /// Automatic compaction of history.
+    #[serde(default)]
+    pub compaction: CompactionConfig,
+    /// Logging.
+    #[serde(default)]
+    pub log: LogConfig,
+    /// Time that running calls get on SIGTERM, in seconds.
+    #[serde(default = "default_drain_seconds")]
+    pub drain_seconds: u64,
+}
+
+/// `[cluster]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClusterConfig {
+    /// Name, unique in the mesh.
+    pub name: String,
+    /// Number, unique in the mesh: 1 to `max_connected_clusters`.
+    pub id: u32,
+    /// 255 or 511; the same in the whole mesh.
+    #[serde(default = "default_max_connected_clusters")]
+    pub max_connected_clusters: u32,
+    /// Range that nodes' IPv4 pod CIDRs are cut from.
+    pub pod_cidr_v4: Option<Ipv4Network>,
+    /// Range that nodes' IPv6 pod CIDRs are cut from.
+    pub pod_cidr_v6: Option<Ipv6Network>,
+    /// Prefix length of a node's IPv4 pod CIDR.
+    #[serde(default = "default_node_mask_size_v4")]
+    pub node_mask_size_v4: u8,
+    /// Prefix length of a node's IPv6 pod CIDR.
+    #[serde(default = "default_node_mask_size_v6")]
+    pub node_mask_size_v6: u8,
+    /// Range of services' virtual IPv4 addresses.
+    pub service_cidr_v4: Option<Ipv4Network>,
+    /// Range of services' virtual IPv6 addresses.
+    pub service_cidr_v6: Option<Ipv6Network>,
+}
+
+/// `[tls]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// PEM file with the CA of clients and peers.
+    pub ca: PathBuf,
+    /// PEM file with the server's chain.
+    pub cert: PathBuf,
+    /// PEM file with the server's key.
+    pub key: PathBuf,
+}
+
+/// `[[peers]]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerConfig {
+    /// The peer's cluster name.
+    pub name: String,
+    /// `host:port` or `https://host:port`, tried in turn.
+    pub endpoints: Vec<String>,
+    /// CA of the peer's server; default: `tls.ca`.
+    pub ca: Option<PathBuf>,
+    /// Client certificate shown to the peer; default: `tls.cert`.
+    pub cert: Option<PathBuf>,
+    /// Its key; default: `tls.key`.
+    pub key: Option<PathBuf>,
+    /// Name expected in the peer's certificate; default: the endpoint's host.
+    pub server_name: Option<String>,
+}
+
+/// `[limits]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// A request has at most so many bytes (etcd's `--max-request-bytes`).
+    pub max_request_bytes: usize,
+    /// A transaction has at most so many operations on each branch (etcd's `--max-txn-ops`).
+    pub max_txn_ops: usize,
+    /// Connections on the client port.
+    pub max_connections: usize,
+    /// HTTP/2 streams of one connection.
+    pub max_streams_per_connection: u32,
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            max_request_bytes: MAX_VALUE_BYTES,
+            max_txn_ops: MAX_TXN_OPS,
+            max_connections: 16_384,
+            max_streams_per_connection: 1_024,
+        }
+    }
+}
+
+/// `[compaction]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CompactionConfig {
+    /// History is kept so long, in seconds; 0 turns automatic compaction off.
+    pub retention_seconds: u64,
+}
+
+impl CompactionConfig {
+    /// Age at which history goes; `None`: never by itself.
+    #[must_use]
+    pub fn retention(&self) -> Option<Duration> {
+        (self.retention_seconds > 0).then(|| Duration::from_secs(self.retention_seconds))
+    }
+}
+
+impl Default for CompactionConfig {
+    fn default() -> Self {
+        Self { retention_seconds: 3_600 }
+    }
+}
+
+/// `[log]`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// `text` or `json`.
+    pub format: String,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { format: "text".to_owned() }
+    }
+}
+
+fn default_data_dir() -> PathBuf {
+    PathBuf::from("/var/lib/clustermesh/server")
+}
+
+fn default_listen_client() -> SocketAddr {
+    SocketAddr::from(([0, 0, 0, 0], 2379))
+}
+
+fn default_listen_admin() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 9962))
+}
+
+fn default_max_connected_clusters() -> u32 {
+    255
+}
+
+fn default_node_mask_size_v4() -> u8 {
+    24
+}
+
+fn default_node_mask_size_v6() -> u8 {
+    64
+}
+
+fn default_drain_seconds() -> u64 {
+    10
+}
+
+/// Why the configuration is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{path}: {reason}")]
+    Read {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Not TOML, an unknown key or a value of another type.
+    #[error("{path}: {source}")]
+    Parse {
+        /// The file.
+        path: String,
+        /// Line, column and reason.
+        source: Box<toml::de::Error>,
+    },
+    /// A value is not possible.
+    #[error("{path}: {key}: {reason}")]
+    Invalid {
+        /// The file.
+        path: String,
+        /// The key at fault.
+        key: String,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks `path`; relative file names in it are relative to its folder.
+    ///
+    /// # Errors
+    /// When the file is unreadable, is not valid TOML of this shape, or says something impossible.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let shown = path.display().to_string();
+        let read = |reason: String| ConfigError::Read {
+            path: shown.clone(),
+            reason,
+        };
+        let size = std::fs::metadata(path).map_err(|error| read(error.to_string()))?.len();
+        if size > MAX_CONFIG_FILE_BYTES {
+            return Err(read(format!("{size} bytes is more than {MAX_CONFIG_FILE_BYTES}")));
+        }
+        let text = std::fs::read_to_string(path).map_err(|error| read(error.to_string()))?;
+        let mut config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: shown.clone(),
+            source: Box::new(source),
+        })?;
+        config.check().map_err(|(key, reason)| ConfigError::Invalid {
+            path: shown,
+            key,
+            reason,
+        })?;
+        config.resolve(path.parent().unwrap_or(Path::new("")));
+        Ok(config)
+    }
+
+    /// TLS files of the client port.
+    #[must_use]
+    pub fn server_tls_paths(&self) -> TlsPaths {
+        TlsPaths {
+            ca: self.tls.ca.clone(),
+            cert: self.tls.cert.clone(),
+            key: self.tls.key.clone(),
+        }
+    }
+
+    /// TLS files used towards `peer`.
+    #[must_use]
+    pub fn peer_tls_paths(&self, peer: &PeerConfig) -> TlsPaths {
+        TlsPaths {
+            ca: peer.ca.as_ref().unwrap_or(&self.tls.ca).clone(),
+            cert: peer.cert.as_ref().unwrap_or(&self.tls.cert).clone(),
+            key: peer.key.as_ref().unwrap_or(&self.tls.key).clone(),
+        }
+    }
+
+    fn resolve(&mut self, folder: &Path) {
+        let tls = [&mut self.tls.ca, &mut self.tls.cert, &mut self.tls.key];
+        let peers = self
+            .peers
+            .iter_mut()
+            .flat_map(|peer| [&mut peer.ca, &mut peer.cert, &mut peer.key])
+            .flatten();
+        for path in tls.into_iter().chain(peers).chain([&mut self.data_dir]) {
+            if path.is_relative() {
+                *path = folder.join(&*path);
+            }
+        }
+    }
+
+    fn check(&self) -> Result<(), (String, String)> {
+        if !self.listen_admin.ip().is_loopback() {
+            return Err(fault(
+                "listen_admin",
+                format!("{} is not loopback; metrics and health are in clear there (the client port serves them over TLS)", self.listen_admin),
+            ));
+        }
+        self.log
+            .format
+            .parse::<clustermesh_process::LogFormat>()
+            .map_err(|error| fault("log.format", error.to_string()))?;
+        self.limits.check()?;
+        match &self.cluster {
+            Some(cluster) => cluster.check()?,
+            None if !self.peers.is_empty() => {
+                return Err(fault("peers", "a server without [cluster] is a plain store and has no peers; add [cluster]"));
+            }
+            None => {}
+        }
+        self.check_peers()
+    }
+
+    fn check_peers(&self) -> Result<(), (String, String)> {
+        if self.peers.len() > MAX_PEERS {
+            return Err(fault("peers", format!("{} peers; the limit is {MAX_PEERS}", self.peers.len())));
+        }
+        let mut names = BTreeSet::new();
+        for (index, peer) in self.peers.iter().enumerate() {
+            let key = |field: &str| format!("peers[{index}].{field}");
+            check_cluster_name(&peer.name).map_err(|reason| (key("name"), reason))?;
+            if self.cluster.as_ref().is_some_and(|cluster| cluster.name == peer.name) {
+                return Err((key("name"), format!("{:?} is this cluster's own name", peer.name)));
+            }
+            if !names.insert(peer.name.as_str()) {
+                return Err((key("name"), format!("{:?} is listed twice", peer.name)));
+            }
+            if peer.endpoints.is_empty() || peer.endpoints.len() > MAX_ENDPOINTS_PER_PEER {
+                return Err((key("endpoints"), format!("give 1 to {MAX_ENDPOINTS_PER_PEER} host:port")));
+            }
+            for endpoint in &peer.endpoints {
+                check_endpoint(endpoint).map_err(|reason| (key("endpoints"), reason))?;
+            }
+            if peer.cert.is_some() != peer.key.is_some() {
+                return Err((key("cert"), "cert and key come together".to_owned()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl LimitsConfig {
+    fn check(&self) -> Result<(), (String, String)> {
+        let inside = |key: &str, value: usize, low: usize, high: usize| {
+            if (low..=high).contains(&value) {
+                Ok(())
+            } else {
+                Err(fault(key, format!("{value} is outside {low} to {high}")))
+            }
+        };
+        inside("limits.max_request_bytes", self.max_request_bytes, 64 << 10, 16 << 20)?;
+        inside("limits.max_txn_ops", self.max_txn_ops, 1, 4_096)?;
+        inside("limits.max_connections", self.max_connections, 16, 1 << 20)?;
+        inside(
+            "limits.max_streams_per_connection",
+            usize::try_from(self.max_streams_per_connection).unwrap_or(usize::MAX),
+            8,
+            1 << 20,
+        )
+    }
+}
+
+impl ClusterConfig {
+    fn check(&self) -> Result<(), (String, String)> {
+        check_cluster_name(&self.name).map_err(|reason| fault("cluster.name", reason))?;
+        if ![255, 511].contains(&self.max_connected_clusters) {
+            return Err(fault(
+                "cluster.max_connected_clusters",
+                format!("{} must be 255 or 511", self.max_connected_clusters),
+            ));
+        }
+        if self.id == 0 || self.id > self.max_connected_clusters {
+            return Err(fault(
+                "cluster.id",
+                format!("{} is outside 1 to {}", self.id, self.max_connected_clusters),
+            ));
+        }
+        let services: Vec<_> = self.service_cidrs().collect();
+        for (key, network) in [
+            ("cluster.pod_cidr_v4", self.pod_cidr_v4.map(IpNetwork::V4)),
+            ("cluster.pod_cidr_v6", self.pod_cidr_v6.map(IpNetwork::V6)),
+            ("cluster.service_cidr_v4", self.service_cidr_v4.map(IpNetwork::V4)),
+            ("cluster.service_cidr_v6", self.service_cidr_v6.map(IpNetwork::V6)),
+        ] {
+            if let Some(network) = network.filter(|network| network.network() != network.ip()) {
+                return Err(fault(
+                    key,
+                    format!("{network} has host bits set; write {}/{}", network.network(), network.prefix()),
+                ));
+            }
+        }
+        for pod in self.pod_cidrs() {
+            let (mask, family, longest) = if pod.is_ipv4() {
+                (self.node_mask_size_v4, "v4", 28)
+            } else {
+                (self.node_mask_size_v6, "v6", 120)
+            };
+            if let Some(service) = services.iter().find(|service| overlap(&pod, service)) {
+                return Err(fault(
+                    &format!("cluster.service_cidr_{family}"),
+                    format!("{service} overlaps the pod CIDR {pod}"),
+                ));
+            }
+            if mask < pod.prefix() || mask > longest {
+                return Err(fault(
+                    &format!("cluster.node_mask_size_{family}"),
+                    format!("/{mask} must lie between the cluster's {pod} and /{longest}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The cluster's pod CIDRs, IPv4 first.
+    pub fn pod_cidrs(&self) -> impl Iterator<Item = IpNetwork> + use<> {
+        let v4 = self.pod_cidr_v4.map(IpNetwork::V4);
+        v4.into_iter().chain(self.pod_cidr_v6.map(IpNetwork::V6))
+    }
+
+    /// The ranges of services' virtual addresses, IPv4 first.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = IpNetwork> + use<> {
+        let v4 = self.service_cidr_v4.map(IpNetwork::V4);
+        v4.into_iter().chain(self.service_cidr_v6.map(IpNetwork::V6))
+    }
+}
+
+fn fault(key: &str, reason: impl Into<String>) -> (String, String) {
+    (key.to_owned(), reason.into())
+}
+
+fn overlap(a: &IpNetwork, b: &IpNetwork) -> bool {
+    a.contains(b.network()) || b.contains(a.network())
+}
+
+fn check_cluster_name(name: &str) -> Result<(), String> {
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    let edge = |byte: Option<&u8>| byte.is_some_and(|byte| *byte != b'-');
+    let bytes = name.as_bytes();
+    if bytes.len() > MAX_CLUSTER_NAME_BYTES || !bytes.iter().copied().all(inner) || !edge(bytes.first()) || !edge(bytes.last()) {
+        return Err(format!(
+            "{name:?} must be 1 to {MAX_CLUSTER_NAME_BYTES} lower-case letters, digits and '-', with a letter or digit at both ends"
+        ));
+    }
+    if name == "default" {
+        return Err("\"default\" is reserved; choose another name".to_owned());
+    }
+    Ok(())
+}
+
+fn check_endpoint(endpoint: &str) -> Result<(), String> {
+    let rest = endpoint.strip_prefix("https://").unwrap_or(endpoint);
+    let authority: http::uri::Authority = rest
+        .parse()
+        .map_err(|_| format!("{endpoint:?} is not host:port"))?;
+    if authority.port_u16().is_none() || authority.host().is_empty() {
+        return Err(format!("{endpoint:?} needs a host and a port, as in \"c2.example.net:2379\""));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

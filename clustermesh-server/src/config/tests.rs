@@ -1,0 +1,86 @@
+use super::*;
+
+const GOOD: &str = r#"
+[cluster]
+name = "c1"
+id = 1
+pod_cidr_v4 = "10.1.0.0/16"
+pod_cidr_v6 = "fd00:1::/48"
+service_cidr_v4 = "10.101.0.0/16"
+
+[tls]
+ca = "ca.pem"
+cert = "/etc/cert.pem"
+key = "key.pem"
+
+[[peers]]
+name = "c2"
+endpoints = ["192.0.2.2:2379"]
+cert = "remote.pem"
+key = "remote.key"
+"#;
+
+fn load(text: &str) -> Result<Config, ConfigError> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("server.toml");
+    std::fs::write(&path, text).unwrap();
+    let mut config = Config::load(&path)?;
+    for file in [&mut config.tls.ca, &mut config.tls.key] {
+        *file = file.strip_prefix(dir.path()).unwrap_or(file).to_path_buf();
+    }
+    Ok(config)
+}
+
+fn refused(from: &str, to: &str) -> String {
+    assert!(GOOD.contains(from), "{from}");
+    load(&GOOD.replace(from, to)).unwrap_err().to_string()
+}
+
+#[test]
+fn a_small_file_gets_the_defaults() {
+    let config = load(GOOD).unwrap();
+    assert_eq!(config.listen_client.port(), 2379);
+    assert_eq!(config.listen_admin, "127.0.0.1:9962".parse().unwrap());
+    assert_eq!(config.tls.ca, PathBuf::from("ca.pem"));
+    assert_eq!(config.tls.cert, PathBuf::from("/etc/cert.pem"));
+    assert_eq!(config.compaction.retention(), Some(Duration::from_secs(3_600)));
+    assert_eq!(config.cluster.as_ref().unwrap().max_connected_clusters, 255);
+    let peer = config.peer_tls_paths(&config.peers[0]);
+    assert!(peer.cert.ends_with("remote.pem") && peer.ca.ends_with("ca.pem"));
+}
+
+#[test]
+fn unknown_keys_are_refused_with_their_line() {
+    let error = refused("id = 1", "id = 1\nidd = 2");
+    assert!(error.contains("idd") && error.contains("line 5"), "{error}");
+}
+
+#[test]
+fn impossible_values_are_refused_with_their_key() {
+    for (from, to, key) in [
+        ("id = 1", "id = 256", "cluster.id"),
+        ("id = 1", "id = 0", "cluster.id"),
+        ("name = \"c1\"", "name = \"C1\"", "cluster.name"),
+        ("name = \"c1\"", "name = \"default\"", "cluster.name"),
+        ("name = \"c2\"", "name = \"c1\"", "peers[0].name"),
+        ("id = 1", "id = 1\nmax_connected_clusters = 300", "cluster.max_connected_clusters"),
+        ("10.1.0.0/16", "10.1.2.0/16", "cluster.pod_cidr_v4"),
+        ("10.101.0.0/16", "10.1.7.0/24", "cluster.service_cidr_v4"),
+        ("id = 1", "id = 1\nnode_mask_size_v4 = 8", "cluster.node_mask_size_v4"),
+        ("192.0.2.2:2379", "192.0.2.2", "peers[0].endpoints"),
+        ("key = \"remote.key\"", "", "peers[0].cert"),
+        ("[cluster]", "listen_admin = \"0.0.0.0:9962\"\n[cluster]", "listen_admin"),
+        ("[tls]", "[log]\nformat = \"xml\"\n[tls]", "log.format"),
+    ] {
+        let error = refused(from, to);
+        assert!(error.contains(key), "{to}: {error}");
+    }
+}
+
+#[test]
+fn a_plain_store_has_no_peers() {
+    let without = "[tls]\nca='a'\ncert='b'\nkey='c'\n";
+    assert!(load(without).unwrap().cluster.is_none());
+    let error = load(&format!("{without}[[peers]]\nname='c2'\nendpoints=['h:1']\n")).unwrap_err();
+    assert!(error.to_string().contains("plain store"), "{error}");
+}
