@@ -1,1 +1,4 @@
-//! The lab, the demo, scenarios and benchmarks with real processes.
+//! The lab, the demo, scenarios and benchmarks: real processes in network namespaces.
+
+pub mod lab;
+pub mod traffic;

@@ -1,0 +1,263 @@
+//! One node of the lab: its namespace, its cgroup, its bpffs, its agent, its pods.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::sys::signal::Signal;
+
+use super::cluster::{Cluster, routing_name};
+use super::host::{cgroup2_root, command_in, run, sh};
+use super::pod::Pod;
+use super::process::Process;
+use super::{AttachMode, Lab};
+
+/// A node.
+#[derive(Debug)]
+pub struct Node {
+    name: String,
+    cluster: String,
+    cluster_id: u8,
+    number: u8,
+    netns: String,
+    folder: PathBuf,
+    cgroup: PathBuf,
+    binaries: PathBuf,
+    config_text: String,
+    agent: Option<Process>,
+}
+
+impl Node {
+    pub(super) async fn prepare(
+        lab: &Lab,
+        cluster: &Cluster,
+        netns: &str,
+        number: u8,
+    ) -> Result<Self> {
+        let name = format!("n{number}");
+        let folder = cluster.folder().join(&name);
+        let bpffs = folder.join("bpf");
+        std::fs::create_dir_all(&bpffs)?;
+        std::fs::create_dir_all(folder.join("run"))?;
+        let bpffs = bpffs.display().to_string();
+        sh("mount", &["-t", "bpf", "none", &bpffs]).await?;
+        let cgroup = cgroup2_root()?
+            .join(lab.prefix())
+            .join(format!("{}-{name}", cluster.name()));
+        std::fs::create_dir_all(&cgroup).with_context(|| cgroup.display().to_string())?;
+        let pki = lab.folder().join("pki");
+        let attach_mode = match lab.config().attach_mode {
+            AttachMode::Tcx => "tcx",
+            AttachMode::Clsact => "clsact",
+        };
+        let (id, host) = (cluster.id(), 10 + number);
+        let underlay = if lab.config().underlay_v6 {
+            format!("\"fd30:{id}::{host}\"")
+        } else {
+            format!("\"172.30.{id}.{host}\", \"fd30:{id}::{host}\"")
+        };
+        let config_text = format!(
+            r#"node = "{name}"
+cluster = "{cluster}"
+server_endpoints = ["{endpoint}"]
+state_dir = "{folder}/state"
+run_dir = "{folder}/run"
+bpffs = "{bpffs}"
+cgroup = "{cgroup}"
+attach_mode = "{attach_mode}"
+routing = "{routing}"
+underlay_devices = ["eth0"]
+underlay_addresses = [{underlay}]
+listen_admin = "127.0.0.1:9964"
+probe_interval_ms = 200
+
+[tls]
+ca = "{pki}/ca.crt"
+cert = "{pki}/{name}.{cluster}.crt"
+key = "{pki}/{name}.{cluster}.key"
+"#,
+            cluster = cluster.name(),
+            endpoint = cluster.server_endpoint(),
+            folder = folder.display(),
+            cgroup = cgroup.display(),
+            routing = routing_name(lab.config().routing_mode),
+            pki = pki.display(),
+        );
+        Ok(Self {
+            name,
+            cluster: cluster.name().to_owned(),
+            cluster_id: id,
+            number,
+            netns: netns.to_owned(),
+            folder,
+            cgroup,
+            binaries: lab.config().binaries.clone(),
+            config_text,
+            agent: None,
+        })
+    }
+
+    /// Starts the agent of the build under test and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it does not get ready; the message ends with its log.
+    pub async fn start_agent(&mut self) -> Result<()> {
+        let program = self.binaries.join("clustermesh-node");
+        self.start_agent_of(&program).await
+    }
+
+    /// Starts an agent of another build and waits until it is ready.
+    ///
+    /// # Errors
+    /// As [`Self::start_agent`].
+    pub async fn start_agent_of(&mut self, program: &Path) -> Result<()> {
+        std::fs::write(self.config_path(), &self.config_text)?;
+        let mut command = command_in(&self.netns, Some(&self.cgroup), program);
+        command.arg("--config").arg(self.config_path());
+        let name = format!("agent of {}/{}", self.cluster, self.name);
+        self.agent = Some(
+            Process::start_ready(&name, &mut command, &self.folder.join("agent.log")).await?,
+        );
+        Ok(())
+    }
+
+    /// Ends the agent by `signal`.
+    ///
+    /// # Errors
+    /// When it does not run or does not end.
+    pub async fn stop_agent(&mut self, signal: Signal) -> Result<()> {
+        let agent = self.agent.take().context("the agent does not run")?;
+        agent.stop(signal).await?;
+        Ok(())
+    }
+
+    /// The agent's process.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn agent(&self) -> Result<&Process> {
+        self.agent.as_ref().context("the agent does not run")
+    }
+
+    /// The agent's own report, as JSON.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub async fn agent_status(&self) -> Result<serde_json::Value> {
+        let mut command = command_in(&self.netns, None, &self.binaries.join("clustermesh-node"));
+        command
+            .arg("--config")
+            .arg(self.config_path())
+            .args(["status", "-o", "json"]);
+        let output = run(&mut command).await?;
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// A drop counter of the agent's programs.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub async fn drops(&self, reason: &str) -> Result<u64> {
+        let status = self.agent_status().await?;
+        Ok(status["drops"][reason].as_u64().unwrap_or(0))
+    }
+
+    /// Pod CIDRs of the node.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub async fn pod_cidrs(&self) -> Result<Vec<String>> {
+        let status = self.agent_status().await?;
+        Ok(status["pod_cidrs"]
+            .as_array()
+            .map(|cidrs| {
+                cidrs
+                    .iter()
+                    .filter_map(|cidr| cidr.as_str().map(str::to_owned))
+                    .collect()
+            })
+            .unwrap_or_default())
+    }
+
+    /// Makes a pod's namespace and attaches it through the CNI plugin.
+    ///
+    /// # Errors
+    /// When the plugin refuses; its JSON error is in the message.
+    pub async fn add_pod(&self, namespace: &str, name: &str) -> Result<Pod> {
+        Pod::add(self, namespace, name).await
+    }
+
+    /// A command in the node's own namespace and cgroup, as a host process.
+    #[must_use]
+    pub fn command(&self, program: &Path) -> tokio::process::Command {
+        command_in(&self.netns, Some(&self.cgroup), program)
+    }
+
+    /// Name of the node.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Name of its cluster.
+    #[must_use]
+    pub fn cluster(&self) -> &str {
+        &self.cluster
+    }
+
+    /// Its network namespace.
+    #[must_use]
+    pub fn netns(&self) -> &str {
+        &self.netns
+    }
+
+    /// Its cgroup.
+    #[must_use]
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// Its folder.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Where its maps are pinned.
+    #[must_use]
+    pub fn bpffs(&self) -> PathBuf {
+        self.folder.join("bpf")
+    }
+
+    /// The agent's socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("run/agent.sock")
+    }
+
+    /// Folder of the binaries under test.
+    #[must_use]
+    pub fn binaries(&self) -> &Path {
+        &self.binaries
+    }
+
+    /// Its addresses on the underlay: IPv4, IPv6.
+    #[must_use]
+    pub fn underlay_addresses(&self) -> (String, String) {
+        let (id, host) = (self.cluster_id, 10 + self.number);
+        (
+            format!("172.30.{id}.{host}"),
+            format!("fd30:{id}::{host}"),
+        )
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.folder.join("node.toml")
+    }
+
+    pub(super) async fn stop(mut self) {
+        if let Some(agent) = self.agent.take() {
+            // Whatever is left is killed with the namespaces.
+            let _ = agent.stop(Signal::SIGTERM).await;
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! One pod of the lab: a namespace attached to its node by the CNI plugin.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+
+use super::host::{command_in, netns_path, run, sh};
+use super::node::Node;
+use super::process::Process;
+
+/// CNI specification version that the lab speaks.
+const CNI_VERSION: &str = "1.1.0";
+
+/// An attached pod.
+#[derive(Debug)]
+pub struct Pod {
+    namespace: String,
+    name: String,
+    netns: String,
+    container_id: String,
+    cgroup: PathBuf,
+    folder: PathBuf,
+    socket: PathBuf,
+    node_netns: String,
+    binaries: PathBuf,
+    addresses: Vec<String>,
+}
+
+impl Pod {
+    pub(super) async fn add(node: &Node, namespace: &str, name: &str) -> Result<Self> {
+        let netns = format!("{}-{namespace}-{name}", node.netns());
+        sh("ip", &["netns", "add", &netns]).await?;
+        sh("ip", &["-n", &netns, "link", "set", "lo", "up"]).await?;
+        let cgroup = node.cgroup().join(format!("{namespace}-{name}"));
+        std::fs::create_dir_all(&cgroup)?;
+        let mut pod = Self {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            container_id: netns.clone(),
+            netns,
+            cgroup,
+            folder: node.folder().to_owned(),
+            socket: node.socket(),
+            node_netns: node.netns().to_owned(),
+            binaries: node.binaries().to_owned(),
+            addresses: Vec::new(),
+        };
+        let result = pod.cni("ADD").await?;
+        pod.addresses = result["ips"]
+            .as_array()
+            .context("the plugin's result has no ips")?
+            .iter()
+            .filter_map(|ip| ip["address"].as_str())
+            .filter_map(|cidr| cidr.split('/').next())
+            .map(str::to_owned)
+            .collect();
+        Ok(pod)
+    }
+
+    /// Calls the CNI plugin for this pod and returns its JSON result (null when it prints none).
+    ///
+    /// # Errors
+    /// When the plugin fails; the message is its JSON error.
+    pub async fn cni(&self, verb: &str) -> Result<Value> {
+        let mut command =
+            command_in(&self.node_netns, None, &self.binaries.join("clustermesh-cni"));
+        let mut child = command
+            .env("CNI_COMMAND", verb)
+            .env("CNI_CONTAINERID", &self.container_id)
+            .env("CNI_NETNS", netns_path(&self.netns))
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", &self.binaries)
+            .env(
+                "CNI_ARGS",
+                format!(
+                    "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={}",
+                    self.namespace, self.name
+                ),
+            )
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot start the CNI plugin")?;
+        let config = json!({
+            "cniVersion": CNI_VERSION,
+            "name": "clustermesh",
+            "type": "clustermesh-cni",
+            "socket": self.socket,
+        });
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(config.to_string().as_bytes()).await?;
+        }
+        let output = child.wait_with_output().await?;
+        let printed = String::from_utf8_lossy(&output.stdout);
+        if !output.status.success() {
+            bail!(
+                "CNI {verb} of {}/{} failed: {printed}{}",
+                self.namespace,
+                self.name,
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        if printed.trim().is_empty() {
+            return Ok(Value::Null);
+        }
+        Ok(serde_json::from_str(&printed)?)
+    }
+
+    /// Detaches the pod and removes its namespace.
+    ///
+    /// # Errors
+    /// When the plugin or `ip` fails.
+    pub async fn delete(self) -> Result<()> {
+        self.cni("DEL").await?;
+        sh("ip", &["netns", "del", &self.netns]).await?;
+        Ok(())
+    }
+
+    /// A command inside the pod.
+    #[must_use]
+    pub fn command(&self, program: &Path) -> Command {
+        command_in(&self.netns, Some(&self.cgroup), program)
+    }
+
+    /// Starts a long-running program of the lab inside the pod, ready when it says so.
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub async fn start(&self, label: &str, arguments: &[&str]) -> Result<Process> {
+        let mut command = self.command(&self.binaries.join("clustermesh-lab-traffic"));
+        command.args(arguments);
+        let log = self
+            .folder
+            .join(format!("{}-{}-{label}.log", self.namespace, self.name));
+        Process::start_ready(&format!("{label} in {}", self.name), &mut command, &log).await
+    }
+
+    /// Runs a traffic tool to its end and returns its JSON report.
+    ///
+    /// # Errors
+    /// When it fails or prints no JSON.
+    pub async fn traffic(&self, arguments: &[&str]) -> Result<Value> {
+        let mut command = self.command(&self.binaries.join("clustermesh-lab-traffic"));
+        let output = run(command.args(arguments)).await?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let last = text.lines().last().context("no report")?;
+        serde_json::from_str(last).with_context(|| format!("report: {text}"))
+    }
+
+    /// Pings an address three times, fast; the average round trip in microseconds.
+    ///
+    /// # Errors
+    /// When no answer comes.
+    pub async fn ping(&self, address: &str) -> Result<f64> {
+        let mut command = self.command(Path::new("ping"));
+        let output = run(command.args(["-n", "-c", "3", "-i", "0.01", "-W", "2", address])).await?;
+        parse_ping_micros(&String::from_utf8_lossy(&output.stdout))
+    }
+
+    /// The pod's address of that family.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn address(&self, v6: bool) -> Result<&str> {
+        self.addresses
+            .iter()
+            .find(|address| address.contains(':') == v6)
+            .map(String::as_str)
+            .with_context(|| {
+                format!(
+                    "pod {} has no IPv{} address",
+                    self.name,
+                    if v6 { 6 } else { 4 }
+                )
+            })
+    }
+
+    /// Name of the pod.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its network namespace.
+    #[must_use]
+    pub fn netns(&self) -> &str {
+        &self.netns
+    }
+}
+
+/// The average of `ping`'s summary, in microseconds.
+///
+/// # Errors
+/// When the text is not `ping`'s.
+pub fn parse_ping_micros(text: &str) -> Result<f64> {
+    let summary = text
+        .lines()
+        .find(|line| line.starts_with("rtt "))
+        .context("no summary line from ping")?;
+    let average = summary
+        .split(" = ")
+        .nth(1)
+        .and_then(|numbers| numbers.split('/').nth(1))
+        .context("no average in ping's summary")?;
+    Ok(average.parse::<f64>()? * 1_000.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_average_of_a_ping_summary_is_read_in_microseconds() {
+        let text = "3 packets transmitted, 3 received\nrtt min/avg/max/mdev = 0.043/0.050/0.061/0.007 ms\n";
+        assert!((parse_ping_micros(text).unwrap() - 50.0).abs() < 1e-9);
+        assert!(parse_ping_micros("nothing").is_err());
+    }
+}

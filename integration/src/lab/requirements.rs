@@ -1,0 +1,54 @@
+//! What the lab needs of the machine, checked before anything is made.
+
+use std::path::Path;
+
+/// What is missing, each with its remedy; empty when the lab can run.
+#[must_use]
+pub fn missing() -> Vec<String> {
+    let mut missing = Vec::new();
+    if !nix::unistd::geteuid().is_root() {
+        missing.push("root: namespaces and kernel programs need it (run with sudo)".to_owned());
+    }
+    let kernel = kernel_version();
+    if kernel < (5, 15) {
+        missing.push(format!(
+            "kernel 5.15 or newer (this is {}.{}); 6.6 for tcx",
+            kernel.0, kernel.1
+        ));
+    }
+    if !Path::new("/dev/net/tun").exists() {
+        missing.push("/dev/net/tun (modprobe tun)".to_owned());
+    }
+    if super::host::cgroup2_root().is_err() {
+        missing.push("cgroup2: mount -t cgroup2 none /sys/fs/cgroup/unified".to_owned());
+    }
+    let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    if !filesystems.lines().any(|line| line.ends_with("\tbpf")) {
+        missing.push("the bpf file system (CONFIG_BPF_SYSCALL)".to_owned());
+    }
+    for (program, package) in [
+        ("ip", "iproute2"),
+        ("ping", "iputils-ping"),
+        ("nsenter", "util-linux"),
+        ("ethtool", "ethtool"),
+    ] {
+        if !on_path(program) {
+            missing.push(format!("program {program} (package {package}; make setup)"));
+        }
+    }
+    missing
+}
+
+fn on_path(program: &str) -> bool {
+    std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    })
+}
+
+fn kernel_version() -> (u32, u32) {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|part| part.trim().parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
