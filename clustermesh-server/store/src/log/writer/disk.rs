@@ -1,0 +1,434 @@
+//! Layout of the log in sled: one record per group of entries under its first index, in parts; metadata apart.
+
+use std::{
+    fs,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use bytes::{Bytes, BytesMut};
+use prost::Message;
+
+use super::super::{durable::TAIL_BYTES, tail::Tail};
+use crate::{
+    codec::{self, CodecError, entry_size_bytes},
+    error::StoreError,
+    pb,
+    types::{Entry, LogId, Vote},
+};
+
+/// Entries of one record, bytes; a larger entry has a record of its own.
+const MAX_RECORD_BYTES: usize = 1 << 20;
+/// One sled value, bytes: 18 of them (a leaf page at its fullest) stay below a quarter of a segment.
+const MAX_PART_BYTES: usize = 96 << 10;
+/// sled's segment, bytes.
+const SEGMENT_BYTES: usize = 8 << 20;
+/// sled's page cache, bytes: small, since recent entries are kept by us.
+const SLED_CACHE_BYTES: u64 = 32 << 20;
+
+const VOTE: &[u8] = b"vote";
+const COMMITTED: &[u8] = b"committed";
+const PURGED: &[u8] = b"purged";
+
+/// The open database.
+pub(in crate::log) struct Disk {
+    path: PathBuf,
+    db: sled::Db,
+    log: sled::Tree,
+    meta: sled::Tree,
+    /// sled's file, opened by us to sync it.
+    file: fs::File,
+}
+
+fn key(first_index: u64, part: u16) -> [u8; 10] {
+    let mut key = [0; 10];
+    key[..8].copy_from_slice(&first_index.to_be_bytes());
+    key[8..].copy_from_slice(&part.to_be_bytes());
+    key
+}
+
+fn parse_key(key: &[u8]) -> Option<(u64, u16)> {
+    let (index, part) = key.split_first_chunk::<8>()?;
+    Some((
+        u64::from_be_bytes(*index),
+        u16::from_be_bytes(part.try_into().ok()?),
+    ))
+}
+
+impl Disk {
+    /// Opens the database and reads the whole log once.
+    pub(in crate::log) fn open(path: &Path) -> Result<(Self, Tail), StoreError> {
+        fs::create_dir_all(path).map_err(StoreError::io("create folder", path))?;
+        check_blobs(path)?;
+        let database = |source| StoreError::Database {
+            path: path.to_owned(),
+            source,
+        };
+        let db = sled::Config::new()
+            .path(path)
+            .segment_size(SEGMENT_BYTES)
+            .cache_capacity(SLED_CACHE_BYTES)
+            .flush_every_ms(None)
+            .open()
+            .map_err(database)?;
+        let log = db.open_tree("log").map_err(database)?;
+        let meta = db.open_tree("meta").map_err(database)?;
+        let file_path = path.join("db");
+        let file = fs::File::open(&file_path).map_err(StoreError::io("open", &file_path))?;
+        let disk = Self {
+            path: path.to_owned(),
+            db,
+            log,
+            meta,
+            file,
+        };
+        let tail = disk.recover()?;
+        disk.sync()?;
+        sync_dir(path)?;
+        Ok((disk, tail))
+    }
+
+    fn database(&self) -> impl Fn(sled::Error) -> StoreError + '_ {
+        |source| StoreError::Database {
+            path: self.path.clone(),
+            source,
+        }
+    }
+
+    fn damaged(&self, what: impl Into<String>) -> impl FnOnce(CodecError) -> StoreError + '_ {
+        let what = what.into();
+        move |reason| match reason {
+            CodecError::NewerFormat(found) => StoreError::NewerFormat {
+                what: "the log",
+                found,
+                known: codec::FORMAT,
+            },
+            reason => StoreError::Damaged {
+                what,
+                path: self.path.clone(),
+                reason: reason.to_string(),
+            },
+        }
+    }
+
+    fn get_meta(&self, name: &'static [u8]) -> Result<Option<pb::meta::Value>, StoreError> {
+        let Some(bytes) = self.meta.get(name).map_err(self.database())? else {
+            return Ok(None);
+        };
+        let what = String::from_utf8_lossy(name).into_owned();
+        codec::unseal(&bytes).map(Some).map_err(self.damaged(what))
+    }
+
+    fn put_meta(&self, name: &'static [u8], value: pb::meta::Value) -> Result<(), StoreError> {
+        self.meta
+            .insert(name, codec::seal(value))
+            .map_err(self.database())?;
+        Ok(())
+    }
+
+    fn recover(&self) -> Result<Tail, StoreError> {
+        let mut tail = Tail::default();
+        if let Some(pb::meta::Value::Vote(vote)) = self.get_meta(VOTE)? {
+            tail.vote = Some(codec::vote_from_pb(&vote));
+        }
+        if let Some(pb::meta::Value::Committed(id)) = self.get_meta(COMMITTED)? {
+            tail.committed = Some(codec::log_id_from_pb(&id));
+        }
+        if let Some(pb::meta::Value::Purged(id)) = self.get_meta(PURGED)? {
+            tail.purge(codec::log_id_from_pb(&id));
+        }
+        let first_index = tail.next_index();
+        let mut next = 0;
+        while let Some(first) = self.first_key_from(next)? {
+            let Some(entries) = self.record(first)? else {
+                self.drop_torn(first)?;
+                break;
+            };
+            let last = entries.last().map_or(first, |entry| entry.log_id.index);
+            next = last + 1;
+            if next <= first_index {
+                // Left by a purge that was interrupted after its mark.
+                self.remove_record(first)?;
+                continue;
+            }
+            for entry in entries
+                .into_iter()
+                .filter(|entry| entry.log_id.index >= first_index)
+            {
+                if entry.log_id.index != tail.next_index() {
+                    let reason = format!(
+                        "entry {} follows {:?}",
+                        entry.log_id,
+                        tail.last.map(|id| id.index)
+                    );
+                    return Err(StoreError::Damaged {
+                        what: "the log".into(),
+                        path: self.path.clone(),
+                        reason,
+                    });
+                }
+                tail.push(entry);
+            }
+            tail.trim(u64::MAX, TAIL_BYTES);
+        }
+        Ok(tail)
+    }
+
+    /// A record whose parts are not all there was never acknowledged, if it is the last one.
+    fn drop_torn(&self, first: u64) -> Result<(), StoreError> {
+        if self.first_key_from(first + 1)?.is_some() {
+            let what = format!("log record {first}");
+            return Err(self.damaged(what)(CodecError::Missing("a part")));
+        }
+        tracing::info!(
+            index = first,
+            "dropped a log record that was being written when the process ended"
+        );
+        self.remove_record(first)
+    }
+
+    fn first_key_from(&self, index: u64) -> Result<Option<u64>, StoreError> {
+        let Some(found) = self.log.range(key(index, 0)..).next() else {
+            return Ok(None);
+        };
+        let (found, _) = found.map_err(self.database())?;
+        let (first, _) = parse_key(&found)
+            .ok_or_else(|| self.damaged("log key")(CodecError::Missing("an index")))?;
+        Ok(Some(first))
+    }
+
+    /// The record at `first`; `None` when a part is missing.
+    fn record(&self, first: u64) -> Result<Option<Vec<Entry>>, StoreError> {
+        let what = || format!("log record {first}");
+        let mut data = BytesMut::new();
+        let mut parts = 1;
+        let mut checksum = 0;
+        let mut at = 0;
+        while at < parts {
+            let part = u16::try_from(at)
+                .map_err(|_| self.damaged(what())(CodecError::Missing("a part number")))?;
+            let Some(bytes) = self.log.get(key(first, part)).map_err(self.database())? else {
+                return Ok(None);
+            };
+            let part = pb::LogPart::decode(&*bytes).map_err(|e| self.damaged(what())(e.into()))?;
+            parts = part.parts;
+            checksum = part.crc32c;
+            data.extend_from_slice(&part.data);
+            at += 1;
+        }
+        let data: Bytes = data.freeze();
+        if crc32c::crc32c(&data) != checksum {
+            return Err(self.damaged(what())(CodecError::Checksum));
+        }
+        codec::record_from_bytes(data)
+            .map(Some)
+            .map_err(self.damaged(what()))
+    }
+
+    fn remove_record(&self, first: u64) -> Result<(), StoreError> {
+        for found in self.log.range(key(first, 0)..=key(first, u16::MAX)).keys() {
+            self.log
+                .remove(found.map_err(self.database())?)
+                .map_err(self.database())?;
+        }
+        Ok(())
+    }
+
+    fn parts(&self, entries: &[Entry]) -> Result<Vec<([u8; 10], Vec<u8>)>, StoreError> {
+        let Some(first) = entries.first() else {
+            return Ok(Vec::new());
+        };
+        let data = Bytes::from(codec::record_to_bytes(entries));
+        let crc32c = crc32c::crc32c(&data);
+        let count = data.len().div_ceil(MAX_PART_BYTES);
+        let too_large = |_| StoreError::TooLarge {
+            what: "log record",
+            size: data.len(),
+            limit: MAX_PART_BYTES * usize::from(u16::MAX),
+        };
+        let parts = u32::from(u16::try_from(count).map_err(too_large)?);
+        (0..count)
+            .map(|at| {
+                let range = at * MAX_PART_BYTES..data.len().min((at + 1) * MAX_PART_BYTES);
+                let part = pb::LogPart {
+                    parts,
+                    crc32c,
+                    data: data.slice(range),
+                };
+                let number = u16::try_from(at).map_err(too_large)?;
+                Ok((key(first.log_id.index, number), part.encode_to_vec()))
+            })
+            .collect()
+    }
+
+    /// Writes consecutive entries as few records; not durable before `sync`.
+    pub(super) fn append(&self, entries: &[Entry]) -> Result<(), StoreError> {
+        let mut rest = entries;
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = rest
+                .iter()
+                .take_while(|entry| {
+                    bytes += entry_size_bytes(entry);
+                    bytes <= MAX_RECORD_BYTES
+                })
+                .count();
+            let (record, later) = rest.split_at(fits.max(1));
+            for (key, value) in self.parts(record)? {
+                self.log.insert(key, value).map_err(self.database())?;
+            }
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Removes entries after `keep`, splitting the record that holds it.
+    pub(super) fn truncate_after(&self, keep: Option<u64>) -> Result<(), StoreError> {
+        let from = keep.map_or(0, |keep| keep + 1);
+        let mut batch = sled::Batch::default();
+        if let Some(holding) = self.record_of(from)?
+            && holding < from
+        {
+            let entries = self.record(holding)?.unwrap_or_default();
+            let kept: Vec<Entry> = entries
+                .into_iter()
+                .filter(|entry| entry.log_id.index < from)
+                .collect();
+            for found in self
+                .log
+                .range(key(holding, 0)..=key(holding, u16::MAX))
+                .keys()
+            {
+                batch.remove(found.map_err(self.database())?);
+            }
+            for (key, value) in self.parts(&kept)? {
+                batch.insert(&key, value);
+            }
+        }
+        for found in self.log.range(key(from, 0)..).keys() {
+            batch.remove(found.map_err(self.database())?);
+        }
+        self.log.apply_batch(batch).map_err(self.database())
+    }
+
+    /// First index of the record that would hold `index`.
+    fn record_of(&self, index: u64) -> Result<Option<u64>, StoreError> {
+        let Some(found) = self.log.range(..=key(index, u16::MAX)).next_back() else {
+            return Ok(None);
+        };
+        let (found, _) = found.map_err(self.database())?;
+        Ok(parse_key(&found).map(|(first, _)| first))
+    }
+
+    /// Marks everything up to `upto` as gone, then removes the records that hold nothing else.
+    pub(super) fn purge(&self, upto: LogId) -> Result<(), StoreError> {
+        self.put_meta(PURGED, pb::meta::Value::Purged(codec::log_id_to_pb(&upto)))?;
+        // The mark must be durable before what it stands for is gone.
+        self.sync()?;
+        let holding = self.record_of(upto.index)?;
+        let covered = match holding {
+            Some(first) => {
+                let last = self
+                    .record(first)?
+                    .and_then(|entries| entries.last().map(|entry| entry.log_id.index));
+                if last <= Some(upto.index) {
+                    upto.index + 1
+                } else {
+                    first
+                }
+            }
+            None => upto.index + 1,
+        };
+        for found in self.log.range(..key(covered, 0)).keys() {
+            self.log
+                .remove(found.map_err(self.database())?)
+                .map_err(self.database())?;
+        }
+        Ok(())
+    }
+
+    /// Entries of `range` in their order, about `max_bytes` at most but at least one.
+    pub(in crate::log) fn read(
+        &self,
+        range: Range<u64>,
+        max_bytes: usize,
+    ) -> Result<Vec<Entry>, StoreError> {
+        let mut entries = Vec::new();
+        let mut bytes = 0;
+        let mut record = self.record_of(range.start)?;
+        while let Some(first) = record.filter(|first| *first < range.end) {
+            let Some(found) = self.record(first)? else {
+                break;
+            };
+            let next = found.last().map_or(first, |entry| entry.log_id.index) + 1;
+            for entry in found
+                .into_iter()
+                .filter(|entry| range.contains(&entry.log_id.index))
+            {
+                if bytes > 0 && bytes >= max_bytes {
+                    return Ok(entries);
+                }
+                bytes += entry_size_bytes(&entry);
+                entries.push(entry);
+            }
+            record = self.first_key_from(next)?;
+        }
+        Ok(entries)
+    }
+
+    pub(super) fn put_vote(&self, vote: &Vote) -> Result<(), StoreError> {
+        self.put_meta(VOTE, pb::meta::Value::Vote(codec::vote_to_pb(vote)))
+    }
+
+    pub(super) fn put_committed(&self, committed: Option<LogId>) -> Result<(), StoreError> {
+        match committed {
+            Some(id) => self.put_meta(
+                COMMITTED,
+                pb::meta::Value::Committed(codec::log_id_to_pb(&id)),
+            ),
+            None => self
+                .meta
+                .remove(COMMITTED)
+                .map(drop)
+                .map_err(self.database()),
+        }
+    }
+
+    /// Makes all that was written durable.
+    pub(super) fn sync(&self) -> Result<(), StoreError> {
+        self.db.flush().map_err(self.database())?;
+        self.file
+            .sync_data()
+            .map_err(StoreError::io("sync", self.path.join("db")))
+    }
+
+    /// Size of the database's files, bytes.
+    pub(in crate::log) fn size_bytes(&self) -> u64 {
+        self.db.size_on_disk().unwrap_or(0)
+    }
+}
+
+fn check_blobs(path: &Path) -> Result<(), StoreError> {
+    let blobs = path.join("blobs");
+    match fs::read_dir(&blobs) {
+        Ok(mut found) => match found.next() {
+            Some(_) => Err(StoreError::Spilled {
+                path: path.to_owned(),
+            }),
+            None => Ok(()),
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(StoreError::Io {
+            action: "list",
+            path: blobs,
+            source,
+        }),
+    }
+}
+
+/// Makes the names in a folder durable.
+pub(crate) fn sync_dir(path: &Path) -> Result<(), StoreError> {
+    fs::File::open(path)
+        .and_then(|dir| dir.sync_all())
+        .map_err(StoreError::io("sync folder", path))
+}

@@ -1,0 +1,203 @@
+//! Snapshots: streamed in checksummed chunks, to files or to memory; the newest and the one before are kept.
+
+mod file;
+mod frame;
+
+use std::{
+    collections::VecDeque,
+    fs,
+    io::{self, BufReader, Read},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+
+use self::frame::{Frame, FrameReader};
+use crate::{error::StoreError, types::SnapshotMeta};
+
+pub use self::file::SnapshotWriter;
+
+/// One chunk of a snapshot, bytes.
+pub const MAX_CHUNK_BYTES: usize = 4 << 20;
+/// Snapshots kept: the newest, and one to fall back to.
+const KEPT_SNAPSHOTS: usize = 2;
+
+/// Where snapshots are kept. Clones share it.
+#[derive(Debug, Clone)]
+pub struct SnapshotStore(Arc<Place>);
+
+#[derive(Debug)]
+enum Place {
+    Folder(PathBuf),
+    Memory(Mutex<VecDeque<SnapshotFile>>),
+}
+
+/// A complete snapshot.
+#[derive(Debug, Clone)]
+pub struct SnapshotFile {
+    meta: SnapshotMeta,
+    content: Content,
+}
+
+#[derive(Debug, Clone)]
+enum Content {
+    File { path: PathBuf, bytes: u64 },
+    Memory(Bytes),
+}
+
+impl SnapshotStore {
+    /// Snapshots as files in folder `path`; leftovers of an interrupted write are removed.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] when the folder cannot be used.
+    pub fn folder(path: &Path) -> Result<Self, StoreError> {
+        file::prepare(path)?;
+        Ok(Self(Arc::new(Place::Folder(path.to_owned()))))
+    }
+
+    /// Snapshots that live as long as one of the clones.
+    pub fn memory() -> Self {
+        Self(Arc::new(Place::Memory(Mutex::default())))
+    }
+
+    /// Starts writing a snapshot; it exists once [`SnapshotWriter::finish`] returns.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] when the file cannot be created.
+    pub fn create(&self, meta: SnapshotMeta) -> Result<SnapshotWriter, StoreError> {
+        SnapshotWriter::new(self.clone(), meta)
+    }
+
+    /// The complete snapshots, newest first, their content not yet checked.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] when the folder cannot be read.
+    fn all(&self) -> Result<Vec<Result<SnapshotFile, StoreError>>, StoreError> {
+        match &*self.0 {
+            Place::Folder(path) => file::all(path),
+            Place::Memory(kept) => Ok(kept.lock().iter().rev().cloned().map(Ok).collect()),
+        }
+    }
+
+    /// The newest snapshot whose every byte checks out. A damaged one is skipped with an error in the log.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] when the folder cannot be read; [`StoreError::Damaged`] when there are snapshots and none is
+    /// valid.
+    pub fn newest(&self) -> Result<Option<SnapshotFile>, StoreError> {
+        let mut damage = None;
+        for found in self.all()? {
+            match found.and_then(|snapshot| snapshot.check().map(|()| snapshot)) {
+                Ok(snapshot) => return Ok(Some(snapshot)),
+                Err(error @ (StoreError::Damaged { .. } | StoreError::NewerFormat { .. })) => {
+                    tracing::error!(%error, "skipped a snapshot");
+                    damage.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        damage.map_or(Ok(None), Err)
+    }
+
+    /// The snapshot before the newest, by name alone.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] when the folder cannot be read.
+    pub fn previous(&self) -> Result<Option<SnapshotFile>, StoreError> {
+        Ok(self.all()?.into_iter().filter_map(Result::ok).nth(1))
+    }
+
+    fn add_to_memory(&self, snapshot: SnapshotFile) {
+        if let Place::Memory(kept) = &*self.0 {
+            let mut kept = kept.lock();
+            kept.retain(|other| other.meta.last_log_id != snapshot.meta.last_log_id);
+            kept.push_back(snapshot);
+            while kept.len() > KEPT_SNAPSHOTS {
+                kept.pop_front();
+            }
+        }
+    }
+}
+
+impl SnapshotFile {
+    /// What it covers.
+    pub fn meta(&self) -> &SnapshotMeta {
+        &self.meta
+    }
+
+    /// Size, bytes.
+    pub fn size_bytes(&self) -> u64 {
+        match &self.content {
+            Content::File { bytes, .. } => *bytes,
+            Content::Memory(bytes) => bytes.len() as u64,
+        }
+    }
+
+    fn name(&self) -> PathBuf {
+        match &self.content {
+            Content::File { path, .. } => path.clone(),
+            Content::Memory(_) => "(memory)".into(),
+        }
+    }
+
+    /// Reads its chunks in order.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] when it cannot be opened.
+    pub fn read(&self) -> Result<SnapshotReader, StoreError> {
+        let source: Box<dyn Read + Send> = match &self.content {
+            Content::File { path, .. } => Box::new(BufReader::new(
+                fs::File::open(path).map_err(StoreError::io("open", path))?,
+            )),
+            Content::Memory(bytes) => Box::new(io::Cursor::new(bytes.clone())),
+        };
+        Ok(SnapshotReader {
+            frames: FrameReader::new(source, self.name()),
+            started: false,
+            done: false,
+        })
+    }
+
+    /// Reads it through once.
+    fn check(&self) -> Result<(), StoreError> {
+        self.read()?.try_for_each(|chunk| chunk.map(drop))
+    }
+}
+
+/// Chunks of a snapshot, each checked; an incomplete file ends with an error, never silently.
+pub struct SnapshotReader {
+    frames: FrameReader<Box<dyn Read + Send>>,
+    started: bool,
+    done: bool,
+}
+
+impl SnapshotReader {
+    fn step(&mut self) -> Result<Option<Bytes>, StoreError> {
+        if !self.started {
+            self.frames.header()?;
+            self.started = true;
+        }
+        match self.frames.next()? {
+            Frame::Chunk(chunk) => Ok(Some(chunk)),
+            Frame::End => Ok(None),
+        }
+    }
+}
+
+impl Iterator for SnapshotReader {
+    type Item = Result<Bytes, StoreError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.done {
+            return None;
+        }
+        let step = self.step();
+        self.done = !matches!(step, Ok(Some(_)));
+        step.transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests;
