@@ -1,4 +1,5 @@
 //! The lab, the demo, scenarios and benchmarks: real processes in network namespaces.
 
+pub mod demo;
 pub mod lab;
 pub mod traffic;

@@ -138,6 +138,18 @@ impl Process {
         }
     }
 
+    /// Ends a traffic tool by SIGTERM and returns the report that it prints last.
+    ///
+    /// # Errors
+    /// When it does not end, or its last line is no JSON.
+    pub async fn finish(self) -> Result<serde_json::Value> {
+        let (log, name) = (self.log.clone(), self.name.clone());
+        self.stop(Signal::SIGTERM).await?;
+        let text = std::fs::read_to_string(&log)?;
+        let last = text.lines().last().unwrap_or_default();
+        serde_json::from_str(last).with_context(|| format!("report of {name}: {last:?}"))
+    }
+
     /// Waits for the process to end by itself.
     ///
     /// # Errors

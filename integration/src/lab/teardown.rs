@@ -77,6 +77,21 @@ pub fn abandoned() -> Vec<String> {
         .collect()
 }
 
+/// Removes every lab of this very process.
+pub async fn remove_own() -> Vec<String> {
+    let own = std::process::id().to_string();
+    let mut failures = Vec::new();
+    for entry in std::fs::read_dir(LABS_DIR).into_iter().flatten().flatten() {
+        let owner = std::fs::read_to_string(entry.path().join("owner.pid"));
+        if owner.is_ok_and(|pid| pid.trim() == own)
+            && let Ok(prefix) = entry.file_name().into_string()
+        {
+            failures.extend(remove_lab(&prefix).await);
+        }
+    }
+    failures
+}
+
 async fn end_processes(cgroup: &Path) -> Result<()> {
     for folder in folders_deepest_first(cgroup) {
         let text = std::fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();

@@ -37,7 +37,7 @@ pub async fn probe(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let start = Instant::now();
     if until == Until::Signal {
-        clustermesh_process::notify_ready();
+        clustermesh_process::notify_ready()?;
     }
     loop {
         tokio::select! {

@@ -33,7 +33,7 @@ pub async fn serve(name: String, tcp: Vec<u16>, udp: Vec<u16>) -> Result<()> {
             .with_context(|| format!("UDP port {port}"))?;
         tokio::spawn(echo_udp(socket, name.clone()));
     }
-    clustermesh_process::notify_ready();
+    clustermesh_process::notify_ready()?;
     loop {
         tokio::select! {
             _ = end.recv() => return Ok(()),

@@ -40,7 +40,7 @@ pub async fn stream(to: SocketAddr, every: Duration) -> Result<StreamReport> {
     let mut connection = BufReader::new(connection);
     let mut name = String::new();
     connection.read_line(&mut name).await?;
-    clustermesh_process::notify_ready();
+    clustermesh_process::notify_ready()?;
     let mut report = StreamReport {
         echoed: 0,
         broken: false,

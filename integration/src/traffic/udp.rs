@@ -46,7 +46,7 @@ pub async fn udp(to: SocketAddr, every: Duration) -> Result<UdpReport> {
     let mut buffer = [0; 512];
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
-    clustermesh_process::notify_ready();
+    clustermesh_process::notify_ready()?;
     loop {
         tokio::select! {
             _ = end.recv() => break,

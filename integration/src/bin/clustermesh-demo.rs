@@ -1,0 +1,104 @@
+//! `make demo`: two clusters on one machine, every row checked and measured.
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+use clustermesh_integration::demo::{self, Sabotage, report};
+use clustermesh_integration::lab::{LabConfig, requirements, teardown};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Exit code where the machine lacks something.
+const EXIT_CANNOT_RUN: u8 = 2;
+
+#[derive(Parser)]
+#[command(about = "Two clusters on one machine: every row checked and measured")]
+struct Arguments {
+    /// Leave the lab running and say how to enter it
+    #[arg(long)]
+    keep: bool,
+    /// Where results are written
+    #[arg(long, default_value = "bench-results")]
+    results: PathBuf,
+    /// Pull the ground from under every row: all of them must fail
+    #[arg(long, hide = true)]
+    sabotage: bool,
+}
+
+#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
+async fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let missing = requirements::missing();
+    if !missing.is_empty() {
+        eprintln!("The demo cannot run on this machine. Missing:");
+        for what in missing {
+            eprintln!("  - {what}");
+        }
+        return Ok(ExitCode::from(EXIT_CANNOT_RUN));
+    }
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let code = tokio::select! {
+        code = run(&arguments) => code,
+        _ = interrupt.recv() => Ok(ExitCode::from(130)),
+        _ = terminate.recv() => Ok(ExitCode::from(143)),
+    };
+    // Also what an interrupted run had made: its lab was dropped with the run.
+    for failure in teardown::remove_own().await {
+        eprintln!("clean-up: {failure}");
+    }
+    code
+}
+
+async fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let sabotage = if arguments.sabotage {
+        Sabotage::EveryRow
+    } else {
+        Sabotage::None
+    };
+    let begun = std::time::Instant::now();
+    let terminal = std::io::stderr().is_terminal();
+    let progress = |what: &str| {
+        let line = format!("[{:5.1} s] {what} …", begun.elapsed().as_secs_f64());
+        if terminal {
+            eprint!("\r\x1b[2K{line}");
+            // Progress that cannot be shown is not worth failing for.
+            let _ = std::io::stderr().flush();
+        } else {
+            eprintln!("{line}");
+        }
+    };
+    let (scene, rows) = demo::run(LabConfig::two_by_two()?, sabotage, progress).await?;
+    if terminal {
+        eprint!("\r\x1b[2K");
+    }
+    let passed = report::print_table(&rows);
+    println!("took {:.0} s", begun.elapsed().as_secs_f64());
+    report::write_json(&arguments.results, "demo", &rows)?;
+    if arguments.keep {
+        println!("\nThe lab runs on until this program ends (Ctrl-C removes it).");
+        for cluster in scene.lab.clusters() {
+            for node in cluster.nodes() {
+                println!(
+                    "  cluster {} node {}: nsenter --net=/run/netns/{}",
+                    cluster.name(),
+                    node.name(),
+                    node.netns()
+                );
+            }
+        }
+        println!("  logs and configuration: {}", scene.lab.folder().display());
+        let mut end = signal(SignalKind::interrupt())?;
+        end.recv().await;
+    }
+    for failure in scene.lab.remove().await {
+        eprintln!("clean-up: {failure}");
+    }
+    Ok(if passed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,109 @@
+//! The link between the clusters is cut, and heals.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+
+use super::scene::{NAMESPACE, Scene};
+use crate::lab::process::Process;
+
+/// Connections made to the affinity=none service during the cut.
+const CONNECTIONS: u32 = 20;
+/// Longest that convergence may take after the link heals.
+const CONVERGED_SECONDS_MAX: u32 = 20;
+
+pub async fn cut(scene: &mut Scene) -> Result<String> {
+    let records = scene.lab.cluster(1).endpoint_count().await?;
+    let inside = start_probe(scene, "client-a", &scene.backend("web-a", false)?, "inside").await?;
+    let local = start_probe(
+        scene,
+        "client-a",
+        &scene.service(0, "pay", false).await?,
+        "local",
+    )
+    .await?;
+    scene.lab.wan().cut();
+    if scene.sabotaged() {
+        scene.stop_server("web-a", Signal::SIGKILL).await?;
+    }
+    let to = scene.service(0, "cart", false).await?;
+    let everywhere = scene
+        .pod("client-a")?
+        .traffic(&[
+            "probe",
+            "--to",
+            &to,
+            "--attempts",
+            &CONNECTIONS.to_string(),
+            "--every-ms",
+            "2",
+            "--timeout-ms",
+            "300",
+        ])
+        .await?;
+    // Changes made during the cut are what healing must bring over.
+    scene
+        .lab
+        .cluster(0)
+        .apply(&format!(
+            "apiVersion: clustermesh.io/v1\nkind: Workload\nmetadata:\n  namespace: {NAMESPACE}\n  name: late-a\n  labels:\n    app: late\n"
+        ))
+        .await?;
+    let inside = inside.finish().await?;
+    let local = local.finish().await?;
+    if scene.sabotaged() {
+        scene.start_server("web-a").await?;
+    }
+    for (what, report) in [("inside cluster a", &inside), ("affinity=local", &local)] {
+        ensure!(
+            report["failed"] == 0 && report["ok"].as_u64().unwrap_or(0) > 0,
+            "{what}: {report}"
+        );
+    }
+    let kept = scene.lab.cluster(1).endpoint_count().await?;
+    ensure!(kept == records, "{records} records before, {kept} during the cut");
+    let failed = everywhere["failed"].as_u64().unwrap_or(0) * 100 / u64::from(CONNECTIONS);
+    Ok(format!(
+        "{} and {} connects, none failed; {kept} records kept; affinity=none failed {failed} %",
+        inside["ok"], local["ok"]
+    ))
+}
+
+pub async fn healed(scene: &mut Scene) -> Result<String> {
+    // With sabotage the link stays cut while the row looks.
+    if !scene.sabotaged() {
+        scene.lab.wan().heal();
+    }
+    let begun = Instant::now();
+    let seconds_max = if scene.sabotaged() { 2 } else { CONVERGED_SECONDS_MAX };
+    let mut result = Ok(());
+    for cluster in scene.lab.clusters() {
+        result = cluster.wait_converged(seconds_max).await;
+        if result.is_err() {
+            break;
+        }
+    }
+    let ms = begun.elapsed().as_millis();
+    scene.lab.wan().heal();
+    result?;
+    let identity = scene
+        .lab
+        .cluster(0)
+        .workload_identity(NAMESPACE, "late-a")
+        .await?;
+    ensure!(
+        scene.lab.cluster(1).knows_identity(identity).await?,
+        "identity {identity}, made during the cut, is unknown to cluster b"
+    );
+    Ok(format!(
+        "converged {ms} ms after healing, with what changed during the cut"
+    ))
+}
+
+async fn start_probe(scene: &Scene, pod: &str, to: &str, label: &str) -> Result<Process> {
+    scene
+        .pod(pod)?
+        .start(label, &["probe", "--to", to, "--every-ms", "5"])
+        .await
+}
