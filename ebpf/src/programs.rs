@@ -1,0 +1,117 @@
+//! The object with the kernel programs: its names, and loading it onto pinned maps.
+
+use std::os::fd::{AsFd as _, BorrowedFd};
+
+use aya::programs::{Program, SchedClassifier};
+use aya::{Ebpf, EbpfLoader};
+
+use crate::Error;
+use crate::maps::SPECS;
+use crate::pins::Pins;
+use crate::sys::bpf::AttachType;
+
+/// Compiled by `build.rs`.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CLUSTERMESH_BPF_OBJECT"));
+
+/// Bytes of a verifier's log that an error keeps, from its end.
+const VERIFIER_LOG_KEPT_BYTES_MAX: usize = 4_096;
+
+/// Where packets are taken: always the ingress of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hook {
+    /// Host end of a pod's veth pair.
+    Pod,
+    /// The peer of the host's own veth pair.
+    Host,
+    /// A device of the underlay.
+    Network,
+}
+
+impl Hook {
+    pub(crate) const ALL: [Self; 3] = [Self::Pod, Self::Host, Self::Network];
+
+    /// Name of the program, and in pins.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Pod => "from_pod",
+            Self::Host => "from_host",
+            Self::Network => "from_network",
+        }
+    }
+}
+
+/// The programs at the cgroup.
+pub(crate) const SOCKET_PROGRAMS: [(&str, AttachType); 8] = [
+    ("socket_connect4", AttachType::Connect4),
+    ("socket_connect6", AttachType::Connect6),
+    ("socket_sendmsg4", AttachType::Sendmsg4),
+    ("socket_sendmsg6", AttachType::Sendmsg6),
+    ("socket_recvmsg4", AttachType::Recvmsg4),
+    ("socket_recvmsg6", AttachType::Recvmsg6),
+    ("socket_getpeername4", AttachType::Getpeername4),
+    ("socket_getpeername6", AttachType::Getpeername6),
+];
+
+/// The loaded programs. Dropping them detaches nothing: links are made and held outside of aya.
+#[derive(Debug)]
+pub(crate) struct Programs(Ebpf);
+
+impl Programs {
+    /// Loads the programs onto the maps of this layout; maps that are not there are made and pinned.
+    pub(crate) fn load(pins: &Pins, with_sockets: bool) -> Result<Self, Error> {
+        let mut loader = EbpfLoader::new();
+        for spec in &SPECS {
+            loader.map_pin_path(spec.symbol, pins.map(spec));
+        }
+        let mut programs = Self(loader.load(OBJECT).map_err(Box::new)?);
+        for hook in Hook::ALL {
+            let name = hook.name();
+            programs
+                .classifier(name)?
+                .load()
+                .map_err(|e| refused(name, &e))?;
+        }
+        if with_sockets {
+            for (name, _) in SOCKET_PROGRAMS {
+                match programs.0.program_mut(name) {
+                    Some(Program::CgroupSockAddr(program)) => {
+                        program.load().map_err(|e| refused(name, &e))?;
+                    }
+                    _ => return Err(missing(name)),
+                }
+            }
+        }
+        Ok(programs)
+    }
+
+    /// A program for an interface.
+    pub(crate) fn classifier(&mut self, name: &'static str) -> Result<&mut SchedClassifier, Error> {
+        match self.0.program_mut(name) {
+            Some(Program::SchedClassifier(program)) => Ok(program),
+            _ => Err(missing(name)),
+        }
+    }
+
+    /// The descriptor of a loaded program.
+    pub(crate) fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
+        let program = self.0.program(name).ok_or_else(|| missing(name))?;
+        let fd = program.fd().map_err(|e| refused(name, &e))?;
+        Ok(fd.as_fd())
+    }
+}
+
+fn missing(program: &'static str) -> Error {
+    Error::Program {
+        program,
+        cause: "the object has no such program".to_owned(),
+    }
+}
+
+fn refused(program: &'static str, error: &aya::programs::ProgramError) -> Error {
+    let mut cause = error.to_string();
+    if let Some(excess) = cause.len().checked_sub(VERIFIER_LOG_KEPT_BYTES_MAX) {
+        let from = (excess..cause.len()).find(|i| cause.is_char_boundary(*i));
+        cause.drain(..from.unwrap_or_default());
+    }
+    Error::Program { program, cause }
+}
