@@ -1,0 +1,202 @@
+//! The values of the schema: typed, and written byte for byte as Cilium writes them.
+
+mod cluster_config;
+mod endpoint_slice;
+mod identity;
+mod ip;
+mod json;
+mod node;
+mod own;
+mod service;
+mod timestamp;
+
+use bytes::Bytes;
+
+pub use cluster_config::{ClusterConfig, ClusterConfigCapabilities, EndpointSlicesExportMode};
+pub use endpoint_slice::{
+    Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForZone,
+    SERVICE_NAME_LABEL,
+};
+pub use identity::{
+    CLUSTER_LABEL, Identity, IdentityError, Label, NAMESPACE_LABEL, SERVICE_ACCOUNT_LABEL,
+    SOURCE_K8S,
+};
+pub use ip::{IpExtension, IpIdentityPair, NamedPort};
+pub use node::{AddressType, Node, NodeAddress, NodeExtension};
+pub use own::{PortReadiness, Readiness, Session, SessionState};
+pub use service::{BackendZone, ClusterService, PortMap, ServicePortNumber, ZoneName};
+pub use timestamp::Timestamp;
+
+pub(crate) use json::{decode as decode_json, encode as encode_json};
+
+use crate::{
+    keys::{KeyError, RecordKey},
+    limits::MAX_VALUE_BYTES,
+    manifest::{StoredService, StoredWorkload},
+};
+
+/// The JSON key under which our additions to Cilium's records travel.
+pub const EXTENSION_FIELD: &str = "clustermesh.io";
+
+/// Bytes that are not a record.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The key is none of ours.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// Longer than [`MAX_VALUE_BYTES`].
+    #[error("{object}: value of {bytes} bytes is longer than {MAX_VALUE_BYTES}")]
+    TooLarge {
+        /// The record's key.
+        object: String,
+        /// Its length.
+        bytes: usize,
+    },
+    /// Not what its kind requires.
+    #[error("{object}: {reason}")]
+    Malformed {
+        /// The record's key.
+        object: String,
+        /// What is wrong.
+        reason: DecodeError,
+    },
+    /// Kinds that have no typed value.
+    #[error("{object}: records of this kind have no typed value")]
+    Untyped {
+        /// The record's key.
+        object: String,
+    },
+}
+
+/// Why one value could not be read; [`RecordError`] adds which.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// Not the JSON that was expected.
+    #[error("not a valid record: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Not a label string.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// Not a zstd frame, or one that grows beyond the limit.
+    #[error("not a zstd frame of at most {limit} bytes once decoded: {source}", limit = crate::limits::MAX_ENDPOINT_SLICE_DECODED_BYTES)]
+    Zstd {
+        /// What zstd said.
+        source: std::io::Error,
+    },
+    /// Not the protobuf that was expected.
+    #[error("not a valid protobuf message: {0}")]
+    Protobuf(#[from] prost::DecodeError),
+    /// Not UTF-8.
+    #[error("not UTF-8 text")]
+    NotUtf8,
+}
+
+/// Any typed value.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "short-lived: matched right after decoding"
+)]
+pub enum Record {
+    /// `cilium/.heartbeat`.
+    Heartbeat(Timestamp),
+    /// A cluster's configuration.
+    ClusterConfig(ClusterConfig),
+    /// The end of an initial list.
+    Canary(Timestamp),
+    /// A machine.
+    Node(Node),
+    /// An address and its identity.
+    Ip(IpIdentityPair),
+    /// An identity's labels.
+    Identity(Identity),
+    /// A shared service.
+    Service(ClusterService),
+    /// Endpoints of a shared service.
+    EndpointSlice(EndpointSlice),
+    /// A stored Workload.
+    Workload(StoredWorkload),
+    /// A stored Service.
+    StoredService(StoredService),
+    /// Readiness of one endpoint's ports.
+    Readiness(Readiness),
+    /// State of one node's session.
+    Session(Session),
+}
+
+impl Record {
+    /// Reads the value of `key`. Never panics, whatever the bytes.
+    ///
+    /// # Errors
+    /// The value is too long, malformed, or of a kind without typed value; the error names the key.
+    pub fn decode(key: &RecordKey, value: &[u8]) -> Result<Self, RecordError> {
+        if value.len() > MAX_VALUE_BYTES {
+            return Err(RecordError::TooLarge {
+                object: key.to_string(),
+                bytes: value.len(),
+            });
+        }
+        let decoded = match key {
+            RecordKey::Heartbeat => Timestamp::decode(value).map(Self::Heartbeat),
+            RecordKey::ClusterConfig { .. } => {
+                ClusterConfig::decode(value).map(Self::ClusterConfig)
+            }
+            RecordKey::Synced { .. } => Timestamp::decode(value).map(Self::Canary),
+            RecordKey::Node { .. } => Node::decode(value).map(Self::Node),
+            RecordKey::Ip { .. } => IpIdentityPair::decode(value).map(Self::Ip),
+            RecordKey::Identity { .. } => Identity::decode(value).map(Self::Identity),
+            RecordKey::Service { .. } => ClusterService::decode(value).map(Self::Service),
+            RecordKey::EndpointSlice { .. } => {
+                EndpointSlice::decode(value).map(Self::EndpointSlice)
+            }
+            RecordKey::Workload { .. } => StoredWorkload::decode(value).map(Self::Workload),
+            RecordKey::StoredService { .. } => {
+                StoredService::decode(value).map(Self::StoredService)
+            }
+            RecordKey::Readiness { .. } => Readiness::decode(value).map(Self::Readiness),
+            RecordKey::Session { .. } => Session::decode(value).map(Self::Session),
+            RecordKey::Alloc { .. } => {
+                return Err(RecordError::Untyped {
+                    object: key.to_string(),
+                });
+            }
+        };
+        decoded.map_err(|reason| RecordError::Malformed {
+            object: key.to_string(),
+            reason,
+        })
+    }
+
+    /// Reads key and value at once.
+    ///
+    /// # Errors
+    /// As [`RecordKey::parse`] and [`Record::decode`].
+    pub fn decode_pair(key: &[u8], value: &[u8]) -> Result<(RecordKey, Self), RecordError> {
+        let key = RecordKey::parse(key)?;
+        let record = Self::decode(&key, value)?;
+        Ok((key, record))
+    }
+
+    /// The bytes to store.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        match self {
+            Self::Heartbeat(record) | Self::Canary(record) => record.encode(),
+            Self::ClusterConfig(record) => record.encode(),
+            Self::Node(record) => record.encode(),
+            Self::Ip(record) => record.encode(),
+            Self::Identity(record) => record.encode(),
+            Self::Service(record) => record.encode(),
+            Self::EndpointSlice(record) => record.encode(),
+            Self::Workload(record) => record.encode(),
+            Self::StoredService(record) => record.encode(),
+            Self::Readiness(record) => record.encode(),
+            Self::Session(record) => record.encode(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod proptests;
+#[cfg(test)]
+mod tests;
