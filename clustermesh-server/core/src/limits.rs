@@ -1,0 +1,25 @@
+//! Limits of requests and formats, with their units.
+
+/// Version of [`crate::pb::Batch`] that this build writes and understands.
+pub const BATCH_FORMAT: u32 = 1;
+
+/// Version of [`crate::pb::SnapshotChunk`] that this build writes and understands.
+pub const SNAPSHOT_FORMAT: u32 = 1;
+
+/// Operations in one branch of a transaction, nested ones included (etcd's `--max-txn-ops`).
+pub const MAX_TXN_OPS: usize = 128;
+
+/// Encoded size of one request (etcd's `--max-request-bytes`).
+pub const MAX_REQUEST_BYTES: usize = 1_572_864;
+
+/// Longest lease TTL (etcd's `MaxLeaseTTL`).
+pub const MAX_LEASE_TTL_SECONDS: i64 = 9_000_000_000;
+
+/// Shortest lease TTL; a shorter wish is raised to it (what etcd derives from its default election timeout).
+pub const MIN_LEASE_TTL_SECONDS: i64 = 2;
+
+/// What one stored version counts beside its key and value in [`crate::State::approximate_bytes`].
+pub const VERSION_OVERHEAD_BYTES: u64 = 192;
+
+/// Keys looked at for one snapshot chunk: bounds the time under the read lock where few of them belong to the snapshot.
+pub const MAX_SNAPSHOT_CHUNK_KEYS: usize = 16_384;

@@ -1,0 +1,239 @@
+//! Builds a state from the chunks of a snapshot, trusting none of them.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::{
+    keyspace::{Keyspace, Versions, visible_at},
+    limits::SNAPSHOT_FORMAT,
+    pb,
+    peer::PeerCursor,
+    snapshot::SnapshotError,
+    state::{FIRST_REVISION, NEVER_COMPACTED, State},
+    version::{EventGroup, StoredEvent, Version, VersionNumbers},
+};
+
+/// Takes the chunks of a snapshot in order and yields the state that they describe.
+#[derive(Debug, Default)]
+pub struct SnapshotLoader {
+    sequence: u64,
+    state: Option<State>,
+    keys: Vec<(Bytes, Versions)>,
+    last_lease: Option<i64>,
+    counts: pb::SnapshotTrailer,
+    ended: bool,
+}
+
+impl SnapshotLoader {
+    /// A loader that expects the first chunk.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the next chunk.
+    ///
+    /// # Errors
+    /// [`SnapshotError`] naming the chunk; the loader is of no use then.
+    pub fn push(&mut self, chunk: Bytes) -> Result<(), SnapshotError> {
+        let chunk =
+            pb::SnapshotChunk::decode(chunk).map_err(|error| SnapshotError::Undecodable {
+                sequence: self.sequence,
+                reason: error.to_string(),
+            })?;
+        if chunk.format != SNAPSHOT_FORMAT {
+            return Err(SnapshotError::UnknownFormat {
+                found: chunk.format,
+                known: SNAPSHOT_FORMAT,
+            });
+        }
+        if self.ended {
+            return Err(self.damaged("it follows the last one"));
+        }
+        if chunk.sequence != self.sequence {
+            return Err(self.damaged(format!("it has number {}", chunk.sequence)));
+        }
+        match (chunk.header, self.state.is_some()) {
+            (Some(header), false) => self.state = Some(self.start(header)?),
+            (None, true) => {}
+            (Some(_), true) => return Err(self.damaged("a second header")),
+            (None, false) => return Err(self.damaged("no header")),
+        }
+        for lease in chunk.leases {
+            self.push_lease(lease)?;
+        }
+        for key in chunk.keys {
+            self.push_key(key)?;
+        }
+        if let Some(trailer) = chunk.trailer {
+            if trailer != self.counts {
+                return Err(self.damaged(format!(
+                    "counted {:?}, the trailer says {trailer:?}",
+                    self.counts
+                )));
+            }
+            self.ended = true;
+        }
+        self.sequence += 1;
+        Ok(())
+    }
+
+    /// The state, once the last chunk is in.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Damaged`] when chunks are missing or contradict each other.
+    pub fn finish(mut self) -> Result<State, SnapshotError> {
+        if !self.ended {
+            return Err(self.damaged("the end is missing"));
+        }
+        let mut state = self.state.take().ok_or_else(|| self.damaged("no header"))?;
+        state.history = self.history(&state)?;
+        let keys = std::mem::take(&mut self.keys);
+        for (key, versions) in &keys {
+            let lease = versions.last().map_or(0, |version| version.lease());
+            if lease == 0 {
+                continue;
+            }
+            if !state.leases.contains(lease) {
+                return Err(self.damaged(format!("key {key:?} has an unknown lease")));
+            }
+            state.leases.move_key(key, 0, lease);
+        }
+        state.keyspace = Keyspace::from_sorted(keys.into_iter().collect());
+        Ok(state)
+    }
+
+    fn damaged(&self, reason: impl Into<String>) -> SnapshotError {
+        SnapshotError::Damaged {
+            sequence: self.sequence,
+            reason: reason.into(),
+        }
+    }
+
+    fn start(&self, header: pb::SnapshotHeader) -> Result<State, SnapshotError> {
+        let compact_revision = header.compact_revision.unwrap_or(NEVER_COMPACTED);
+        if header.revision < FIRST_REVISION
+            || compact_revision < NEVER_COMPACTED
+            || compact_revision > header.revision
+        {
+            return Err(self.damaged(format!(
+                "revision {}, compacted at {compact_revision}",
+                header.revision
+            )));
+        }
+        let mut state = State::new();
+        state.cluster_id = header.cluster_id;
+        state.revision = header.revision;
+        state.compact_revision = compact_revision;
+        for cursor in header.cursors {
+            let known = state.cursors.insert(
+                cursor.cluster.clone(),
+                PeerCursor {
+                    cluster: cursor.cluster,
+                    store_id: cursor.store_id,
+                    revision: cursor.revision,
+                    synced: cursor.synced,
+                },
+            );
+            if let Some(known) = known {
+                return Err(self.damaged(format!("two cursors of {}", known.cluster)));
+            }
+        }
+        Ok(state)
+    }
+
+    fn push_lease(&mut self, lease: pb::SnapshotLease) -> Result<(), SnapshotError> {
+        if lease.id == 0 || self.last_lease.is_some_and(|last| last >= lease.id) {
+            return Err(self.damaged(format!("lease {} is out of order", lease.id)));
+        }
+        self.last_lease = Some(lease.id);
+        self.counts.leases += 1;
+        if let Some(state) = &mut self.state {
+            state.leases.restore(lease.id, lease.granted_ttl_seconds);
+        }
+        Ok(())
+    }
+
+    fn push_key(&mut self, entry: pb::SnapshotKey) -> Result<(), SnapshotError> {
+        // A copy: a slice would keep the whole chunk in memory.
+        let continues = self.keys.last().is_some_and(|(last, _)| *last == entry.key);
+        if !continues {
+            if entry.key.is_empty() || self.keys.last().is_some_and(|(last, _)| *last >= entry.key)
+            {
+                return Err(self.damaged(format!("key {:?} is out of order", entry.key)));
+            }
+            self.counts.keys += 1;
+            self.keys
+                .push((Bytes::copy_from_slice(&entry.key), Versions::new()));
+        }
+        let newest_revision = self.state.as_ref().map_or(0, State::revision);
+        for version in entry.versions {
+            let damaged = self.damaged(format!("versions of key {:?} are out of order", entry.key));
+            let Some((key, versions)) = self.keys.last_mut() else {
+                return Err(damaged);
+            };
+            let place = (version.mod_revision, version.sub);
+            let in_order = versions
+                .last()
+                .is_none_or(|last| (last.mod_revision(), last.sub()) < place);
+            if !in_order || version.mod_revision <= 0 || version.mod_revision > newest_revision {
+                return Err(damaged);
+            }
+            versions.push(Arc::new(if version.version == 0 {
+                Version::tombstone(key.clone(), version.mod_revision, version.sub)
+            } else {
+                Version::put(
+                    key.clone(),
+                    &version.value,
+                    VersionNumbers {
+                        mod_revision: version.mod_revision,
+                        sub: version.sub,
+                        create_revision: version.create_revision,
+                        version: version.version,
+                        lease: version.lease,
+                    },
+                )
+            }));
+            self.counts.versions += 1;
+        }
+        Ok(())
+    }
+
+    /// History is the index, read by revision.
+    fn history(&self, state: &State) -> Result<VecDeque<Arc<EventGroup>>, SnapshotError> {
+        let first = state.compact_revision.max(FIRST_REVISION + 1);
+        let count = usize::try_from(state.revision - first + 1).unwrap_or(0);
+        let mut changes: Vec<(i64, u32, StoredEvent)> = Vec::new();
+        for (_, versions) in &self.keys {
+            for version in versions {
+                let revision = version.mod_revision();
+                if revision < first {
+                    continue;
+                }
+                let prev = visible_at(versions, revision - 1)
+                    .filter(|_| revision > state.compact_revision)
+                    .cloned();
+                let event = StoredEvent::new(Arc::clone(version), prev);
+                changes.push((revision, version.sub(), event));
+            }
+        }
+        changes.sort_unstable_by_key(|(revision, sub, _)| (*revision, *sub));
+        let mut groups: Vec<EventGroup> = Vec::new();
+        for (revision, _, event) in changes {
+            match groups.last_mut() {
+                Some(group) if group.revision == revision => group.events.push(event),
+                _ => groups.push(EventGroup {
+                    revision,
+                    events: vec![event],
+                }),
+            }
+        }
+        // All lie between the first and the newest revision, so the right number means no hole.
+        if groups.len() != count {
+            return Err(self.damaged(format!("history has {} revisions of {count}", groups.len())));
+        }
+        Ok(groups.into_iter().map(Arc::new).collect())
+    }
+}

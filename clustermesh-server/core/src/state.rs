@@ -1,0 +1,325 @@
+//! The replicated state and its views for readers.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Weak},
+};
+
+use clustermesh_api::etcd::rpc::{RangeRequest, RangeResponse, TxnRequest, TxnResponse};
+
+use crate::{
+    check,
+    error::{Compacted, KvError},
+    hash::Fnv64,
+    keyspace::Keyspace,
+    lease::{LeaseTable, LeaseView},
+    peer::PeerCursor,
+    range::ReadView,
+    snapshot::Pin,
+    txn::Plan,
+    version::EventGroup,
+};
+
+/// Revision of an empty store: the first write gets 2, as in etcd.
+pub(crate) const FIRST_REVISION: i64 = 1;
+
+/// Compact revision before the first compaction, as in etcd: a compaction at 0 succeeds once.
+pub(crate) const NEVER_COMPACTED: i64 = -1;
+
+/// What every replica holds: keys with their history, leases, the group's identity and the cursors of peers.
+#[derive(Debug)]
+pub struct State {
+    pub(crate) cluster_id: u64,
+    pub(crate) revision: i64,
+    pub(crate) compact_revision: i64,
+    pub(crate) keyspace: Keyspace,
+    /// One group for each revision from the compact one (or the first) to the newest, without holes.
+    pub(crate) history: VecDeque<Arc<EventGroup>>,
+    pub(crate) leases: LeaseTable,
+    pub(crate) cursors: BTreeMap<String, PeerCursor>,
+    /// Running snapshots; compaction gives them what they still need.
+    pub(crate) pins: Vec<Weak<Pin>>,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl State {
+    /// An empty store: revision 1, no cluster id.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            cluster_id: 0,
+            revision: FIRST_REVISION,
+            compact_revision: NEVER_COMPACTED,
+            keyspace: Keyspace::default(),
+            history: VecDeque::new(),
+            leases: LeaseTable::default(),
+            cursors: BTreeMap::new(),
+            pins: Vec::new(),
+        }
+    }
+
+    /// Id of the group; 0 before its first entry.
+    #[must_use]
+    pub const fn cluster_id(&self) -> u64 {
+        self.cluster_id
+    }
+
+    /// Newest main revision.
+    #[must_use]
+    pub const fn revision(&self) -> i64 {
+        self.revision
+    }
+
+    /// Revision of the last compaction; 0 when there was none. Reads and watches may start there, not below.
+    #[must_use]
+    pub const fn compact_revision(&self) -> i64 {
+        if self.compact_revision < 0 {
+            0
+        } else {
+            self.compact_revision
+        }
+    }
+
+    /// Bytes of all stored versions, live and historic, with an overhead for each: the same on every replica.
+    #[must_use]
+    pub const fn approximate_bytes(&self) -> u64 {
+        self.keyspace.bytes()
+    }
+
+    pub(crate) const fn view(&self) -> ReadView<'_> {
+        ReadView {
+            keyspace: &self.keyspace,
+            revision: self.revision,
+            compact_revision: self.compact_revision,
+        }
+    }
+
+    /// Answers a range request; the header is left to the caller, its revision is [`State::revision`].
+    ///
+    /// # Errors
+    /// Those of [`check::check_range`], [`KvError::Compacted`], [`KvError::FutureRevision`].
+    pub fn range(&self, request: &RangeRequest) -> Result<RangeResponse, KvError> {
+        check::check_range(request)?;
+        self.view().range(request)
+    }
+
+    /// Answers a transaction for which [`crate::is_read_only`] holds; the outer header is left to the caller.
+    ///
+    /// # Errors
+    /// Those of [`check::check_txn`], [`KvError::Compacted`], [`KvError::FutureRevision`].
+    pub fn read_txn(&self, request: &TxnRequest) -> Result<TxnResponse, KvError> {
+        check::check_txn(request)?;
+        Plan::new(self.view(), &self.leases, request)?.read(self.view())
+    }
+
+    /// A lease with its keys (copied and sorted: costs by their number), or `None`.
+    #[must_use]
+    pub fn lease(&self, id: i64) -> Option<LeaseView> {
+        self.leases.view(id)
+    }
+
+    /// Granted TTL of a lease in seconds, or `None`.
+    #[must_use]
+    pub fn lease_ttl_s(&self, id: i64) -> Option<i64> {
+        self.leases.granted_ttl_s(id)
+    }
+
+    /// All leases as (id, granted TTL in seconds), by id.
+    pub fn leases(&self) -> impl Iterator<Item = (i64, i64)> + '_ {
+        self.leases.iter()
+    }
+
+    /// Cursors of all peers, by name.
+    pub fn peer_cursors(&self) -> impl Iterator<Item = &PeerCursor> + '_ {
+        self.cursors.values()
+    }
+
+    /// Cursor of one peer.
+    #[must_use]
+    pub fn peer_cursor(&self, cluster: &str) -> Option<&PeerCursor> {
+        self.cursors.get(cluster)
+    }
+
+    /// Groups of the revisions after `after_revision`, in order and without holes, up to `max_bytes` of encoded events but at least one if
+    /// there is any. Empty when `after_revision` is the newest.
+    ///
+    /// # Errors
+    /// [`Compacted`] when the next revision lies below the compact one.
+    pub fn history(
+        &self,
+        after_revision: i64,
+        max_bytes: usize,
+    ) -> Result<Vec<Arc<EventGroup>>, Compacted> {
+        let next = after_revision.saturating_add(1);
+        if next < self.compact_revision {
+            return Err(Compacted {
+                compact_revision: self.compact_revision(),
+            });
+        }
+        let Some(first) = self.history.front() else {
+            return Ok(Vec::new());
+        };
+        // Without holes the place follows from the revision.
+        let skip = usize::try_from(next - first.revision).unwrap_or(0);
+        let mut bytes = 0_usize;
+        let mut groups = Vec::new();
+        for group in self.history.iter().skip(skip) {
+            bytes = bytes.saturating_add(group.encoded_bytes());
+            if bytes > max_bytes && !groups.is_empty() {
+                break;
+            }
+            groups.push(Arc::clone(group));
+        }
+        Ok(groups)
+    }
+
+    /// Hash over everything that apply reads; equal on replicas that applied the same log.
+    #[must_use]
+    pub fn hash(&self) -> u64 {
+        let mut hash = Fnv64::new();
+        hash.u64(self.cluster_id);
+        hash.i64(self.revision);
+        hash.i64(self.compact_revision);
+        for (key, versions) in self.keyspace.index() {
+            hash.bytes(key);
+            hash.u64(versions.len() as u64);
+            for version in versions {
+                hash.bytes(&version.value());
+                for number in [
+                    version.mod_revision(),
+                    i64::from(version.sub()),
+                    version.create_revision(),
+                    version.version(),
+                    version.lease(),
+                ] {
+                    hash.i64(number);
+                }
+            }
+        }
+        for group in &self.history {
+            hash.i64(group.revision);
+            hash.u64(group.events.len() as u64);
+            for event in &group.events {
+                hash.bytes(event.encoded());
+                hash.i64(event.prev().map_or(0, |prev| prev.mod_revision()));
+            }
+        }
+        for (id, granted_ttl_s) in self.leases.iter() {
+            hash.i64(id);
+            hash.i64(granted_ttl_s);
+            for key in self
+                .leases
+                .view(id)
+                .map(|view| view.keys)
+                .unwrap_or_default()
+            {
+                hash.bytes(&key);
+            }
+        }
+        for cursor in self.cursors.values() {
+            hash.bytes(cursor.cluster.as_bytes());
+            hash.u64(cursor.store_id);
+            hash.i64(cursor.revision);
+            hash.u64(u64::from(cursor.synced));
+        }
+        hash.finish()
+    }
+
+    /// Checks the invariants that hold between any two entries; for tests, as it walks over everything.
+    ///
+    /// # Errors
+    /// A text that names the broken invariant.
+    pub fn check(&self) -> Result<(), String> {
+        self.check_index()?;
+        self.check_history()
+    }
+
+    fn check_index(&self) -> Result<(), String> {
+        let mut bytes = 0;
+        let mut attached = 0;
+        for (key, versions) in self.keyspace.index() {
+            let newest = versions
+                .last()
+                .ok_or_else(|| format!("{key:?} has no version"))?;
+            if newest.is_tombstone() && newest.mod_revision() < self.compact_revision {
+                return Err(format!("{key:?} keeps a compacted tombstone"));
+            }
+            let mut below_compact = 0;
+            for version in versions {
+                bytes += version.approximate_bytes();
+                if version.key() != key {
+                    return Err(format!("{key:?} holds a version of {:?}", version.key()));
+                }
+                if version.mod_revision() > self.revision {
+                    return Err(format!("{key:?} has a version of the future"));
+                }
+                below_compact += usize::from(version.mod_revision() < self.compact_revision);
+            }
+            if below_compact > 1 {
+                return Err(format!("{key:?} keeps {below_compact} compacted versions"));
+            }
+            if !versions.is_sorted_by_key(|version| (version.mod_revision(), version.sub())) {
+                return Err(format!("versions of {key:?} are out of order"));
+            }
+            if newest.lease() != 0 {
+                attached += 1;
+                if !self.leases.is_attached(newest.lease(), key) {
+                    return Err(format!("{key:?} is not attached to its lease"));
+                }
+            }
+        }
+        if bytes != self.keyspace.bytes() {
+            return Err(format!(
+                "counted {} bytes, there are {bytes}",
+                self.keyspace.bytes()
+            ));
+        }
+        if attached != self.leases.attached() {
+            return Err(format!(
+                "leases have {} keys, the index {attached}",
+                self.leases.attached()
+            ));
+        }
+        Ok(())
+    }
+
+    fn check_history(&self) -> Result<(), String> {
+        let mut expected = self.compact_revision.max(FIRST_REVISION + 1);
+        for group in &self.history {
+            if group.revision != expected {
+                return Err(format!(
+                    "history has revision {} at the place of {expected}",
+                    group.revision
+                ));
+            }
+            if group.events.is_empty() {
+                return Err(format!("revision {expected} has no event"));
+            }
+            for event in &group.events {
+                let stored = self.keyspace.index().get(event.key());
+                if !stored.is_some_and(|versions| versions.contains(event.kv())) {
+                    return Err(format!("event of {:?} is not in the index", event.key()));
+                }
+            }
+            expected += 1;
+        }
+        if expected != self.revision + 1 {
+            return Err(format!(
+                "history ends before {expected}, revision is {}",
+                self.revision
+            ));
+        }
+        Ok(())
+    }
+
+    /// Pins of snapshots that are still running; those that ended are dropped.
+    pub(crate) fn live_pins(&mut self) -> Vec<Arc<Pin>> {
+        self.pins.retain(|pin| pin.strong_count() > 0);
+        self.pins.iter().filter_map(Weak::upgrade).collect()
+    }
+}

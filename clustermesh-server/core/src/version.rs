@@ -1,0 +1,274 @@
+//! One version of a key and the events that watchers get, each encoded once.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use clustermesh_api::etcd::mvcc::{Event, KeyValue, event::EventType};
+use prost::Message;
+
+use crate::limits::VERSION_OVERHEAD_BYTES;
+
+/// What an event did to its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EventKind {
+    /// The key was created or changed.
+    Put,
+    /// The key was deleted.
+    Delete,
+}
+
+/// A key as one change left it: a value, or a tombstone.
+///
+/// The value is a slice of the encoded event: one allocation holds both, and it is a copy, so that no version keeps a whole log entry in memory.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Version {
+    key: Bytes,
+    encoded: Bytes,
+    value_start: usize,
+    value_len: usize,
+    mod_revision: i64,
+    create_revision: i64,
+    version: i64,
+    lease: i64,
+    sub: u32,
+}
+
+/// Numbers of a new version.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VersionNumbers {
+    pub(crate) mod_revision: i64,
+    pub(crate) sub: u32,
+    pub(crate) create_revision: i64,
+    pub(crate) version: i64,
+    pub(crate) lease: i64,
+}
+
+impl Version {
+    pub(crate) fn put(key: Bytes, value: &Bytes, numbers: VersionNumbers) -> Self {
+        let event = Event {
+            r#type: EventType::Put.into(),
+            kv: Some(KeyValue {
+                key: key.clone(),
+                create_revision: numbers.create_revision,
+                mod_revision: numbers.mod_revision,
+                version: numbers.version,
+                value: value.clone(),
+                lease: numbers.lease,
+            }),
+            prev_kv: None,
+        };
+        let encoded = Bytes::from(event.encode_to_vec());
+        // In tag order only the lease follows the value.
+        let lease_len = if numbers.lease == 0 {
+            0
+        } else {
+            prost::encoding::int64::encoded_len(6, &numbers.lease)
+        };
+        Self {
+            key,
+            value_start: encoded.len() - lease_len - value.len(),
+            value_len: value.len(),
+            encoded,
+            mod_revision: numbers.mod_revision,
+            create_revision: numbers.create_revision,
+            version: numbers.version,
+            lease: numbers.lease,
+            sub: numbers.sub,
+        }
+    }
+
+    pub(crate) fn tombstone(key: Bytes, mod_revision: i64, sub: u32) -> Self {
+        let event = Event {
+            r#type: EventType::Delete.into(),
+            kv: Some(KeyValue {
+                key: key.clone(),
+                mod_revision,
+                ..KeyValue::default()
+            }),
+            prev_kv: None,
+        };
+        Self {
+            key,
+            encoded: Bytes::from(event.encode_to_vec()),
+            value_start: 0,
+            value_len: 0,
+            mod_revision,
+            create_revision: 0,
+            version: 0,
+            lease: 0,
+            sub,
+        }
+    }
+
+    /// Whether this is a deletion.
+    #[must_use]
+    pub const fn is_tombstone(&self) -> bool {
+        self.version == 0
+    }
+
+    /// The key.
+    #[must_use]
+    pub const fn key(&self) -> &Bytes {
+        &self.key
+    }
+
+    /// The value, shared; empty for a tombstone.
+    #[must_use]
+    pub fn value(&self) -> Bytes {
+        if self.value_len == 0 {
+            return Bytes::new();
+        }
+        self.encoded
+            .slice(self.value_start..self.value_start + self.value_len)
+    }
+
+    /// The value's bytes; empty for a tombstone.
+    #[must_use]
+    pub fn value_bytes(&self) -> &[u8] {
+        self.encoded
+            .get(self.value_start..self.value_start + self.value_len)
+            .unwrap_or_default()
+    }
+
+    /// Revision of the change.
+    #[must_use]
+    pub const fn mod_revision(&self) -> i64 {
+        self.mod_revision
+    }
+
+    /// Revision at which the key was created; 0 for a tombstone.
+    #[must_use]
+    pub const fn create_revision(&self) -> i64 {
+        self.create_revision
+    }
+
+    /// Number of changes since the creation, from 1; 0 for a tombstone.
+    #[must_use]
+    pub const fn version(&self) -> i64 {
+        self.version
+    }
+
+    /// Id of the attached lease; 0 for none.
+    #[must_use]
+    pub const fn lease(&self) -> i64 {
+        self.lease
+    }
+
+    /// Place among the changes of the same revision, from 0.
+    #[must_use]
+    pub const fn sub(&self) -> u32 {
+        self.sub
+    }
+
+    /// The protobuf form; values are shared. A tombstone has key and `mod_revision` only, as in etcd's events.
+    #[must_use]
+    pub fn to_key_value(&self) -> KeyValue {
+        KeyValue {
+            key: self.key.clone(),
+            create_revision: self.create_revision,
+            mod_revision: self.mod_revision,
+            version: self.version,
+            value: self.value(),
+            lease: self.lease,
+        }
+    }
+
+    /// What this version counts in the size of the state.
+    pub(crate) const fn approximate_bytes(&self) -> u64 {
+        self.key.len() as u64 + self.value_len as u64 + VERSION_OVERHEAD_BYTES
+    }
+}
+
+/// One change as watchers see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredEvent {
+    kv: Arc<Version>,
+    prev: Option<Arc<Version>>,
+}
+
+impl StoredEvent {
+    pub(crate) const fn new(kv: Arc<Version>, prev: Option<Arc<Version>>) -> Self {
+        Self { kv, prev }
+    }
+
+    /// Put or delete.
+    #[must_use]
+    pub fn kind(&self) -> EventKind {
+        if self.kv.is_tombstone() {
+            EventKind::Delete
+        } else {
+            EventKind::Put
+        }
+    }
+
+    /// The changed key.
+    #[must_use]
+    pub fn key(&self) -> &Bytes {
+        self.kv.key()
+    }
+
+    /// The key after the change.
+    #[must_use]
+    pub const fn kv(&self) -> &Arc<Version> {
+        &self.kv
+    }
+
+    /// The key before the event's revision; `None` where it did not exist or that revision is compacted.
+    #[must_use]
+    pub const fn prev(&self) -> Option<&Arc<Version>> {
+        self.prev.as_ref()
+    }
+
+    /// `mvccpb.Event` without `prev_kv` in protobuf: made once at apply, shared by all watchers.
+    #[must_use]
+    pub fn encoded(&self) -> &Bytes {
+        &self.kv.encoded
+    }
+
+    /// The protobuf message; values are shared.
+    #[must_use]
+    pub fn to_event(&self, with_prev: bool) -> Event {
+        let kind = match self.kind() {
+            EventKind::Put => EventType::Put,
+            EventKind::Delete => EventType::Delete,
+        };
+        Event {
+            r#type: kind.into(),
+            kv: Some(self.kv.to_key_value()),
+            prev_kv: self
+                .prev
+                .as_ref()
+                .filter(|_| with_prev)
+                .map(|prev| prev.to_key_value()),
+        }
+    }
+}
+
+/// All changes of one main revision, in order.
+#[derive(Debug, PartialEq, Eq)]
+pub struct EventGroup {
+    /// The main revision.
+    pub revision: i64,
+    /// At least one.
+    pub events: Vec<StoredEvent>,
+}
+
+impl EventGroup {
+    /// Sum of the encoded events, bytes.
+    #[must_use]
+    pub fn encoded_bytes(&self) -> usize {
+        self.events.iter().map(|event| event.encoded().len()).sum()
+    }
+
+    /// The same without previous values, for the group at the compact revision (etcd cannot read those either).
+    pub(crate) fn without_prev(&self) -> Self {
+        Self {
+            revision: self.revision,
+            events: self
+                .events
+                .iter()
+                .map(|event| StoredEvent::new(Arc::clone(&event.kv), None))
+                .collect(),
+        }
+    }
+}
