@@ -5,6 +5,12 @@ use crate::Address;
 /// UDP port of the tunnel (VXLAN as Cilium and Linux use it, not the IANA port).
 pub const TUNNEL_PORT: u16 = 8472;
 
+/// Source MAC address inside the tunnel (and of what is handed to the host). A VXLAN device at
+/// the other end drops frames whose two addresses are equal.
+pub const TUNNEL_MAC_SOURCE: [u8; 6] = [0x02, 0x63, 0x6d, 0, 0, 1];
+/// Destination MAC address inside the tunnel: a VXLAN device at the other end must have it as its own.
+pub const TUNNEL_MAC_DESTINATION: [u8; 6] = [0x02, 0x63, 0x6d, 0, 0, 2];
+
 /// [`NodeConfig::flags`]: write a flow record for every packet.
 pub const CONFIG_FLOWS: u32 = 1 << 0;
 

@@ -38,11 +38,13 @@ pub enum DropReason {
     UnknownPod = 15,
     /// A direct-routed packet whose source is not known to live on another node of the mesh.
     DirectForgedSource = 16,
+    /// Larger than the path to the node takes, and the host's route did not say so.
+    TooBig = 17,
 }
 
 impl DropReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Malformed,
         Self::VlanTagged,
         Self::UnknownEthertype,
@@ -60,6 +62,7 @@ impl DropReason {
         Self::NotConfigured,
         Self::UnknownPod,
         Self::DirectForgedSource,
+        Self::TooBig,
     ];
 
     /// Label of the metric.
@@ -83,6 +86,7 @@ impl DropReason {
             Self::NotConfigured => "not-configured",
             Self::UnknownPod => "unknown-pod",
             Self::DirectForgedSource => "direct-forged-source",
+            Self::TooBig => "too-big",
         }
     }
 }

@@ -10,7 +10,17 @@
     reason = "helpers, maps and packets are reached through raw pointers"
 )]
 
+mod answer;
+mod deliver;
+mod encap;
+mod frame;
+mod from_host;
+mod from_network;
+mod from_pod;
 mod maps;
+mod parse;
+mod route;
+mod verdict;
 
 /// Read by the kernel when a program is loaded.
 #[unsafe(no_mangle)]

@@ -1,0 +1,206 @@
+//! The last step of a packet: into a pod, to the host's stack, or to another node.
+
+use aya_ebpf::bindings::{
+    BPF_F_INGRESS, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, bpf_fib_lookup,
+    bpf_redir_neigh,
+};
+use aya_ebpf::helpers::generated::{
+    bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type,
+};
+use clustermesh_ebpf_abi::{
+    DropReason, EndpointValue, NODE_DIRECT, NODE_PRESENT, NodeConfig, NodeValue, TUNNEL_MAC_SOURCE, TrafficPath,
+};
+
+use crate::encap::encapsulate;
+use crate::frame::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame};
+use crate::maps::NODES;
+use crate::parse::{Family, Packet, Words};
+use crate::verdict::Action;
+
+const AF_INET: u32 = 2;
+const AF_INET6: u32 = 10;
+/// `PACKET_HOST`.
+const PACKET_HOST: u32 = 0;
+
+const fn ethertype(family: Family) -> u16 {
+    match family {
+        Family::V4 => ETHERTYPE_IPV4,
+        Family::V6 => ETHERTYPE_IPV6,
+    }
+}
+
+/// Writes the Ethernet header: twelve bytes of addresses as words, and the type.
+#[inline(always)]
+fn write_ethernet(frame: Frame, addresses: [u32; 3], family: Family) -> Result<(), DropReason> {
+    let header = frame.at::<[u32; 3]>(0).ok_or(DropReason::Malformed)?;
+    let kind = frame.at::<u16>(12).ok_or(DropReason::Malformed)?;
+    // SAFETY: `at` has checked the bounds.
+    unsafe {
+        *header = addresses;
+        *kind = ethertype(family);
+    }
+    Ok(())
+}
+
+/// Into a pod's namespace, past the host's stack.
+///
+/// # Errors
+/// `Malformed`.
+#[inline(always)]
+pub fn to_endpoint(
+    frame: Frame,
+    endpoint: &EndpointValue,
+    family: Family,
+    path: TrafficPath,
+) -> Result<Action, DropReason> {
+    // SAFETY: the pod's address (destination) and the host end's (source) lie next to each other, from offset 8 on.
+    let addresses = unsafe { *(&raw const endpoint.pod_mac).cast::<[u32; 3]>() };
+    write_ethernet(frame, addresses, family)?;
+    for_this_host(frame);
+    // SAFETY: takes two numbers.
+    let verdict = unsafe { bpf_redirect_peer(endpoint.ifindex, 0) };
+    Ok(Action::Forward(path, verdict as i32))
+}
+
+/// A frame that was sent to somebody else's MAC address would be dropped by the IP layer.
+#[inline(always)]
+fn for_this_host(frame: Frame) {
+    if frame.packet_type() != PACKET_HOST {
+        // SAFETY: the context is valid. It can only fail for types that no frame from the network has.
+        unsafe { bpf_skb_change_type(frame.skb, PACKET_HOST) };
+    }
+}
+
+/// To the host's stack, as if it had arrived on the host's side of its veth pair: there the
+/// routes to pods point, so that reverse-path checks pass.
+///
+/// # Errors
+/// `Malformed`.
+#[inline(always)]
+pub fn to_host(frame: Frame, config: &NodeConfig, family: Family) -> Result<Action, DropReason> {
+    Ok(Action::Forward(TrafficPath::ToHost, redirect_to_host(frame, config, family)?))
+}
+
+/// As [`to_host`], without counting it as traffic.
+///
+/// # Errors
+/// `Malformed`.
+#[inline(always)]
+pub fn redirect_to_host(frame: Frame, config: &NodeConfig, family: Family) -> Result<i32, DropReason> {
+    let [h0, h1, h2, h3, h4, h5] = config.host_mac;
+    let [s0, s1, s2, s3, s4, s5] = TUNNEL_MAC_SOURCE;
+    let addresses = [
+        u32::from_ne_bytes([h0, h1, h2, h3]),
+        u32::from_ne_bytes([h4, h5, s0, s1]),
+        u32::from_ne_bytes([s2, s3, s4, s5]),
+    ];
+    write_ethernet(frame, addresses, family)?;
+    // SAFETY: takes two numbers.
+    Ok(unsafe { bpf_redirect(config.host_ifindex, u64::from(BPF_F_INGRESS)) } as i32)
+}
+
+/// Where a packet for another node may go.
+pub enum ToNode {
+    /// It was sent.
+    Sent(Action),
+    /// It is larger than the path takes.
+    TooBig,
+}
+
+/// Towards the node at `node_index`, through the tunnel or routed directly.
+///
+/// # Errors
+/// `NodeWithdrawn`, `NoUnderlayFamily`, `NoRoute`, `EncapsulationFailed`.
+#[inline(always)]
+pub fn to_node(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+    node_index: u32,
+    identity: u32,
+) -> Result<ToNode, DropReason> {
+    let node = NODES.get(node_index).ok_or(DropReason::NodeWithdrawn)?;
+    if node.flags & NODE_PRESENT == 0 {
+        return Err(DropReason::NodeWithdrawn);
+    }
+    if exceeds(frame, packet, u32::from(node.path_mtu_bytes)) {
+        return Ok(ToNode::TooBig);
+    }
+    send(frame, config, packet, node, identity).map(ToNode::Sent)
+}
+
+/// Sends to a node that is known to be there.
+///
+/// # Errors
+/// `NoUnderlayFamily`, `NoRoute`, `EncapsulationFailed`.
+#[inline(always)]
+pub fn send(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+    node: &NodeValue,
+    identity: u32,
+) -> Result<Action, DropReason> {
+    let endpoint = Words::from_value(&node.endpoint);
+    if node.egress_ifindex == 0 {
+        return Err(DropReason::NoRoute);
+    }
+    if node.flags & NODE_DIRECT != 0 {
+        return direct(frame, node, &endpoint);
+    }
+    let own = if endpoint.is_mapped() { &config.underlay_v4 } else { &config.underlay_v6 };
+    if endpoint.is_zero() || Words::from_value(own).is_zero() {
+        return Err(DropReason::NoUnderlayFamily);
+    }
+    encapsulate(frame, config, packet, &endpoint, identity)?;
+    // SAFETY: without parameters the kernel routes by the outer header.
+    let verdict = unsafe { bpf_redirect_neigh(node.egress_ifindex, core::ptr::null_mut(), 0, 0) };
+    Ok(Action::Forward(TrafficPath::TunnelOut, verdict as i32))
+}
+
+#[inline(always)]
+fn exceeds(frame: Frame, packet: &Packet, mtu_bytes: u32) -> bool {
+    if mtu_bytes == 0 || packet.length_bytes <= mtu_bytes {
+        return false;
+    }
+    let segment = frame.segment_bytes();
+    let headers = packet.transport_offset.wrapping_sub(crate::frame::ETHERNET_BYTES as u32);
+    segment == 0 || segment + headers + 20 > mtu_bytes
+}
+
+/// Routes the packet as it is: next hop by the node's address, because the host's own route for pods leads back here.
+#[inline(always)]
+fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<Action, DropReason> {
+    // SAFETY: plain integers, for which zeros are valid.
+    let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+    query.ifindex = node.egress_ifindex;
+    if endpoint.is_mapped() {
+        query.family = AF_INET as u8;
+        query.__bindgen_anon_4.ipv4_dst = endpoint.0[3];
+    } else {
+        query.family = AF_INET6 as u8;
+        query.__bindgen_anon_4.ipv6_dst = endpoint.0;
+    }
+    let flags = BPF_FIB_LOOKUP_OUTPUT | BPF_FIB_LOOKUP_SKIP_NEIGH;
+    let size = size_of::<bpf_fib_lookup>() as i32;
+    // SAFETY: the query is as large as is said.
+    let status = unsafe { fib_lookup(frame.skb.cast(), &raw mut query, size, flags) };
+    if status != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
+        return Err(DropReason::NoRoute);
+    }
+    // SAFETY: as above.
+    let mut next_hop: bpf_redir_neigh = unsafe { core::mem::zeroed() };
+    next_hop.nh_family = u32::from(query.family);
+    // SAFETY: the kernel has written the address of that family; the other bytes are zeros or ours.
+    unsafe {
+        if next_hop.nh_family == AF_INET {
+            next_hop.__bindgen_anon_1.ipv4_nh = query.__bindgen_anon_4.ipv4_dst;
+        } else {
+            next_hop.__bindgen_anon_1.ipv6_nh = query.__bindgen_anon_4.ipv6_dst;
+        }
+    }
+    // SAFETY: the parameters are as large as is said.
+    let verdict =
+        unsafe { bpf_redirect_neigh(query.ifindex, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) };
+    Ok(Action::Forward(TrafficPath::DirectOut, verdict as i32))
+}

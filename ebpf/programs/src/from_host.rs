@@ -1,0 +1,51 @@
+//! Hook: ingress of `cm_net`, that is, what the host routes into `cm_host` for pods.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use clustermesh_ebpf_abi::{DropReason, ENDPOINT_HOST, HOOK_FROM_HOST, IDENTITY_REMOTE_NODE};
+
+use crate::answer;
+use crate::deliver::{redirect_to_host, to_host};
+use crate::frame::Frame;
+use crate::from_pod::{Inside, on_own_device};
+use crate::parse;
+use crate::route::{Next, endpoint, forward};
+use crate::verdict::{Action, Seen, conclude, config};
+
+/// Entry point.
+#[classifier]
+pub fn from_host(context: TcContext) -> i32 {
+    let frame = Frame { skb: context.skb.skb };
+    let mut seen = Seen::EMPTY;
+    let outcome = handle(frame, &mut seen);
+    conclude(HOOK_FROM_HOST, &seen, outcome)
+}
+
+#[inline(always)]
+fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
+    let config = config()?;
+    let packet = match on_own_device(frame)? {
+        Inside::Ip(packet) => packet,
+        Inside::Arp => return Ok(Action::Pass),
+    };
+    if parse::is_link_scoped(&packet) {
+        return Ok(Action::Ignore);
+    }
+    seen.note(config, frame, &packet);
+    // A pod's packet comes this way when the kernel had to cut it to size: it keeps the pod's identity.
+    seen.identity = match endpoint(&packet.source) {
+        Some(endpoint) if endpoint.flags & ENDPOINT_HOST == 0 => endpoint.identity,
+        Some(_) | None => IDENTITY_REMOTE_NODE,
+    };
+    match forward(frame, config, &packet, seen.identity)? {
+        Next::Done(action) => Ok(action),
+        Next::Host => to_host(frame, config, packet.family),
+        // Back to the stack would be round and round.
+        Next::Elsewhere => Err(DropReason::NoRoute),
+        Next::TooBig => Err(DropReason::TooBig),
+        Next::UnknownPod => {
+            let reply = answer::make(frame, config, &packet)?;
+            Ok(Action::Answer(DropReason::UnknownPod, redirect_to_host(frame, config, reply.family)?))
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! Hook: ingress of underlay devices. Tunnel packets are checked before anything is believed of them.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use clustermesh_ebpf_abi::{
+    DropReason, ENDPOINT_HOST, HOOK_FROM_NETWORK, IDENTITY_HOST, IdentitySplit, NODE_DIRECT, NODE_INDEX_LOCAL,
+    NodeConfig, NodeValue, RESERVED_IDENTITY_MAX, TrafficPath,
+};
+
+use crate::answer;
+use crate::deliver::{send, to_endpoint, to_host};
+use crate::encap::{TUNNEL_BYTES, UDP_BYTES, VXLAN_FLAGS, decapsulate};
+use crate::frame::{ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES, IPV6_BYTES};
+use crate::maps::{NODE_ADDRESSES, NODES};
+use crate::parse::{self, Family, PROTOCOL_UDP, Packet, Words};
+use crate::route::{endpoint, in_pod_cidr, ipcache};
+use crate::verdict::{Action, Seen, conclude, config};
+
+/// Longest IP header of the outside without options, UDP and all inside up to the inner IP header.
+const TUNNEL_FRAME_BYTES: usize = ETHERNET_BYTES + IPV6_BYTES + TUNNEL_BYTES + IPV6_BYTES;
+
+/// Entry point.
+#[classifier]
+pub fn from_network(context: TcContext) -> i32 {
+    let frame = Frame { skb: context.skb.skb };
+    let mut seen = Seen::EMPTY;
+    let outcome = handle(frame, &mut seen);
+    conclude(HOOK_FROM_NETWORK, &seen, outcome)
+}
+
+/// What the outer headers say.
+struct Outer {
+    family: Family,
+    source: Words,
+}
+
+/// What a frame from the underlay is.
+enum Kind {
+    /// For our end of the tunnel.
+    Tunnel(Outer),
+    /// For a pod address of ours, not in a tunnel.
+    Direct(Packet),
+    /// The host's own business.
+    Other,
+}
+
+#[inline(always)]
+fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
+    // A tagged frame belongs to a VLAN device, where a program of its own looks at it.
+    if frame.has_vlan_tag() {
+        return Ok(Action::Pass);
+    }
+    let Ok(config) = config() else {
+        // The host must be reachable before its agent has started.
+        return Ok(Action::Pass);
+    };
+    match kind(frame, config)? {
+        Kind::Tunnel(outer) => tunnel(frame, config, &outer, seen),
+        Kind::Direct(packet) => direct(frame, config, &packet, seen),
+        Kind::Other => Ok(Action::Pass),
+    }
+}
+
+#[inline(always)]
+fn kind(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
+    frame.make_linear(ETHERNET_BYTES + IPV6_BYTES + UDP_BYTES);
+    let Some(ethertype) = frame.at::<u16>(12) else { return Ok(Kind::Other) };
+    // SAFETY: `at` has checked the bounds.
+    match unsafe { *ethertype } {
+        ETHERTYPE_IPV4 => kind_v4(frame, config),
+        ETHERTYPE_IPV6 => kind_v6(frame, config),
+        _ => Ok(Kind::Other),
+    }
+}
+
+#[inline(always)]
+fn kind_v4(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
+    let Some(header) = frame.at::<[u32; 5]>(ETHERNET_BYTES) else { return Ok(Kind::Other) };
+    // SAFETY: `at` has checked the bounds.
+    let [first, fragment, protocol, source, destination] = unsafe { *header };
+    if destination == Words::from_value(&config.underlay_v4).0[3] && destination != 0 {
+        if (protocol >> 8) as u8 != PROTOCOL_UDP {
+            return Ok(Kind::Other);
+        }
+        let header_bytes = (first & 0xf) as usize * 4;
+        let options = header_bytes != IPV4_BYTES;
+        let parts = parse::ipv4_is_fragment(fragment);
+        if !options && !parts {
+            let length = u32::from(((first >> 16) as u16).swap_bytes());
+            return udp(frame, config, ETHERNET_BYTES + IPV4_BYTES, length.wrapping_sub(IPV4_BYTES as u32)).map(
+                |ours| {
+                    if ours { Kind::Tunnel(Outer { family: Family::V4, source: Words::mapped(source) }) } else { Kind::Other }
+                },
+            );
+        }
+        return odd_v4(frame, config, fragment, header_bytes);
+    }
+    if in_pod_cidr(config, Family::V4, &Words::mapped(destination)) {
+        return parse::ipv4(frame, ETHERNET_BYTES).map(Kind::Direct);
+    }
+    Ok(Kind::Other)
+}
+
+/// A UDP packet to us with IP options or in fragments: never a tunnel packet of a node.
+/// Later fragments have no port; without the first one they lead nowhere.
+#[inline(always)]
+fn odd_v4(frame: Frame, config: &NodeConfig, fragment: u32, header_bytes: usize) -> Result<Kind, DropReason> {
+    if (fragment >> 16) as u16 & 0x1fff_u16.to_be() != 0 {
+        return Ok(Kind::Other);
+    }
+    let mut ports = [0_u8; 4];
+    if frame.load((ETHERNET_BYTES + header_bytes) as u32, &mut ports).is_err() {
+        return Ok(Kind::Other);
+    }
+    if [ports[2], ports[3]] == config.tunnel_port_be { Err(DropReason::TunnelMalformed) } else { Ok(Kind::Other) }
+}
+
+#[inline(always)]
+fn kind_v6(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
+    let Some(header) = frame.at::<[u32; 10]>(ETHERNET_BYTES) else { return Ok(Kind::Other) };
+    // SAFETY: `at` has checked the bounds.
+    let words = unsafe { *header };
+    let source = Words([words[2], words[3], words[4], words[5]]);
+    let destination = Words([words[6], words[7], words[8], words[9]]);
+    if destination.equals(&Words::from_value(&config.underlay_v6)) && !destination.is_zero() {
+        let protocol = (words[1] >> 16) as u8;
+        if protocol == PROTOCOL_UDP {
+            let length = u32::from((words[1] as u16).swap_bytes());
+            let ours = udp(frame, config, ETHERNET_BYTES + IPV6_BYTES, length)?;
+            return Ok(if ours { Kind::Tunnel(Outer { family: Family::V6, source }) } else { Kind::Other });
+        }
+        return odd_v6(frame, config, protocol);
+    }
+    if in_pod_cidr(config, Family::V6, &destination) {
+        return parse::ipv6(frame, ETHERNET_BYTES).map(Kind::Direct);
+    }
+    Ok(Kind::Other)
+}
+
+/// As [`odd_v4`], for a packet that begins with a fragment header. Behind other extension
+/// headers nothing of ours is looked for: the host has no socket on that port.
+#[inline(always)]
+fn odd_v6(frame: Frame, config: &NodeConfig, protocol: u8) -> Result<Kind, DropReason> {
+    const FRAGMENT: u8 = 44;
+    let mut head = [0_u8; 12];
+    if protocol != FRAGMENT || frame.load((ETHERNET_BYTES + IPV6_BYTES) as u32, &mut head).is_err() {
+        return Ok(Kind::Other);
+    }
+    let first = u16::from_be_bytes([head[2], head[3]]) & 0xfff8 == 0;
+    if head[0] == PROTOCOL_UDP && first && [head[10], head[11]] == config.tunnel_port_be {
+        return Err(DropReason::TunnelMalformed);
+    }
+    Ok(Kind::Other)
+}
+
+/// True if the UDP header at `offset` is for the tunnel; `available` are the bytes that the IP header promises.
+#[inline(always)]
+fn udp(frame: Frame, config: &NodeConfig, offset: usize, available: u32) -> Result<bool, DropReason> {
+    let Some(header) = frame.at::<[u16; 4]>(offset) else { return Ok(false) };
+    // SAFETY: `at` has checked the bounds.
+    let [_, port, length, _] = unsafe { *header };
+    if port != u16::from_ne_bytes(config.tunnel_port_be) {
+        return Ok(false);
+    }
+    // The lengths of an offloaded packet over 64 KiB are not to be had.
+    if frame.segment_bytes() == 0 {
+        let length = u32::from(length.swap_bytes());
+        let held = frame.len().wrapping_sub(offset as u32);
+        if length > available || length < (TUNNEL_BYTES + IPV4_BYTES) as u32 || available > held {
+            return Err(DropReason::TunnelMalformed);
+        }
+    }
+    Ok(true)
+}
+
+#[inline(always)]
+fn tunnel(frame: Frame, config: &NodeConfig, outer: &Outer, seen: &mut Seen) -> Result<Action, DropReason> {
+    frame.make_linear(TUNNEL_FRAME_BYTES);
+    match outer.family {
+        Family::V4 => inside(frame, config, outer, seen, ETHERNET_BYTES + IPV4_BYTES),
+        Family::V6 => inside(frame, config, outer, seen, ETHERNET_BYTES + IPV6_BYTES),
+    }
+}
+
+/// Checks, then delivers what is inside. `udp_offset` is a constant at every call.
+#[inline(always)]
+fn inside(
+    frame: Frame,
+    config: &NodeConfig,
+    outer: &Outer,
+    seen: &mut Seen,
+    udp_offset: usize,
+) -> Result<Action, DropReason> {
+    let node_index = NODE_ADDRESSES
+        .get_ptr(outer.source.as_key())
+        // SAFETY: one number, read at once.
+        .map(|value| unsafe { (*value).node_index })
+        .ok_or(DropReason::TunnelFromUnknownNode)?;
+    let node = NODES.get(node_index).ok_or(DropReason::TunnelFromUnknownNode)?;
+    let header = frame.at::<[u32; 2]>(udp_offset + UDP_BYTES).ok_or(DropReason::TunnelMalformed)?;
+    // SAFETY: `at` has checked the bounds.
+    let [flags, vni] = unsafe { *header };
+    let vni = vni.swap_bytes();
+    if flags != VXLAN_FLAGS || vni & 0xff != 0 {
+        return Err(DropReason::TunnelMalformed);
+    }
+    seen.identity = vni >> 8;
+    let packet = match inner_packet(frame, udp_offset + TUNNEL_BYTES)? {
+        Some(packet) => packet,
+        None => return Ok(Action::Ignore),
+    };
+    seen.note(config, frame, &packet);
+    if !identity_allowed(config, node, vni >> 8) {
+        return Err(DropReason::TunnelForgedIdentity);
+    }
+    match ipcache(&packet.source) {
+        Some(value) if value.node_index == node_index && node_index != NODE_INDEX_LOCAL => {}
+        Some(_) | None => return Err(DropReason::TunnelForgedSource),
+    }
+    deliver(frame, config, outer.family, &packet, node)
+}
+
+/// The inner IP packet at `offset`; none if it is ARP, which flooding devices send and nobody here asks for.
+#[inline(always)]
+fn inner_packet(frame: Frame, offset: usize) -> Result<Option<Packet>, DropReason> {
+    let ethertype = frame.at::<u16>(offset - 2).ok_or(DropReason::TunnelMalformed)?;
+    // SAFETY: `at` has checked the bounds.
+    match unsafe { *ethertype } {
+        ETHERTYPE_IPV4 => parse::ipv4(frame, offset).map(Some),
+        ETHERTYPE_IPV6 => parse::ipv6(frame, offset).map(Some),
+        ETHERTYPE_ARP => Ok(None),
+        _ => Err(DropReason::UnknownEthertype),
+    }
+}
+
+/// True if a node may send with that identity: one of its cluster, or a reserved one that is not the host's.
+#[inline(always)]
+fn identity_allowed(config: &NodeConfig, node: &NodeValue, identity: u32) -> bool {
+    if identity <= RESERVED_IDENTITY_MAX {
+        return identity != IDENTITY_HOST && identity != 0;
+    }
+    let Some(split) = IdentitySplit::from_local_bits(config.identity_local_bits) else { return false };
+    node.cluster_id != 0 && split.cluster_of(identity) == u32::from(node.cluster_id)
+}
+
+#[inline(always)]
+fn deliver(
+    frame: Frame,
+    config: &NodeConfig,
+    outer: Family,
+    packet: &Packet,
+    node: &NodeValue,
+) -> Result<Action, DropReason> {
+    match endpoint(&packet.destination) {
+        Some(endpoint) => {
+            decapsulate(frame, outer, packet.family)?;
+            if endpoint.flags & ENDPOINT_HOST != 0 {
+                return to_host(frame, config, packet.family);
+            }
+            to_endpoint(frame, endpoint, packet.family, TrafficPath::TunnelIn)
+        }
+        None if in_pod_cidr(config, packet.family, &packet.destination) => {
+            decapsulate(frame, outer, packet.family)?;
+            let _ = (answer::make, send, node);
+            Err(DropReason::UnknownPod)
+        }
+        None if is_underlay(config, packet) => {
+            decapsulate(frame, outer, packet.family)?;
+            to_host(frame, config, packet.family)
+        }
+        None => Err(DropReason::TunnelNotHere),
+    }
+}
+
+#[inline(always)]
+fn is_underlay(config: &NodeConfig, packet: &Packet) -> bool {
+    let own = match packet.family {
+        Family::V4 => Words::from_value(&config.underlay_v4),
+        Family::V6 => Words::from_value(&config.underlay_v6),
+    };
+    !packet.destination.is_zero() && packet.destination.equals(&own)
+}
+
+/// A packet for a pod of ours outside the tunnel: only from a node with which direct routing is agreed.
+#[inline(always)]
+fn direct(frame: Frame, config: &NodeConfig, packet: &Packet, seen: &mut Seen) -> Result<Action, DropReason> {
+    seen.note(config, frame, packet);
+    let source = ipcache(&packet.source).ok_or(DropReason::DirectForgedSource)?;
+    seen.identity = source.identity;
+    if source.node_index == NODE_INDEX_LOCAL {
+        return Err(DropReason::DirectForgedSource);
+    }
+    let node = NODES.get(source.node_index).ok_or(DropReason::DirectForgedSource)?;
+    if node.flags & NODE_DIRECT == 0 {
+        return Err(DropReason::DirectForgedSource);
+    }
+    match endpoint(&packet.destination) {
+        Some(endpoint) if endpoint.flags & ENDPOINT_HOST != 0 => to_host(frame, config, packet.family),
+        Some(endpoint) => to_endpoint(frame, endpoint, packet.family, TrafficPath::DirectIn),
+        None => Err(DropReason::UnknownPod),
+    }
+}

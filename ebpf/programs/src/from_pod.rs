@@ -1,0 +1,96 @@
+//! Hook: ingress of the host end of a pod's veth pair, that is, what the pod sends.
+
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use clustermesh_ebpf_abi::{DropReason, HOOK_FROM_POD, InterfaceValue};
+
+use crate::answer;
+use crate::deliver::to_host;
+use crate::frame::{
+    ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, Frame,
+    IPV6_BYTES,
+};
+use crate::maps::INTERFACES;
+use crate::parse::{self, Family, Packet, Words};
+use crate::route::{Next, forward};
+use crate::verdict::{Action, Seen, conclude, config};
+
+/// Entry point.
+#[classifier]
+pub fn from_pod(context: TcContext) -> i32 {
+    let frame = Frame { skb: context.skb.skb };
+    let mut seen = Seen::EMPTY;
+    let outcome = handle(frame, &mut seen);
+    conclude(HOOK_FROM_POD, &seen, outcome)
+}
+
+#[inline(always)]
+fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
+    let config = config()?;
+    let packet = match on_own_device(frame)? {
+        Inside::Ip(packet) => packet,
+        // The host answers for its own addresses; pods have fixed neighbour entries and do not ask.
+        Inside::Arp => return Ok(Action::Pass),
+    };
+    if parse::is_link_scoped(&packet) {
+        return Ok(Action::Ignore);
+    }
+    seen.note(config, frame, &packet);
+    let interface = INTERFACES
+        .get_ptr(frame.ifindex())
+        // SAFETY: the entry may be replaced while it is read, which no packet can provoke.
+        .map(|value| unsafe { &*value })
+        .ok_or(DropReason::SourceNotOwn)?;
+    seen.identity = interface.identity;
+    if !may_send(interface, &packet) {
+        return Err(DropReason::SourceNotOwn);
+    }
+    match forward(frame, config, &packet, interface.identity)? {
+        Next::Done(action) => Ok(action),
+        // The kernel routes to the world, and tells the sender of a packet that is too big.
+        Next::Host | Next::Elsewhere | Next::TooBig => to_host(frame, config, packet.family),
+        Next::UnknownPod => {
+            let reply = answer::make(frame, config, &packet)?;
+            Ok(Action::Answer(DropReason::UnknownPod, answer::back_through(frame, reply)?))
+        }
+    }
+}
+
+/// What a frame on a device of ours carries.
+pub enum Inside {
+    /// An IP packet.
+    Ip(Packet),
+    /// ARP.
+    Arp,
+}
+
+/// Looks into a frame on a device of ours, where only plain Ethernet is expected.
+///
+/// # Errors
+/// `VlanTagged`, `UnknownEthertype`, `Malformed`, `ExtensionHeaders`.
+#[inline(always)]
+pub fn on_own_device(frame: Frame) -> Result<Inside, DropReason> {
+    if frame.has_vlan_tag() {
+        return Err(DropReason::VlanTagged);
+    }
+    frame.make_linear(ETHERNET_BYTES + IPV6_BYTES);
+    let ethertype = frame.at::<u16>(12).ok_or(DropReason::Malformed)?;
+    // SAFETY: `at` has checked the bounds.
+    match unsafe { *ethertype } {
+        ETHERTYPE_IPV4 => parse::ipv4(frame, ETHERNET_BYTES).map(Inside::Ip),
+        ETHERTYPE_IPV6 => parse::ipv6(frame, ETHERNET_BYTES).map(Inside::Ip),
+        ETHERTYPE_ARP => Ok(Inside::Arp),
+        ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => Err(DropReason::VlanTagged),
+        _ => Err(DropReason::UnknownEthertype),
+    }
+}
+
+/// True if the source is the pod's own address of that family.
+#[inline(always)]
+fn may_send(interface: &InterfaceValue, packet: &Packet) -> bool {
+    let own = match packet.family {
+        Family::V4 => Words::from_value(&interface.address_v4),
+        Family::V6 => Words::from_value(&interface.address_v6),
+    };
+    own.equals(&packet.source)
+}
