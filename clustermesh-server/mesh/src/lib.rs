@@ -1,1 +1,19 @@
 //! Pure mesh decisions: allocation, claims, service join, peer copies.
+//!
+//! Everything here reads a [`View`] of the store and hands out a [`Txn`] (or a list of changes) to be proposed;
+//! guards in the transaction say what must still be true when it is applied. Time comes in as a parameter.
+
+pub mod address;
+pub mod allocate;
+pub mod peering;
+pub mod settings;
+
+mod draft;
+mod keys;
+mod txn;
+mod view;
+
+pub use draft::Draft;
+pub use settings::{ClusterSettings, SettingsError};
+pub use txn::{Guard, Txn};
+pub use view::{Kv, MapView, View};
