@@ -1,7 +1,11 @@
 //! Services: virtual address → list of backends, and what a socket remembers of its choice.
 //!
 //! A frontend names a backend list by number. A changed list is written under a new
-//! number first; one write of the frontend then switches every new connection.
+//! number first; one write of the frontend then switches every new connection. A list
+//! never changes under its number, and is sorted by address, then port, both as bytes:
+//! an unconnected UDP socket finds its backend again in a new list by binary search.
+//! (In another order it may take another backend.) A backend may stand in a list more
+//! than once, for its weight.
 
 use crate::Address;
 
@@ -14,8 +18,8 @@ pub const BACKENDS_PER_LIST_MAX: u16 = 4_096;
 /// Virtual addresses that one unconnected UDP socket remembers; beyond, the oldest is forgotten.
 pub const UDP_CHOICES_PER_SOCKET_MAX: usize = 8;
 
-/// A virtual address and port (hash map).
-#[repr(C)]
+/// A virtual address and port (hash map). Aligned so that the programs can work on words.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendKey {
     /// Virtual address, mapped.
@@ -64,8 +68,8 @@ pub struct BackendValue {
     pub reserved: u32,
 }
 
-/// What a connected socket remembers (socket storage).
-#[repr(C)]
+/// What a connected socket remembers (socket storage). Aligned so that the programs can work on words.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketChoice {
     /// The address that the application named.
@@ -78,17 +82,28 @@ pub struct SocketChoice {
     pub backend_port_be: [u8; 2],
 }
 
+/// What an unconnected UDP socket remembers of one virtual address.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UdpChoice {
+    /// Unused entries have the virtual port 0.
+    pub choice: SocketChoice,
+    /// The newest list in which the backend was found.
+    pub list_id: u32,
+}
+
 /// What an unconnected UDP socket remembers (socket storage).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UdpSocketChoices {
-    /// Unused entries have port 0.
-    pub choices: [SocketChoice; UDP_CHOICES_PER_SOCKET_MAX],
-    /// The entry that is written next.
+    /// In no order.
+    pub choices: [UdpChoice; UDP_CHOICES_PER_SOCKET_MAX],
+    /// The entry that is written next, modulo their number.
     pub next: u32,
 }
 
+const _: () = assert!(UDP_CHOICES_PER_SOCKET_MAX.is_power_of_two());
 const _: () = assert!(size_of::<FrontendKey>() == 20 && size_of::<FrontendValue>() == 8);
 const _: () = assert!(size_of::<BackendKey>() == 8 && size_of::<BackendValue>() == 24);
-const _: () = assert!(size_of::<SocketChoice>() == 36);
-const _: () = assert!(size_of::<UdpSocketChoices>() == 36 * UDP_CHOICES_PER_SOCKET_MAX + 4);
+const _: () = assert!(size_of::<SocketChoice>() == 36 && size_of::<UdpChoice>() == 40);
+const _: () = assert!(size_of::<UdpSocketChoices>() == 40 * UDP_CHOICES_PER_SOCKET_MAX + 4);

@@ -20,6 +20,12 @@ mod from_pod;
 mod maps;
 mod parse;
 mod route;
+mod socket_address;
+mod socket_balance;
+mod socket_connect;
+mod socket_getpeername;
+mod socket_recvmsg;
+mod socket_sendmsg;
 mod verdict;
 
 /// Read by the kernel when a program is loaded.

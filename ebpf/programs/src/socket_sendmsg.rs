@@ -1,0 +1,82 @@
+//! `sendmsg()` on a UDP socket with an address: one backend for each socket and virtual address, as long as it is there.
+
+use aya_ebpf::macros::cgroup_sock_addr;
+use aya_ebpf::programs::SockAddrContext;
+use clustermesh_ebpf_abi::{FrontendKey, FrontendValue, UDP_CHOICES_PER_SOCKET_MAX, UdpChoice};
+
+use crate::maps::UDP_CHOICES;
+use crate::socket_address::{Family, SocketAddress, V4, V6};
+use crate::socket_balance::{
+    ALLOW, UDP, backend_of, choose, contains, frontend, frontend_key, refuse, remember, virtual_of,
+};
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn socket_sendmsg4(ctx: SockAddrContext) -> i32 {
+    sendmsg::<V4>(&ctx)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn socket_sendmsg6(ctx: SockAddrContext) -> i32 {
+    sendmsg::<V6>(&ctx)
+}
+
+#[inline(always)]
+fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
+    let named = F::read(ctx);
+    let key = frontend_key(&named, UDP);
+    let Some(frontend) = frontend(&key) else {
+        return ALLOW;
+    };
+    match kept_or_chosen(ctx, &named, &key, frontend) {
+        Some(backend) if F::write(ctx, &backend) => ALLOW,
+        _ => refuse(),
+    }
+}
+
+#[inline(always)]
+fn kept_or_chosen(
+    ctx: &SockAddrContext,
+    named: &SocketAddress,
+    key: &FrontendKey,
+    frontend: FrontendValue,
+) -> Option<SocketAddress> {
+    if frontend.backend_count == 0 {
+        return None;
+    }
+    // SAFETY: the socket of the context; new storage is zeros.
+    let storage = unsafe { UDP_CHOICES.get_or_insert_ptr_mut(ctx, None) };
+    if storage.is_null() {
+        // Out of memory: the datagram arrives, its answer comes from the backend's own address.
+        return choose(key, frontend).map(|(chosen, _)| chosen);
+    }
+    // SAFETY: checked. Threads that share the socket may write at the same time (the target has no atomic
+    // add): should two take the same entry for their first datagrams, one of them chooses anew with its next.
+    let storage = unsafe { &mut *storage };
+    let mut place = UDP_CHOICES_PER_SOCKET_MAX;
+    for i in 0..UDP_CHOICES_PER_SOCKET_MAX {
+        let entry = &mut storage.choices[i];
+        if virtual_of(&entry.choice) != *named {
+            continue;
+        }
+        let kept = backend_of(&entry.choice);
+        if entry.list_id == frontend.list_id {
+            return Some(kept);
+        }
+        if contains(&frontend, &kept) {
+            entry.list_id = frontend.list_id;
+            return Some(kept);
+        }
+        place = i;
+        break;
+    }
+    let (chosen, list_id) = choose(key, frontend)?;
+    if place >= UDP_CHOICES_PER_SOCKET_MAX {
+        place = storage.next as usize;
+        storage.next = storage.next.wrapping_add(1);
+    }
+    storage.choices[place % UDP_CHOICES_PER_SOCKET_MAX] = UdpChoice {
+        choice: remember(named, &chosen),
+        list_id,
+    };
+    Some(chosen)
+}
