@@ -49,11 +49,11 @@ impl Cluster {
         let server_netns = format!("{prefix}-s");
         let folder = lab.folder().join(name);
         std::fs::create_dir_all(&folder)?;
-        sh("ip", &["netns", "add", &router]).await?;
+        add_namespace(&router).await?;
         ip_batch(
             Some(&router),
             &format!(
-                "link set lo up\nlink add br0 type bridge\naddr add 172.30.{id}.1/24 dev br0\n\
+                "link set lo up\nlink add br0 type bridge mcast_snooping 0\naddr add 172.30.{id}.1/24 dev br0\n\
                  addr add fd30:{id}::1/64 dev br0 nodad\nlink set br0 up\n"
             ),
         )
@@ -307,10 +307,6 @@ key = "{pki}/remote-{name}-at-{peer_name}.key"
         self.id
     }
 
-    pub(super) fn prefix(&self) -> &str {
-        &self.prefix
-    }
-
     pub(super) fn folder(&self) -> &Path {
         &self.folder
     }
@@ -431,7 +427,7 @@ fn tempfile_in(folder: &Path, text: &str) -> Result<PathBuf> {
 
 /// Makes a namespace with `eth0` on the cluster's bridge.
 async fn add_machine(router: &str, netns: &str, port: &str, id: u8, host: u8) -> Result<()> {
-    sh("ip", &["netns", "add", netns]).await?;
+    add_namespace(netns).await?;
     ip_batch(
         Some(router),
         &format!(
@@ -445,6 +441,21 @@ async fn add_machine(router: &str, netns: &str, port: &str, id: u8, host: u8) ->
             "link set lo up\naddr add 172.30.{id}.{host}/24 dev eth0\naddr add fd30:{id}::{host}/64 dev eth0 nodad\n\
              link set eth0 up\nroute add default via 172.30.{id}.1\nroute add default via fd30:{id}::1\n"
         ),
+    )
+    .await
+}
+
+/// Makes a namespace whose IPv6 addresses serve at once, without duplicate address detection.
+async fn add_namespace(netns: &str) -> Result<()> {
+    sh("ip", &["netns", "add", netns]).await?;
+    sysctls(
+        netns,
+        &[
+            "net.ipv6.conf.all.accept_dad=0",
+            "net.ipv6.conf.default.accept_dad=0",
+            "net.ipv6.conf.default.dad_transmits=0",
+            "net.ipv6.conf.default.router_solicitations=0",
+        ],
     )
     .await
 }

@@ -7,6 +7,7 @@
 pub mod cluster;
 pub mod host;
 pub mod node;
+mod observe;
 pub mod pod;
 pub mod process;
 pub mod requirements;

@@ -1,7 +1,7 @@
 //! TAP devices: the system calls behind the lab's wide-area link.
 #![expect(
     unsafe_code,
-    reason = "TUNSETIFF and setns have no safe wrapper in the crates used"
+    reason = "TUNSETIFF has no safe wrapper, nor has registering a descriptor with the runtime"
 )]
 
 use std::fs::{File, OpenOptions};
@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use tokio::io::unix::AsyncFd;
 
 #[repr(C)]
 struct IfReq {
@@ -17,8 +18,6 @@ struct IfReq {
     flags: libc::c_short,
     padding: [u8; 22],
 }
-
-nix::ioctl_write_ptr_bad!(tun_set_iff, libc::TUNSETIFF, libc::c_int);
 
 /// Opens a TAP device of that name in the calling thread's network namespace, non-blocking.
 ///
@@ -41,9 +40,18 @@ pub fn open_tap(name: &str) -> Result<File> {
     anyhow::ensure!(name.len() < libc::IFNAMSIZ, "device name {name} is too long");
     request.name[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: the descriptor is a tun file and the pointer is to a whole ifreq that outlives the call.
-    unsafe { tun_set_iff(file.as_raw_fd(), (&raw const request).cast()) }
-        .with_context(|| format!("TUNSETIFF {name}"))?;
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw const request) };
+    nix::errno::Errno::result(result).with_context(|| format!("TUNSETIFF {name}"))?;
     Ok(file)
+}
+
+/// Makes a device's descriptor known to the runtime.
+///
+/// # Errors
+/// When it cannot be polled.
+pub fn poll_tap(file: File) -> Result<AsyncFd<File>> {
+    // SAFETY: the AsyncFd owns the file, so the descriptor stays open and its own while registered.
+    Ok(unsafe { AsyncFd::register(file) }?)
 }
 
 /// Runs `work` on a thread of its own inside the network namespace at `netns`.

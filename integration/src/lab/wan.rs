@@ -13,6 +13,8 @@ use anyhow::Result;
 use tokio::io::unix::AsyncFd;
 use tokio::time::Instant;
 
+use super::tap::poll_tap;
+
 /// Largest frame that crosses, bytes.
 const FRAME_BYTES_MAX: usize = 9_216;
 /// Frames under way in one direction; more are dropped as a full router queue would.
@@ -59,8 +61,8 @@ impl Wan {
     /// # Errors
     /// When the descriptors cannot be polled.
     pub fn join(&self, left: File, right: File) -> Result<[tokio::task::JoinHandle<()>; 2]> {
-        let left = Arc::new(AsyncFd::new(left)?);
-        let right = Arc::new(AsyncFd::new(right)?);
+        let left = Arc::new(poll_tap(left)?);
+        let right = Arc::new(poll_tap(right)?);
         Ok([
             tokio::spawn(pump(self.shared.clone(), left.clone(), right.clone())),
             tokio::spawn(pump(self.shared.clone(), right, left)),
