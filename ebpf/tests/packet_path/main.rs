@@ -1,0 +1,5 @@
+//! Tests of the programs on packets: one by one, and with real traffic between namespaces. They need root.
+
+mod packets;
+mod support;
+mod tunnel;

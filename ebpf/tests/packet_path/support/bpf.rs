@@ -1,0 +1,237 @@
+//! The programs as the kernel has them: loaded, fed with maps, run on single packets.
+#![expect(unsafe_code, reason = "bpf(2) takes raw pointers")]
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+
+use aya::Ebpf;
+use aya::maps::Map;
+use aya::programs::SchedClassifier;
+use clustermesh_ebpf_abi::{
+    Address, DropReason, EndpointValue, IPCACHE_PREFIX_BASE_BITS, InterfaceValue, IpcacheKey, IpcacheValue,
+    NodeAddressValue, NodeConfig, NodeValue, TrafficPath, TrafficValue, v4_mapped,
+};
+
+const OBJECT: &[u8] = include_bytes!(env!("CLUSTERMESH_BPF_OBJECT"));
+/// Programs on packets.
+pub const PROGRAMS: [&str; 3] = ["from_pod", "from_host", "from_network"];
+
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
+/// Room for what a program makes of a packet.
+const PACKET_BYTES_MAX: usize = 4096;
+
+/// Bytes of a value of the ABI.
+pub fn bytes_of<T: Copy>(value: &T) -> &[u8] {
+    // SAFETY: the ABI's types have no implicit padding; the slice lives as long as the value.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+fn value_of<T: Copy>(bytes: &[u8]) -> T {
+    assert!(bytes.len() >= size_of::<T>());
+    // SAFETY: enough bytes, and the ABI's types are plain integers.
+    unsafe { bytes.as_ptr().cast::<T>().read_unaligned() }
+}
+
+/// An address as the maps have it.
+pub fn mapped(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => v4_mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// A literal as the maps have it.
+pub fn addr(text: &str) -> Address {
+    mapped(text.parse().expect("an address"))
+}
+
+/// Fails loudly without the rights that every test here needs.
+pub fn require_root() {
+    // SAFETY: takes nothing.
+    assert!(unsafe { libc::geteuid() } == 0, "these tests load kernel programs: run them as root");
+}
+
+/// What a program made of one packet.
+pub struct Outcome {
+    /// `TC_ACT_*`.
+    pub verdict: i32,
+    /// The packet afterwards.
+    pub packet: Vec<u8>,
+}
+
+/// One load of all packet programs with maps of their own.
+pub struct Datapath {
+    /// The object.
+    pub ebpf: Ebpf,
+}
+
+impl Datapath {
+    /// Loads the object and the packet programs.
+    pub fn load() -> Self {
+        require_root();
+        let mut aligned = vec![0_u64; OBJECT.len().div_ceil(8)];
+        // SAFETY: the buffer is at least as long as the object.
+        let object = unsafe {
+            std::ptr::copy_nonoverlapping(OBJECT.as_ptr(), aligned.as_mut_ptr().cast(), OBJECT.len());
+            std::slice::from_raw_parts(aligned.as_ptr().cast::<u8>(), OBJECT.len())
+        };
+        let mut ebpf = Ebpf::load(object).expect("the object loads");
+        for name in PROGRAMS {
+            let program: &mut SchedClassifier =
+                ebpf.program_mut(name).expect(name).try_into().expect("a tc program");
+            program.load().unwrap_or_else(|error| panic!("{name}: {error:#?}"));
+        }
+        Self { ebpf }
+    }
+
+    fn map_fd(&self, name: &str) -> RawFd {
+        match self.ebpf.map(name).expect(name) {
+            Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => {
+                data.fd().as_fd().as_raw_fd()
+            }
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+
+    fn update<K: Copy, V: Copy>(&self, map: &str, key: &K, value: &V) {
+        let mut attributes = MapAttributes::new(self.map_fd(map), bytes_of(key), bytes_of(value).as_ptr() as u64);
+        call(BPF_MAP_UPDATE_ELEM, &mut attributes).unwrap_or_else(|error| panic!("update of {map}: {error}"));
+    }
+
+    /// The node's settings.
+    pub fn set_config(&self, config: &NodeConfig) {
+        self.update("CONFIG", &0_u32, config);
+    }
+
+    /// A local endpoint.
+    pub fn set_endpoint(&self, address: Address, value: &EndpointValue) {
+        self.update("ENDPOINTS", &address, value);
+    }
+
+    /// Forgets a local endpoint.
+    pub fn remove_endpoint(&self, address: Address) {
+        let mut attributes = MapAttributes::new(self.map_fd("ENDPOINTS"), &address, 0);
+        call(BPF_MAP_DELETE_ELEM, &mut attributes).expect("delete of an endpoint");
+    }
+
+    /// What an interface may send.
+    pub fn set_interface(&self, ifindex: u32, value: &InterfaceValue) {
+        self.update("INTERFACES", &ifindex, value);
+    }
+
+    /// Who has a prefix.
+    pub fn set_ipcache(&self, address: Address, bits: u32, identity: u32, node_index: u32) {
+        let key = IpcacheKey {
+            prefix_len_bits: IPCACHE_PREFIX_BASE_BITS + bits,
+            cluster_id_be: [0; 2],
+            reserved: [0; 2],
+            address,
+        };
+        self.update("IPCACHE", &key, &IpcacheValue { identity, node_index });
+    }
+
+    /// A node and the address from which it sends.
+    pub fn set_node(&self, index: u32, node: &NodeValue) {
+        self.update("NODES", &index, node);
+        self.update("NODE_ADDRESSES", &node.endpoint, &NodeAddressValue { node_index: index });
+    }
+
+    fn lookup_per_cpu(&self, map: &str, index: u32, slot_bytes: usize) -> Vec<u8> {
+        let cpus = aya::util::nr_cpus().expect("number of CPUs");
+        let mut values = vec![0_u8; cpus * slot_bytes];
+        let key = index.to_ne_bytes();
+        let mut attributes = MapAttributes::new(self.map_fd(map), &key, values.as_mut_ptr() as u64);
+        call(BPF_MAP_LOOKUP_ELEM, &mut attributes).unwrap_or_else(|error| panic!("look-up in {map}: {error}"));
+        values
+    }
+
+    /// Packets dropped for a reason.
+    pub fn drops(&self, reason: DropReason) -> u64 {
+        self.lookup_per_cpu("DROPS", reason as u32, 8).chunks(8).map(value_of::<u64>).sum()
+    }
+
+    /// Packets dropped for any reason, by name, without those that are zero.
+    pub fn all_drops(&self) -> Vec<(&'static str, u64)> {
+        DropReason::ALL.into_iter().map(|r| (r.name(), self.drops(r))).filter(|(_, n)| *n != 0).collect()
+    }
+
+    /// Traffic on a path.
+    pub fn traffic(&self, path: TrafficPath) -> TrafficValue {
+        let values = self.lookup_per_cpu("TRAFFIC", path as u32, size_of::<TrafficValue>());
+        values.chunks(size_of::<TrafficValue>()).map(value_of::<TrafficValue>).fold(
+            TrafficValue::default(),
+            |sum, one| TrafficValue { packets: sum.packets + one.packets, bytes: sum.bytes + one.bytes },
+        )
+    }
+
+    /// Runs a program on a packet as if it came in on the loopback device (index 1).
+    pub fn run(&self, program: &str, packet: &[u8]) -> Outcome {
+        let program: &SchedClassifier =
+            self.ebpf.program(program).expect(program).try_into().expect("a tc program");
+        let mut output = vec![0_u8; PACKET_BYTES_MAX];
+        let mut attributes = TestRunAttributes {
+            program_fd: program.fd().expect("loaded").as_fd().as_raw_fd() as u32,
+            data_size_in: packet.len() as u32,
+            data_size_out: output.len() as u32,
+            data_in: packet.as_ptr() as u64,
+            data_out: output.as_mut_ptr() as u64,
+            repeat: 1,
+            ..TestRunAttributes::default()
+        };
+        call(BPF_PROG_TEST_RUN, &mut attributes).expect("the kernel runs the program");
+        output.truncate(attributes.data_size_out as usize);
+        Outcome { verdict: attributes.verdict as i32, packet: output }
+    }
+}
+
+#[repr(C)]
+struct MapAttributes {
+    map_fd: u32,
+    padding: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+impl MapAttributes {
+    fn new(map_fd: RawFd, key: &[u8], value: u64) -> Self {
+        Self { map_fd: map_fd as u32, padding: 0, key: key.as_ptr() as u64, value, flags: 0 }
+    }
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct TestRunAttributes {
+    program_fd: u32,
+    verdict: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    context_size_in: u32,
+    context_size_out: u32,
+    context_in: u64,
+    context_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    padding: u32,
+}
+
+fn call<T>(command: libc::c_long, attributes: &mut T) -> std::io::Result<()> {
+    // SAFETY: the attributes have the layout of the command and name buffers that outlive the call.
+    let status = unsafe {
+        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>() as libc::c_ulong)
+    };
+    if status < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Unspecified addresses are how the ABI says "none".
+pub fn mapped_or_none(v4: Option<Ipv4Addr>, v6: Option<Ipv6Addr>) -> (Address, Address) {
+    (v4.map_or([0; 16], |a| v4_mapped(a.octets())), v6.map_or([0; 16], |a| a.octets()))
+}

@@ -1,0 +1,6 @@
+//! What the tests of the kernel programs share.
+
+pub mod bpf;
+pub mod net;
+pub mod node;
+pub mod tcp;
