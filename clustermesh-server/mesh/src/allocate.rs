@@ -19,7 +19,7 @@ use crate::txn::Txn;
 use crate::view::View;
 
 pub use identity::{IDENTITIES_PER_RELEASE, Released, identity, plan_identity, plan_release};
-pub use pod_cidr::{NodePodCidrs, plan_node_release, plan_pod_cidrs, pod_cidrs};
+pub use pod_cidr::{NodePodCidrs, assign_pod_cidrs, plan_pod_cidrs, pod_cidrs, release_pod_cidrs};
 pub use virtual_address::{
     VIRTUAL_ADDRESS_QUARANTINE_MS, VirtualAddressRequest, release_virtual_addresses,
     virtual_addresses,
@@ -101,28 +101,6 @@ pub enum AllocateError {
         service: String,
         /// `IPv4` or `IPv6`.
         family: &'static str,
-    },
-    /// The address asked for belongs to another Service, or did a short while ago.
-    #[error("address {address} asked for by Service {service} is held by Service {holder}")]
-    AddressTaken {
-        /// Namespace and name of who asks.
-        service: String,
-        /// The address.
-        address: IpAddr,
-        /// Namespace and name of who has it.
-        holder: String,
-    },
-    /// The address asked for is not one that this cluster gives out.
-    #[error(
-        "address {address} asked for by Service {service} is outside the service CIDRs {cidrs}"
-    )]
-    AddressOutside {
-        /// Namespace and name.
-        service: String,
-        /// The address.
-        address: IpAddr,
-        /// The cluster's ranges.
-        cidrs: String,
     },
     /// Bookkeeping that this version cannot read.
     #[error("allocator record {key} is damaged: {reason}")]

@@ -66,3 +66,7 @@ pub(crate) fn readiness(node: &str, address: IpAddr) -> Bytes {
         address,
     })
 }
+
+pub(crate) fn session(node: &str) -> Bytes {
+    bytes(&RecordKey::Session { node: node.to_owned() })
+}

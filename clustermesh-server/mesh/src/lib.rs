@@ -5,15 +5,18 @@
 
 pub mod address;
 pub mod allocate;
+pub mod claims;
+pub mod manifests;
 pub mod peering;
 pub mod settings;
 
 mod draft;
+mod holders;
 mod keys;
 mod txn;
 mod view;
 
 pub use draft::Draft;
 pub use settings::{ClusterSettings, SettingsError};
-pub use txn::{Guard, Txn};
+pub use txn::{Guard, Txn, prefix_end};
 pub use view::{Kv, MapView, View};

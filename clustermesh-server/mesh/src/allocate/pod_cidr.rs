@@ -85,25 +85,36 @@ pub fn pod_cidrs(view: &dyn View, node: &str) -> Result<NodePodCidrs, AllocateEr
 ///
 /// # Errors
 /// No block is free, or the cluster has no pod CIDR.
+pub fn assign_pod_cidrs(
+    draft: &mut Draft<'_>,
+    settings: &ClusterSettings,
+    node: &str,
+    held: &[IpNetwork],
+) -> Result<NodePodCidrs, AllocateError> {
+    if settings.pod_cidrs.is_empty() {
+        return Err(AllocateError::NoPodCidr(settings.name.clone()));
+    }
+    let given = blocks(draft)?;
+    let mut own = NodePodCidrs::default();
+    for family in FAMILIES {
+        if settings.pod_cidrs(family).next().is_some() {
+            *own.slot(family) = Some(block(draft, settings, node, held, &given, family)?);
+        }
+    }
+    Ok(own)
+}
+
+/// [`assign_pod_cidrs`] as a plan of its own.
+///
+/// # Errors
+/// As [`assign_pod_cidrs`].
 pub fn plan_pod_cidrs(
     view: &dyn View,
     settings: &ClusterSettings,
     node: &str,
     held: &[IpNetwork],
 ) -> Result<Plan<NodePodCidrs>, AllocateError> {
-    if settings.pod_cidrs.is_empty() {
-        return Err(AllocateError::NoPodCidr(settings.name.clone()));
-    }
-    let given = blocks(view)?;
-    plan(view, |draft| {
-        let mut own = NodePodCidrs::default();
-        for family in FAMILIES {
-            if settings.pod_cidrs(family).next().is_some() {
-                *own.slot(family) = Some(block(draft, settings, node, held, &given, family)?);
-            }
-        }
-        Ok(own)
-    })
+    plan(view, |draft| assign_pod_cidrs(draft, settings, node, held))
 }
 
 fn block(
@@ -188,17 +199,15 @@ fn first_free(
     })
 }
 
-/// Gives back all blocks of a node that was removed.
+/// Gives back all blocks of a node that is removed.
 ///
 /// # Errors
 /// Bookkeeping is damaged.
-pub fn plan_node_release(view: &dyn View, node: &str) -> Result<Plan<NodePodCidrs>, AllocateError> {
-    let own = pod_cidrs(view, node)?;
-    plan(view, |draft| {
-        for cidr in own.iter() {
-            draft.guard(keys::pod_cidr(cidr));
-            draft.delete(keys::pod_cidr(cidr));
-        }
-        Ok(own)
-    })
+pub fn release_pod_cidrs(draft: &mut Draft<'_>, node: &str) -> Result<NodePodCidrs, AllocateError> {
+    let own = pod_cidrs(draft, node)?;
+    for cidr in own.iter() {
+        draft.guard(keys::pod_cidr(cidr));
+        draft.delete(keys::pod_cidr(cidr));
+    }
+    Ok(own)
 }

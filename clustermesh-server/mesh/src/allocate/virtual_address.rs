@@ -34,14 +34,12 @@ pub struct VirtualAddressRequest<'a> {
     pub families: &'a [Family],
     /// Addresses that the Service has already, which it keeps.
     pub current: &'a [IpAddr],
-    /// Addresses that the manifest names.
-    pub wanted: &'a [IpAddr],
 }
 
 /// Gives a Service one address of each family, within a larger plan; frees those that it had and no longer needs.
 ///
 /// # Errors
-/// An address asked for is taken or outside, a family has no range or no free address.
+/// A family has no range or no free address.
 pub fn virtual_addresses(
     draft: &mut Draft<'_>,
     settings: &ClusterSettings,
@@ -93,23 +91,7 @@ fn address(
             family: family.name(),
         });
     }
-    let chosen = if let Some(wanted) = of_family(request.wanted) {
-        if !inside(wanted) {
-            return Err(AllocateError::AddressOutside {
-                service: request.service.to_owned(),
-                address: wanted,
-                cidrs: join(settings.service_cidrs(family)),
-            });
-        }
-        if let Some(holder) = holder_against(draft, wanted, request.service, now_unix_ms)? {
-            return Err(AllocateError::AddressTaken {
-                service: request.service.to_owned(),
-                address: wanted,
-                holder,
-            });
-        }
-        wanted
-    } else if let Some(current) = of_family(request.current)
+    let chosen = if let Some(current) = of_family(request.current)
         && inside(current)
         && holder_against(draft, current, request.service, now_unix_ms)?.is_none()
     {

@@ -1,0 +1,188 @@
+//! The machine itself: its record, pod CIDRs and session state.
+
+use std::net::IpAddr;
+
+use clustermesh_api::address::{Cidr, parse_cidr};
+use clustermesh_api::keys::{Kind, READINESS_PREFIX};
+use clustermesh_api::records::{
+    AddressType, IpIdentityPair, Node, NodeAddress, NodeExtension, Session, SessionState,
+};
+use clustermesh_api::v1::Hello;
+use clustermesh_api::validate::check_dns_subdomain;
+
+use super::{ClaimError, HEALTH_INDEX, ROUTER_INDEX, parse_all};
+use crate::address::{Family, nth};
+use crate::allocate::{NodePodCidrs, Plan, assign_pod_cidrs, release_pod_cidrs};
+use crate::draft::Draft;
+use crate::holders::Holders;
+use crate::keys;
+use crate::settings::ClusterSettings;
+use crate::view::{Kv, View};
+
+/// Kind of a node where an operator names one.
+pub const KIND_NODE: &str = "Node";
+/// Underlay addresses of one machine.
+pub const MAX_UNDERLAY_ADDRESSES: usize = 16;
+/// Pod CIDRs that a machine may say it held.
+const MAX_CIDRS_HELD: usize = 16;
+/// `Source` of our node records: which component knows the node.
+const SOURCE: &str = "clustermesh";
+
+/// Plans a session's first message: pod CIDRs for the node and its node record.
+///
+/// # Errors
+/// The name or an address is wrong, another node has one of the addresses, or no pod CIDR is free.
+pub fn plan_hello(
+    view: &dyn View,
+    settings: &ClusterSettings,
+    hello: &Hello,
+) -> Result<Plan<NodePodCidrs>, ClaimError> {
+    let node = &hello.node;
+    check_dns_subdomain(node).map_err(|error| ClaimError::Name(error.to_string()))?;
+    let object = format!("node {node}");
+    let underlay = parse_all(&object, "underlay addresses", &hello.underlay_addresses, MAX_UNDERLAY_ADDRESSES)?;
+    check_underlay(view, settings, node, &underlay)?;
+    let held = hello
+        .pod_cidrs_held
+        .iter()
+        .take(MAX_CIDRS_HELD)
+        .map(|text| parse_cidr(text).map_err(|source| ClaimError::Address { object: object.clone(), source }))
+        .collect::<Result<Vec<_>, _>>()?;
+
+    let mut draft = Draft::new(view);
+    let cidrs = assign_pod_cidrs(&mut draft, settings, node, &held)?;
+    // Another node with the same address may introduce itself at the same time.
+    draft.guard_prefix(Kind::Nodes.state_prefix(&settings.name));
+    let key = keys::node(&settings.name, node);
+    draft.guard(key.clone());
+    draft.put(key, record(settings, hello, &underlay, cidrs).encode());
+    Ok(Plan { txn: draft.into_txn(), result: cidrs })
+}
+
+fn check_underlay(
+    view: &dyn View,
+    settings: &ClusterSettings,
+    node: &str,
+    underlay: &[IpAddr],
+) -> Result<(), ClaimError> {
+    for &address in underlay {
+        if address.is_loopback() || address.is_unspecified() || address.is_multicast() {
+            return Err(ClaimError::UnusableUnderlay { node: node.to_owned(), address });
+        }
+        let ranges = settings.pod_cidrs.iter().chain(&settings.service_cidrs);
+        if let Some(range) = ranges.copied().find(|range| range.contains(address)) {
+            return Err(ClaimError::UnderlayInRange { node: node.to_owned(), address, range });
+        }
+    }
+    for kv in view.list(Kind::Nodes.state_prefix(&settings.name).as_bytes()) {
+        let other = decode(&kv)?;
+        if other.name == node {
+            continue;
+        }
+        let taken = other.addresses_of(&AddressType::InternalIP).find(|address| underlay.contains(address));
+        if let Some(address) = taken {
+            return Err(ClaimError::UnderlayTaken { node: node.to_owned(), address, holder: other.name.clone() });
+        }
+    }
+    Ok(())
+}
+
+fn decode(kv: &Kv) -> Result<Node, ClaimError> {
+    Node::decode(&kv.value).map_err(|error| ClaimError::Damaged {
+        object: String::from_utf8_lossy(&kv.key).into_owned(),
+        reason: error.to_string(),
+    })
+}
+
+/// The node's record, which its claims are judged by.
+pub(super) fn stored(view: &dyn View, settings: &ClusterSettings, node: &str) -> Result<Node, ClaimError> {
+    let kv = view.get(&keys::node(&settings.name, node)).ok_or_else(|| ClaimError::UnknownNode(node.to_owned()))?;
+    decode(&kv)
+}
+
+fn record(settings: &ClusterSettings, hello: &Hello, underlay: &[IpAddr], cidrs: NodePodCidrs) -> Node {
+    let internal = underlay.iter().map(|ip| NodeAddress { address_type: AddressType::InternalIP, ip: *ip });
+    let router = cidrs
+        .iter()
+        .filter_map(|cidr| nth(cidr, ROUTER_INDEX))
+        .map(|ip| NodeAddress { address_type: AddressType::CiliumInternalIP, ip });
+    let health = |family| cidrs.of(family).and_then(|cidr| nth(cidr, HEALTH_INDEX));
+    Node {
+        name: hello.node.clone(),
+        cluster: settings.name.clone(),
+        ip_addresses: internal.chain(router).collect(),
+        ipv4_alloc_cidr: cidrs.v4.map(Cidr),
+        ipv6_alloc_cidr: cidrs.v6.map(Cidr),
+        ipv4_health_ip: health(Family::IPv4),
+        ipv6_health_ip: health(Family::IPv6),
+        cluster_id: settings.id,
+        source: SOURCE.to_owned(),
+        labels: hello.labels.clone(),
+        boot_id: hello.boot_id.clone(),
+        extension: Some(NodeExtension { agent_version: hello.agent_version.clone(), ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+/// Plans a change of a node's session state. Losing a session changes this record and deletes nothing.
+#[must_use]
+pub fn plan_session(view: &dyn View, node: &str, state: SessionState, instance_id: &str, now_unix_ms: i64) -> Plan<()> {
+    let mut draft = Draft::new(view);
+    let key = keys::session(node);
+    let known = view.get(&key).and_then(|kv| Session::decode(&kv.value).ok());
+    if known.is_none_or(|known| known.state != state || known.instance_id != instance_id) {
+        let session = Session { state, since_unix_ms: now_unix_ms, instance_id: instance_id.to_owned() };
+        draft.guard(key.clone());
+        draft.put(key, session.encode());
+    }
+    Plan { txn: draft.into_txn(), result: () }
+}
+
+/// Whether a session of the node is open.
+pub(super) fn is_connected(view: &dyn View, node: &str) -> bool {
+    view.get(&keys::session(node))
+        .and_then(|kv| Session::decode(&kv.value).ok())
+        .is_some_and(|session| session.state == SessionState::Connected)
+}
+
+/// Removes all that a node has, within a larger plan; says whether there was a node.
+///
+/// # Errors
+/// The node is connected, or bookkeeping is damaged.
+pub fn remove_node(draft: &mut Draft<'_>, settings: &ClusterSettings, node: &str) -> Result<bool, ClaimError> {
+    if is_connected(draft, node) {
+        return Err(ClaimError::Connected(node.to_owned()));
+    }
+    let session = keys::session(node);
+    draft.guard(session.clone());
+    draft.delete(session);
+    for kv in draft.list(keys::OWN_ADDRESSES_PREFIX.as_bytes()) {
+        let Ok(pair) = IpIdentityPair::decode(&kv.value) else { continue };
+        if pair.node() == Some(node) {
+            draft.guard(kv.key.clone());
+            draft.delete(kv.key);
+            Holders::remove(draft, &pair.k8s_namespace, &pair.k8s_pod_name, node, pair.ip);
+        }
+    }
+    for kv in draft.list(format!("{READINESS_PREFIX}{node}/").as_bytes()) {
+        draft.delete(kv.key);
+    }
+    release_pod_cidrs(draft, node)?;
+    let key = keys::node(&settings.name, node);
+    draft.guard(key.clone());
+    Ok(draft.delete(key))
+}
+
+/// [`remove_node`] as a plan of its own.
+///
+/// # Errors
+/// As [`remove_node`].
+pub fn plan_remove_node(
+    view: &dyn View,
+    settings: &ClusterSettings,
+    node: &str,
+) -> Result<Plan<bool>, ClaimError> {
+    let mut draft = Draft::new(view);
+    let existed = remove_node(&mut draft, settings, node)?;
+    Ok(Plan { txn: draft.into_txn(), result: existed })
+}
