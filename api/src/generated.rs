@@ -5,6 +5,14 @@
     clippy::all,
     reason = "generated from proto/, where the comments are"
 )]
+#![cfg_attr(
+    feature = "grpc",
+    expect(
+        clippy::allow_attributes,
+        clippy::missing_errors_doc,
+        reason = "generated services carry their own exemptions"
+    )
+)]
 
 mod messages {
     pub mod mvccpb {

@@ -93,10 +93,6 @@ pub enum DecodeError {
 
 /// Any typed value.
 #[derive(Clone, Debug, PartialEq)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "short-lived: matched right after decoding"
-)]
 pub enum Record {
     /// `cilium/.heartbeat`.
     Heartbeat(Timestamp),
