@@ -184,7 +184,7 @@ impl State {
         request: &TxnRequest,
         applied: &mut Applied,
     ) -> Result<TxnResponse, KvError> {
-        check::check_txn(request)?;
+        check::check_applied_txn(request)?;
         let plan = Plan::new(self.view(), &self.leases, request)?;
         self.write(applied, |write| plan.execute(write))
     }

@@ -13,7 +13,7 @@ use clustermesh_api::etcd::rpc::{
 
 use crate::{
     error::KvError,
-    limits::{MAX_LEASE_TTL_SECONDS, MAX_REQUEST_BYTES, MAX_TXN_OPS},
+    limits::{MAX_APPLIED_TXN_OPS, MAX_LEASE_TTL_SECONDS, MAX_REQUEST_BYTES, MAX_TXN_OPS},
 };
 
 pub use crate::peer::check_peer_copy;
@@ -90,7 +90,19 @@ pub const fn check_lease_grant(request: &LeaseGrantRequest) -> Result<(), KvErro
 /// [`KvError::TooManyOps`], [`KvError::EmptyKey`], [`KvError::KeyNotFound`] for an empty operation, [`KvError::DuplicateKey`], and
 /// those of the operations.
 pub fn check_txn(request: &TxnRequest) -> Result<(), KvError> {
-    check_ops(request, MAX_TXN_OPS)?;
+    check_txn_ops(request, MAX_TXN_OPS)
+}
+
+/// Checks a transaction that the log holds: as [`check_txn`], but for the number of operations, which was the proposer's affair.
+///
+/// # Errors
+/// As [`check_txn`].
+pub(crate) fn check_applied_txn(request: &TxnRequest) -> Result<(), KvError> {
+    check_txn_ops(request, MAX_APPLIED_TXN_OPS)
+}
+
+fn check_txn_ops(request: &TxnRequest, allowed: usize) -> Result<(), KvError> {
+    check_ops(request, allowed)?;
     written_keys(&request.success)?;
     written_keys(&request.failure)?;
     Ok(())

@@ -4,6 +4,8 @@ use std::ops::Bound;
 
 use bytes::Bytes;
 
+type MapBounds<'a> = (Bound<&'a [u8]>, Bound<&'a [u8]>);
+
 /// Keys that a request names by `key` and `range_end` (etcd API: `RangeRequest`).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum KeyRange {
@@ -45,7 +47,7 @@ impl KeyRange {
     }
 
     /// Bounds for an ordered map; `None` for a range that holds nothing (a map would panic on inverted bounds).
-    pub(crate) fn bounds(&self) -> Option<(Bound<&[u8]>, Bound<&[u8]>)> {
+    pub(crate) fn bounds(&self) -> Option<MapBounds<'_>> {
         match self {
             Self::Single(key) => Some((Bound::Included(key), Bound::Included(key))),
             Self::Between(start, end) => {

@@ -22,6 +22,8 @@ pub mod watch;
 
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod test_support;
 
 pub use apply::{Applied, CursorChange, Outcome, ProposalResult};
 pub use error::{ApplyError, Compacted, KvError};

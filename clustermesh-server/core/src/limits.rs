@@ -9,6 +9,10 @@ pub const SNAPSHOT_FORMAT: u32 = 1;
 /// Operations in one branch of a transaction, nested ones included (etcd's `--max-txn-ops`).
 pub const MAX_TXN_OPS: usize = 128;
 
+/// The same for what a log entry may hold: transactions that the server plans itself (a list of manifests, say) are larger than what
+/// clients may send.
+pub const MAX_APPLIED_TXN_OPS: usize = 65_536;
+
 /// Encoded size of one request (etcd's `--max-request-bytes`).
 pub const MAX_REQUEST_BYTES: usize = 1_572_864;
 

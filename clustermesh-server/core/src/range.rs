@@ -133,3 +133,6 @@ fn sort_by(versions: &mut [&Arc<Version>], descending: bool, number: impl Fn(&Ve
         if descending { order.reverse() } else { order }
     });
 }
+
+#[cfg(test)]
+mod tests;

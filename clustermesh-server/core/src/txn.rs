@@ -383,3 +383,6 @@ impl<'a> WriteTxn<'a> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,6 +15,9 @@ use crate::{
     version::{EventGroup, StoredEvent, Version, VersionNumbers},
 };
 
+/// No store comes near: a higher revision is damage, and counting on from it would overflow.
+const MAX_REVISION: i64 = i64::MAX / 2;
+
 /// Takes the chunks of a snapshot in order and yields the state that they describe.
 #[derive(Debug, Default)]
 pub struct SnapshotLoader {
@@ -102,6 +105,8 @@ impl SnapshotLoader {
             state.leases.move_key(key, 0, lease);
         }
         state.keyspace = Keyspace::from_sorted(keys.into_iter().collect());
+        // Installing is rare and a replica must never serve a broken state.
+        state.check().map_err(|reason| self.damaged(reason))?;
         Ok(state)
     }
 
@@ -114,7 +119,7 @@ impl SnapshotLoader {
 
     fn start(&self, header: pb::SnapshotHeader) -> Result<State, SnapshotError> {
         let compact_revision = header.compact_revision.unwrap_or(NEVER_COMPACTED);
-        if header.revision < FIRST_REVISION
+        if !(FIRST_REVISION..MAX_REVISION).contains(&header.revision)
             || compact_revision < NEVER_COMPACTED
             || compact_revision > header.revision
         {
@@ -170,32 +175,14 @@ impl SnapshotLoader {
         }
         let newest_revision = self.state.as_ref().map_or(0, State::revision);
         for version in entry.versions {
-            let damaged = self.damaged(format!("versions of key {:?} are out of order", entry.key));
             let Some((key, versions)) = self.keys.last_mut() else {
-                return Err(damaged);
+                return Err(self.damaged("a version without key"));
             };
-            let place = (version.mod_revision, version.sub);
-            let in_order = versions
-                .last()
-                .is_none_or(|last| (last.mod_revision(), last.sub()) < place);
-            if !in_order || version.mod_revision <= 0 || version.mod_revision > newest_revision {
-                return Err(damaged);
+            if !follows(versions.last(), &version, newest_revision) {
+                let reason = format!("versions of key {key:?} contradict each other");
+                return Err(self.damaged(reason));
             }
-            versions.push(Arc::new(if version.version == 0 {
-                Version::tombstone(key.clone(), version.mod_revision, version.sub)
-            } else {
-                Version::put(
-                    key.clone(),
-                    &version.value,
-                    VersionNumbers {
-                        mod_revision: version.mod_revision,
-                        sub: version.sub,
-                        create_revision: version.create_revision,
-                        version: version.version,
-                        lease: version.lease,
-                    },
-                )
-            }));
+            versions.push(Arc::new(stored(key, &version)));
             self.counts.versions += 1;
         }
         Ok(())
@@ -236,4 +223,36 @@ impl SnapshotLoader {
         }
         Ok(groups.into_iter().map(Arc::new).collect())
     }
+}
+
+/// Whether a version has possible numbers and comes after `last`.
+fn follows(
+    last: Option<&Arc<Version>>,
+    version: &pb::SnapshotVersion,
+    newest_revision: i64,
+) -> bool {
+    let place = (version.mod_revision, version.sub);
+    let possible = 1..=version.mod_revision;
+    let numbers_fit = version.version == 0
+        || (possible.contains(&version.version) && possible.contains(&version.create_revision));
+    numbers_fit
+        && (1..=newest_revision).contains(&version.mod_revision)
+        && last.is_none_or(|last| (last.mod_revision(), last.sub()) < place)
+}
+
+fn stored(key: &Bytes, version: &pb::SnapshotVersion) -> Version {
+    if version.version == 0 {
+        return Version::tombstone(key.clone(), version.mod_revision, version.sub);
+    }
+    Version::put(
+        key.clone(),
+        &version.value,
+        VersionNumbers {
+            mod_revision: version.mod_revision,
+            sub: version.sub,
+            create_revision: version.create_revision,
+            version: version.version,
+            lease: version.lease,
+        },
+    )
 }
