@@ -35,6 +35,8 @@ pub const ALLOC_PREFIX: &str = "clustermesh.io/alloc/";
 pub const WORKLOADS_PREFIX: &str = "clustermesh.io/workloads/v1/";
 /// Prefix of stored Services.
 pub const STORED_SERVICES_PREFIX: &str = "clustermesh.io/services/v1/";
+/// Prefix of endpoint slices that no other cluster reads.
+pub const LOCAL_SLICES_PREFIX: &str = "clustermesh.io/endpointslices/v1/";
 /// Prefix of readiness records.
 pub const READINESS_PREFIX: &str = "clustermesh.io/readiness/v1/";
 /// Prefix of session states.
@@ -139,6 +141,13 @@ pub enum RecordKey {
         /// Namespace.
         namespace: String,
         /// Service.
+        name: String,
+    },
+    /// `clustermesh.io/endpointslices/v1/<ns>/<slice>`: endpoints of a service that is not shared with other clusters.
+    LocalEndpointSlice {
+        /// Namespace.
+        namespace: String,
+        /// Slice.
         name: String,
     },
     /// `clustermesh.io/readiness/v1/<node>/<ip>`.
@@ -400,6 +409,12 @@ fn parse_own(rest: &str) -> Result<RecordKey, Fault> {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
         })
+    } else if let Some(rest) = rest.strip_prefix("endpointslices/v1/") {
+        let [namespace, name] = parts(rest)?;
+        Ok(RecordKey::LocalEndpointSlice {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+        })
     } else if let Some(rest) = rest.strip_prefix("readiness/v1/") {
         let [node, address] = parts(rest)?;
         Ok(RecordKey::Readiness {
@@ -471,6 +486,9 @@ impl fmt::Display for RecordKey {
             Self::Workload { namespace, name } => write!(f, "{WORKLOADS_PREFIX}{namespace}/{name}"),
             Self::StoredService { namespace, name } => {
                 write!(f, "{STORED_SERVICES_PREFIX}{namespace}/{name}")
+            }
+            Self::LocalEndpointSlice { namespace, name } => {
+                write!(f, "{LOCAL_SLICES_PREFIX}{namespace}/{name}")
             }
             Self::Readiness { node, address } => write!(f, "{READINESS_PREFIX}{node}/{address}"),
             Self::Session { node } => write!(f, "{SESSIONS_PREFIX}{node}"),

@@ -142,7 +142,7 @@ impl Record {
             RecordKey::Ip { .. } => IpIdentityPair::decode(value).map(Self::Ip),
             RecordKey::Identity { .. } => Identity::decode(value).map(Self::Identity),
             RecordKey::Service { .. } => ClusterService::decode(value).map(Self::Service),
-            RecordKey::EndpointSlice { .. } => {
+            RecordKey::EndpointSlice { .. } | RecordKey::LocalEndpointSlice { .. } => {
                 EndpointSlice::decode(value).map(Self::EndpointSlice)
             }
             RecordKey::Workload { .. } => StoredWorkload::decode(value).map(Self::Workload),
