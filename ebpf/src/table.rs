@@ -366,3 +366,6 @@ impl<V: Plain> ArrayTable<V> {
         self.0.capacity()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,8 @@ const ENOTSUPP: i32 = 524;
 #[repr(u32)]
 #[derive(Clone, Copy)]
 enum Command {
+    #[cfg(test)]
+    MapCreate = 0,
     MapLookup = 1,
     MapUpdate = 2,
     MapDelete = 3,
@@ -469,4 +471,25 @@ pub(crate) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     let mut attr = raw(link);
     // SAFETY: no pointers.
     unsafe { call(Command::LinkDetach, &mut attr) }.map(drop)
+}
+
+/// A new map without BTF.
+#[cfg(test)]
+pub(crate) fn map_create(
+    map_type: u32,
+    key_size_bytes: usize,
+    value_size_bytes: usize,
+    entries_max: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
+    let size = |bytes| u32::try_from(bytes).map_err(io::Error::other);
+    let mut attr = [
+        map_type,
+        size(key_size_bytes)?,
+        size(value_size_bytes)?,
+        entries_max,
+        flags,
+    ];
+    // SAFETY: no pointers.
+    unsafe { call(Command::MapCreate, &mut attr) }.map(new_fd)
 }
