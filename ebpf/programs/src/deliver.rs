@@ -145,7 +145,8 @@ pub fn send(
     if node.egress_ifindex == 0 {
         return Err(DropReason::NoRoute);
     }
-    if node.flags & NODE_DIRECT != 0 {
+    // The kernel sends IPv4 to an IPv6 next hop, but not the other way round: those packets take the tunnel.
+    if node.flags & NODE_DIRECT != 0 && (packet.family == Family::V4 || !endpoint.is_mapped()) {
         return direct(frame, node, &endpoint);
     }
     let own = if endpoint.is_mapped() { &config.underlay_v4 } else { &config.underlay_v6 };

@@ -2,7 +2,7 @@
 
 use clustermesh_ebpf_abi::TrafficPath;
 
-use crate::support::net::Namespaces;
+use crate::support::net::{Namespaces, ip};
 use crate::support::node::{Node, in_cidr, router};
 use crate::support::tcp::transfer;
 
@@ -24,11 +24,18 @@ fn pods_talk(a: &Node, b: &Node) {
         let target = in_cidr(b.number, 4, v6);
         for size in [56, 1380] {
             a.ping(target, size).unwrap_or_else(|error| {
-                panic!("ping {target}: {error}\nfar end drops {:?}", b.datapath.all_drops())
+                panic!(
+                    "ping {target}: {error}\nfar end drops {:?}",
+                    b.datapath.all_drops()
+                )
             });
         }
         transfer(&a.pod, &b.pod, target, TRANSFER_BYTES).unwrap_or_else(|error| {
-            panic!("TCP to {target}: {error}; {:?} {:?}", a.datapath.all_drops(), b.datapath.all_drops())
+            panic!(
+                "TCP to {target}: {error}; {:?} {:?}",
+                a.datapath.all_drops(),
+                b.datapath.all_drops()
+            )
         });
     }
 }
@@ -50,17 +57,37 @@ fn pods_talk_through_a_tunnel_with_ipv6_outside() {
     assert!(a.datapath.traffic(TrafficPath::TunnelOut).packets > 0);
 }
 
-#[test]
-fn pods_talk_by_direct_routing() {
-    let (_namespaces, a, b) = pair(false, true);
-    // The router must know where pods live; with a tunnel it does not.
+/// The router must know where pods live; with a tunnel it does not.
+fn route_pods(a: &Node) {
     let router = a.host.replace("node1", "router");
     for n in [1, 2] {
-        crate::support::net::ip(&format!("-n {router} route add 10.{n}.0.0/24 via 192.168.{n}.1"));
-        crate::support::net::ip(&format!("-n {router} -6 route add {}/64 via fd00:0:0:{n}::1", in_cidr(n, 0, true)));
+        ip(&format!(
+            "-n {router} route add 10.{n}.0.0/24 via 192.168.{n}.1"
+        ));
+        ip(&format!(
+            "-n {router} -6 route add {}/64 via fd00:0:0:{n}::1",
+            in_cidr(n, 0, true)
+        ));
     }
+}
+
+#[test]
+fn pods_talk_by_direct_routing_with_an_ipv6_underlay() {
+    let (_namespaces, a, b) = pair(true, true);
+    route_pods(&a);
     pods_talk(&a, &b);
     assert!(a.datapath.traffic(TrafficPath::DirectOut).packets > 0);
     assert!(a.datapath.traffic(TrafficPath::DirectIn).packets > 0);
     assert_eq!(a.datapath.traffic(TrafficPath::TunnelOut).packets, 0);
+    assert_eq!(b.datapath.all_drops(), []);
+}
+
+#[test]
+fn direct_routing_with_an_ipv4_underlay_leaves_ipv6_to_the_tunnel() {
+    let (_namespaces, a, b) = pair(false, true);
+    route_pods(&a);
+    pods_talk(&a, &b);
+    assert!(a.datapath.traffic(TrafficPath::DirectOut).packets > 0);
+    assert!(a.datapath.traffic(TrafficPath::TunnelOut).packets > 0);
+    assert_eq!(b.datapath.all_drops(), []);
 }

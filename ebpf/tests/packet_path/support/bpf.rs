@@ -8,8 +8,8 @@ use aya::Ebpf;
 use aya::maps::Map;
 use aya::programs::SchedClassifier;
 use clustermesh_ebpf_abi::{
-    Address, DropReason, EndpointValue, IPCACHE_PREFIX_BASE_BITS, InterfaceValue, IpcacheKey, IpcacheValue,
-    NodeAddressValue, NodeConfig, NodeValue, TrafficPath, TrafficValue, v4_mapped,
+    Address, DropReason, EndpointValue, IPCACHE_PREFIX_BASE_BITS, InterfaceValue, IpcacheKey,
+    IpcacheValue, NodeAddressValue, NodeConfig, NodeValue, TrafficPath, TrafficValue, v4_mapped,
 };
 
 const OBJECT: &[u8] = include_bytes!(env!("CLUSTERMESH_BPF_OBJECT"));
@@ -51,7 +51,10 @@ pub fn addr(text: &str) -> Address {
 /// Fails loudly without the rights that every test here needs.
 pub fn require_root() {
     // SAFETY: takes nothing.
-    assert!(unsafe { libc::geteuid() } == 0, "these tests load kernel programs: run them as root");
+    assert!(
+        unsafe { libc::geteuid() } == 0,
+        "these tests load kernel programs: run them as root"
+    );
 }
 
 /// What a program made of one packet.
@@ -75,30 +78,46 @@ impl Datapath {
         let mut aligned = vec![0_u64; OBJECT.len().div_ceil(8)];
         // SAFETY: the buffer is at least as long as the object.
         let object = unsafe {
-            std::ptr::copy_nonoverlapping(OBJECT.as_ptr(), aligned.as_mut_ptr().cast(), OBJECT.len());
+            std::ptr::copy_nonoverlapping(
+                OBJECT.as_ptr(),
+                aligned.as_mut_ptr().cast(),
+                OBJECT.len(),
+            );
             std::slice::from_raw_parts(aligned.as_ptr().cast::<u8>(), OBJECT.len())
         };
         let mut ebpf = Ebpf::load(object).expect("the object loads");
         for name in PROGRAMS {
-            let program: &mut SchedClassifier =
-                ebpf.program_mut(name).expect(name).try_into().expect("a tc program");
-            program.load().unwrap_or_else(|error| panic!("{name}: {error:#?}"));
+            let program: &mut SchedClassifier = ebpf
+                .program_mut(name)
+                .expect(name)
+                .try_into()
+                .expect("a tc program");
+            program
+                .load()
+                .unwrap_or_else(|error| panic!("{name}: {error:#?}"));
         }
         Self { ebpf }
     }
 
     fn map_fd(&self, name: &str) -> RawFd {
         match self.ebpf.map(name).expect(name) {
-            Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data) | Map::PerCpuArray(data) | Map::RingBuf(data) => {
-                data.fd().as_fd().as_raw_fd()
-            }
+            Map::Array(data)
+            | Map::HashMap(data)
+            | Map::LpmTrie(data)
+            | Map::PerCpuArray(data)
+            | Map::RingBuf(data) => data.fd().as_fd().as_raw_fd(),
             other => panic!("{name}: {other:?}"),
         }
     }
 
     fn update<K: Copy, V: Copy>(&self, map: &str, key: &K, value: &V) {
-        let mut attributes = MapAttributes::new(self.map_fd(map), bytes_of(key), bytes_of(value).as_ptr() as u64);
-        call(BPF_MAP_UPDATE_ELEM, &mut attributes).unwrap_or_else(|error| panic!("update of {map}: {error}"));
+        let mut attributes = MapAttributes::new(
+            self.map_fd(map),
+            bytes_of(key),
+            bytes_of(value).as_ptr() as u64,
+        );
+        call(BPF_MAP_UPDATE_ELEM, &mut attributes)
+            .unwrap_or_else(|error| panic!("update of {map}: {error}"));
     }
 
     /// The node's settings.
@@ -130,13 +149,24 @@ impl Datapath {
             reserved: [0; 2],
             address,
         };
-        self.update("IPCACHE", &key, &IpcacheValue { identity, node_index });
+        self.update(
+            "IPCACHE",
+            &key,
+            &IpcacheValue {
+                identity,
+                node_index,
+            },
+        );
     }
 
     /// A node and the address from which it sends.
     pub fn set_node(&self, index: u32, node: &NodeValue) {
         self.update("NODES", &index, node);
-        self.update("NODE_ADDRESSES", &node.endpoint, &NodeAddressValue { node_index: index });
+        self.update(
+            "NODE_ADDRESSES",
+            &node.endpoint,
+            &NodeAddressValue { node_index: index },
+        );
     }
 
     fn lookup_per_cpu(&self, map: &str, index: u32, slot_bytes: usize) -> Vec<u8> {
@@ -144,33 +174,48 @@ impl Datapath {
         let mut values = vec![0_u8; cpus * slot_bytes];
         let key = index.to_ne_bytes();
         let mut attributes = MapAttributes::new(self.map_fd(map), &key, values.as_mut_ptr() as u64);
-        call(BPF_MAP_LOOKUP_ELEM, &mut attributes).unwrap_or_else(|error| panic!("look-up in {map}: {error}"));
+        call(BPF_MAP_LOOKUP_ELEM, &mut attributes)
+            .unwrap_or_else(|error| panic!("look-up in {map}: {error}"));
         values
     }
 
     /// Packets dropped for a reason.
     pub fn drops(&self, reason: DropReason) -> u64 {
-        self.lookup_per_cpu("DROPS", reason as u32, 8).chunks(8).map(value_of::<u64>).sum()
+        self.lookup_per_cpu("DROPS", reason as u32, 8)
+            .chunks(8)
+            .map(value_of::<u64>)
+            .sum()
     }
 
     /// Packets dropped for any reason, by name, without those that are zero.
     pub fn all_drops(&self) -> Vec<(&'static str, u64)> {
-        DropReason::ALL.into_iter().map(|r| (r.name(), self.drops(r))).filter(|(_, n)| *n != 0).collect()
+        DropReason::ALL
+            .into_iter()
+            .map(|r| (r.name(), self.drops(r)))
+            .filter(|(_, n)| *n != 0)
+            .collect()
     }
 
     /// Traffic on a path.
     pub fn traffic(&self, path: TrafficPath) -> TrafficValue {
         let values = self.lookup_per_cpu("TRAFFIC", path as u32, size_of::<TrafficValue>());
-        values.chunks(size_of::<TrafficValue>()).map(value_of::<TrafficValue>).fold(
-            TrafficValue::default(),
-            |sum, one| TrafficValue { packets: sum.packets + one.packets, bytes: sum.bytes + one.bytes },
-        )
+        values
+            .chunks(size_of::<TrafficValue>())
+            .map(value_of::<TrafficValue>)
+            .fold(TrafficValue::default(), |sum, one| TrafficValue {
+                packets: sum.packets + one.packets,
+                bytes: sum.bytes + one.bytes,
+            })
     }
 
     /// Runs a program on a packet as if it came in on the loopback device (index 1).
     pub fn run(&self, program: &str, packet: &[u8]) -> Outcome {
-        let program: &SchedClassifier =
-            self.ebpf.program(program).expect(program).try_into().expect("a tc program");
+        let program: &SchedClassifier = self
+            .ebpf
+            .program(program)
+            .expect(program)
+            .try_into()
+            .expect("a tc program");
         let mut output = vec![0_u8; PACKET_BYTES_MAX];
         let mut attributes = TestRunAttributes {
             program_fd: program.fd().expect("loaded").as_fd().as_raw_fd() as u32,
@@ -183,7 +228,10 @@ impl Datapath {
         };
         call(BPF_PROG_TEST_RUN, &mut attributes).expect("the kernel runs the program");
         output.truncate(attributes.data_size_out as usize);
-        Outcome { verdict: attributes.verdict as i32, packet: output }
+        Outcome {
+            verdict: attributes.verdict as i32,
+            packet: output,
+        }
     }
 }
 
@@ -198,7 +246,13 @@ struct MapAttributes {
 
 impl MapAttributes {
     fn new(map_fd: RawFd, key: &[u8], value: u64) -> Self {
-        Self { map_fd: map_fd as u32, padding: 0, key: key.as_ptr() as u64, value, flags: 0 }
+        Self {
+            map_fd: map_fd as u32,
+            padding: 0,
+            key: key.as_ptr() as u64,
+            value,
+            flags: 0,
+        }
     }
 }
 
@@ -226,12 +280,24 @@ struct TestRunAttributes {
 fn call<T>(command: libc::c_long, attributes: &mut T) -> std::io::Result<()> {
     // SAFETY: the attributes have the layout of the command and name buffers that outlive the call.
     let status = unsafe {
-        libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attributes), size_of::<T>() as libc::c_ulong)
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attributes),
+            size_of::<T>() as libc::c_ulong,
+        )
     };
-    if status < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    if status < 0 {
+        Err(std::io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Unspecified addresses are how the ABI says "none".
 pub fn mapped_or_none(v4: Option<Ipv4Addr>, v6: Option<Ipv6Addr>) -> (Address, Address) {
-    (v4.map_or([0; 16], |a| v4_mapped(a.octets())), v6.map_or([0; 16], |a| a.octets()))
+    (
+        v4.map_or([0; 16], |a| v4_mapped(a.octets())),
+        v6.map_or([0; 16], |a| a.octets()),
+    )
 }

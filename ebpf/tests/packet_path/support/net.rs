@@ -18,7 +18,10 @@ impl Namespaces {
     /// None yet.
     pub fn new() -> Self {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self { prefix: format!("cmt{}-{number}-", std::process::id()), names: Vec::new() }
+        Self {
+            prefix: format!("cmt{}-{number}-", std::process::id()),
+            names: Vec::new(),
+        }
     }
 
     /// Makes one; its loopback is up.
@@ -44,20 +47,33 @@ impl Drop for Namespaces {
 
 /// Runs `ip` with the words of `arguments`.
 pub fn ip(arguments: &str) {
-    let output = Command::new("ip").args(arguments.split_whitespace()).output().expect("ip runs");
-    assert!(output.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new("ip")
+        .args(arguments.split_whitespace())
+        .output()
+        .expect("ip runs");
+    assert!(
+        output.status.success(),
+        "ip {arguments}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// A command in a namespace. `ip netns exec` would hide bpffs and cgroups.
 pub fn command(namespace: &str, program: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new("nsenter");
-    command.arg(format!("--net=/run/netns/{namespace}")).arg(program).args(arguments).stdin(Stdio::null());
+    command
+        .arg(format!("--net=/run/netns/{namespace}"))
+        .arg(program)
+        .args(arguments)
+        .stdin(Stdio::null());
     command
 }
 
 /// Runs a command in a namespace to its end.
 pub fn run(namespace: &str, program: &str, arguments: &[&str]) -> Output {
-    command(namespace, program, arguments).output().expect("nsenter runs")
+    command(namespace, program, arguments)
+        .output()
+        .expect("nsenter runs")
 }
 
 /// As [`run`], and it must succeed.
@@ -99,8 +115,16 @@ pub fn sysctl(namespace: &str, path: &str, value: &str) {
 /// Index and MAC address of a device.
 pub fn device(namespace: &str, name: &str) -> (u32, [u8; 6]) {
     let text = check(namespace, "ip", &["-o", "link", "show", "dev", name]);
-    let index = text.split(':').next().and_then(|n| n.trim().parse().ok()).expect("an index");
-    let mac = text.split("link/ether ").nth(1).and_then(|t| t.split(' ').next()).expect("a MAC address");
+    let index = text
+        .split(':')
+        .next()
+        .and_then(|n| n.trim().parse().ok())
+        .expect("an index");
+    let mac = text
+        .split("link/ether ")
+        .nth(1)
+        .and_then(|t| t.split(' ').next())
+        .expect("a MAC address");
     let mut bytes = [0; 6];
     for (byte, part) in bytes.iter_mut().zip(mac.split(':')) {
         *byte = u8::from_str_radix(part, 16).expect("hexadecimal");

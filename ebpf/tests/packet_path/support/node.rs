@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use clustermesh_ebpf_abi::{
-    ENDPOINT_HOST, EndpointValue, IDENTITY_REMOTE_NODE, InterfaceValue, NODE_DIRECT, NODE_INDEX_LOCAL, NODE_PRESENT,
-    NodeConfig, NodeValue, TUNNEL_PORT, V4_MAPPED_BITS,
+    ENDPOINT_HOST, EndpointValue, IDENTITY_REMOTE_NODE, InterfaceValue, NODE_DIRECT,
+    NODE_INDEX_LOCAL, NODE_PRESENT, NodeConfig, NodeValue, TUNNEL_PORT, V4_MAPPED_BITS,
 };
 
 use super::bpf::{Datapath, mapped};
@@ -61,21 +61,34 @@ pub fn router(namespaces: &mut Namespaces) -> String {
 /// A host with an underlay device `eth0` towards the router.
 pub fn host(namespaces: &mut Namespaces, router: &str, n: u8) -> String {
     let host = namespaces.add(&format!("node{n}"));
-    ip(&format!("link add eth0 netns {host} type veth peer name to{n} netns {router}"));
-    for (namespace, link, last) in [(host.as_str(), "eth0".to_owned(), 1), (router, format!("to{n}"), 254)] {
-        ip(&format!("-n {namespace} addr add 192.168.{n}.{last}/24 dev {link}"));
-        ip(&format!("-n {namespace} addr add fd00:0:0:{n:x}::{last:x}/64 dev {link} nodad"));
+    ip(&format!(
+        "link add eth0 netns {host} type veth peer name to{n} netns {router}"
+    ));
+    for (namespace, link, last) in [
+        (host.as_str(), "eth0".to_owned(), 1),
+        (router, format!("to{n}"), 254),
+    ] {
+        ip(&format!(
+            "-n {namespace} addr add 192.168.{n}.{last}/24 dev {link}"
+        ));
+        ip(&format!(
+            "-n {namespace} addr add fd00:0:0:{n:x}::{last:x}/64 dev {link} nodad"
+        ));
         ip(&format!("-n {namespace} link set {link} up"));
     }
     ip(&format!("-n {host} route add default via 192.168.{n}.254"));
-    ip(&format!("-n {host} -6 route add default via fd00:0:0:{n:x}::fe"));
+    ip(&format!(
+        "-n {host} -6 route add default via fd00:0:0:{n:x}::fe"
+    ));
     host
 }
 
 /// A pod with `eth0`, its other end `pod0` in the host's namespace.
 pub fn pod(namespaces: &mut Namespaces, host: &str, n: u8, mtu: u32) -> String {
     let pod = namespaces.add(&format!("pod{n}"));
-    ip(&format!("link add eth0 netns {pod} type veth peer name pod0 netns {host}"));
+    ip(&format!(
+        "link add eth0 netns {pod} type veth peer name pod0 netns {host}"
+    ));
     ip(&format!("-n {host} link set pod0 up"));
     let (_, mac) = device(host, "pod0");
     let mac = mac.map(|b| format!("{b:02x}")).join(":");
@@ -85,7 +98,9 @@ pub fn pod(namespaces: &mut Namespaces, host: &str, n: u8, mtu: u32) -> String {
         ip(&format!("-n {pod} addr add {own}/{bits} dev eth0 {dad}"));
         ip(&format!("-n {pod} route add {gateway} dev eth0"));
         ip(&format!("-n {pod} route add default via {gateway}"));
-        ip(&format!("-n {pod} neigh replace {gateway} lladdr {mac} dev eth0 nud permanent"));
+        ip(&format!(
+            "-n {pod} neigh replace {gateway} lladdr {mac} dev eth0 nud permanent"
+        ));
     }
     pod
 }
@@ -96,24 +111,51 @@ impl Node {
         let host = host(namespaces, router, n);
         sysctl(&host, "net/ipv4/ip_forward", "1");
         sysctl(&host, "net/ipv6/conf/all/forwarding", "1");
-        ip(&format!("-n {host} link add cm_host type veth peer name cm_net"));
+        ip(&format!(
+            "-n {host} link add cm_host type veth peer name cm_net"
+        ));
         ip(&format!("-n {host} link set cm_host arp off"));
         ip(&format!("-n {host} link set cm_net up"));
         ip(&format!("-n {host} link set cm_host up"));
         ip(&format!("-n {host} addr add 10.{n}.0.1/32 dev cm_host"));
-        ip(&format!("-n {host} addr add {}/128 dev cm_host nodad", in_cidr(n, 1, true)));
-        ip(&format!("-n {host} route add 10.0.0.0/8 dev cm_host src 10.{n}.0.1 mtu {POD_MTU}"));
-        ip(&format!("-n {host} -6 route add fd10::/16 dev cm_host src {} mtu {POD_MTU}", in_cidr(n, 1, true)));
+        ip(&format!(
+            "-n {host} addr add {}/128 dev cm_host nodad",
+            in_cidr(n, 1, true)
+        ));
+        ip(&format!(
+            "-n {host} route add 10.0.0.0/8 dev cm_host src 10.{n}.0.1 mtu {POD_MTU}"
+        ));
+        ip(&format!(
+            "-n {host} -6 route add fd10::/16 dev cm_host src {} mtu {POD_MTU}",
+            in_cidr(n, 1, true)
+        ));
         let pod = pod(namespaces, &host, n, POD_MTU);
 
         let mut datapath = Datapath::load();
-        for (link, program) in [("pod0", "from_pod"), ("cm_net", "from_host"), ("eth0", "from_network")] {
-            let program: &mut SchedClassifier =
-                datapath.ebpf.program_mut(program).expect(program).try_into().expect("a tc program");
-            inside(&host, || program.attach(link, TcAttachType::Ingress).map(drop)).expect("attach");
+        for (link, program) in [
+            ("pod0", "from_pod"),
+            ("cm_net", "from_host"),
+            ("eth0", "from_network"),
+        ] {
+            let program: &mut SchedClassifier = datapath
+                .ebpf
+                .program_mut(program)
+                .expect(program)
+                .try_into()
+                .expect("a tc program");
+            inside(&host, || {
+                program.attach(link, TcAttachType::Ingress).map(drop)
+            })
+            .expect("attach");
         }
         let (underlay_ifindex, _) = device(&host, "eth0");
-        let node = Self { number: n, host, pod, datapath, underlay_ifindex };
+        let node = Self {
+            number: n,
+            host,
+            pod,
+            datapath,
+            underlay_ifindex,
+        };
         node.fill_own_maps();
         node
     }
@@ -140,11 +182,27 @@ impl Node {
         let (ifindex, end_mac) = device(&self.host, "pod0");
         let (_, pod_mac) = device(&self.pod, "eth0");
         for v6 in [false, true] {
-            let pod = EndpointValue { ifindex, identity: pod_identity(n), pod_mac, host_mac: end_mac, flags: 0 };
+            let pod = EndpointValue {
+                ifindex,
+                identity: pod_identity(n),
+                pod_mac,
+                host_mac: end_mac,
+                flags: 0,
+            };
             self.datapath.set_endpoint(mapped(in_cidr(n, 4, v6)), &pod);
-            let router = EndpointValue { ifindex: host_ifindex, flags: ENDPOINT_HOST, ..pod };
-            self.datapath.set_endpoint(mapped(in_cidr(n, 1, v6)), &router);
-            self.datapath.set_ipcache(mapped(in_cidr(n, 4, v6)), 128, pod_identity(n), NODE_INDEX_LOCAL);
+            let router = EndpointValue {
+                ifindex: host_ifindex,
+                flags: ENDPOINT_HOST,
+                ..pod
+            };
+            self.datapath
+                .set_endpoint(mapped(in_cidr(n, 1, v6)), &router);
+            self.datapath.set_ipcache(
+                mapped(in_cidr(n, 4, v6)),
+                128,
+                pod_identity(n),
+                NODE_INDEX_LOCAL,
+            );
         }
         self.datapath.set_interface(
             ifindex,
@@ -175,9 +233,24 @@ impl Node {
         );
         for (v6, cidr_bits) in [(false, V4_MAPPED_BITS + 24), (true, 64)] {
             let index = u32::from(other);
-            self.datapath.set_ipcache(mapped(in_cidr(other, 4, v6)), 128, pod_identity(other), index);
-            self.datapath.set_ipcache(mapped(in_cidr(other, 1, v6)), 128, IDENTITY_REMOTE_NODE, index);
-            self.datapath.set_ipcache(mapped(in_cidr(other, 0, v6)), cidr_bits, IDENTITY_REMOTE_NODE, index);
+            self.datapath.set_ipcache(
+                mapped(in_cidr(other, 4, v6)),
+                128,
+                pod_identity(other),
+                index,
+            );
+            self.datapath.set_ipcache(
+                mapped(in_cidr(other, 1, v6)),
+                128,
+                IDENTITY_REMOTE_NODE,
+                index,
+            );
+            self.datapath.set_ipcache(
+                mapped(in_cidr(other, 0, v6)),
+                cidr_bits,
+                IDENTITY_REMOTE_NODE,
+                index,
+            );
         }
     }
 
@@ -186,7 +259,14 @@ impl Node {
         let output = super::net::run(
             &self.pod,
             "ping",
-            &["-c3", "-i0.05", "-W1", "-s", &bytes.to_string(), &target.to_string()],
+            &[
+                "-c3",
+                "-i0.05",
+                "-W1",
+                "-s",
+                &bytes.to_string(),
+                &target.to_string(),
+            ],
         );
         if output.status.success() {
             return Ok(());

@@ -1,0 +1,211 @@
+//! Programs at interfaces, on tcx and on clsact.
+
+use std::fs;
+use std::net::UdpSocket;
+use std::time::Instant;
+
+use clustermesh_ebpf::abi::DropReason;
+use clustermesh_ebpf::{AttachMode, Datapath, Error, Maps};
+
+use crate::node::{Node, PATIENCE, ifindex, in_node, ip};
+
+const MODES: [AttachMode; 2] = [AttachMode::Tcx, AttachMode::Clsact];
+
+/// A pod's veth pair: what `pod` sends comes in at `host_end`.
+struct Pod {
+    socket: UdpSocket,
+    host_end: u32,
+}
+
+impl Pod {
+    fn new() -> Self {
+        ip("link add host_end type veth peer name pod");
+        ip("link set host_end up");
+        ip("addr add 10.9.0.2/24 dev pod");
+        ip("link set pod up");
+        ip("neigh add 10.9.0.1 lladdr 02:00:00:00:00:01 dev pod nud permanent");
+        Self {
+            socket: UdpSocket::bind("10.9.0.2:0").unwrap(),
+            host_end: ifindex("host_end"),
+        }
+    }
+
+    fn send(&self) {
+        self.socket.send_to(b"?", "10.9.0.1:9").unwrap();
+    }
+}
+
+/// Packets that our programs refused, since nobody has told them their configuration.
+fn refused(maps: &Maps) -> u64 {
+    let drops = maps.drops().unwrap();
+    let (_, count) = drops
+        .into_iter()
+        .find(|(reason, _)| *reason == DropReason::NotConfigured)
+        .unwrap();
+    count
+}
+
+fn refused_reaches(maps: &Maps, wanted: u64) {
+    let deadline = Instant::now() + PATIENCE;
+    while refused(maps) < wanted {
+        assert!(
+            Instant::now() < deadline,
+            "{} of {wanted} packets met a program",
+            refused(maps)
+        );
+        std::thread::yield_now();
+    }
+    assert_eq!(refused(maps), wanted);
+}
+
+fn open(node: &Node, mode: AttachMode) -> Datapath {
+    Datapath::open(&node.options_with(mode)).unwrap().0
+}
+
+#[test]
+fn no_packet_passes_while_programs_are_switched() {
+    for mode in MODES {
+        in_node(|node| {
+            let pod = Pod::new();
+            let (mut one, mut other) = (open(node, mode), open(node, mode));
+            one.attach_pod(pod.host_end).unwrap();
+            let maps = one.maps().clone();
+            pod.send();
+            refused_reaches(&maps, 1);
+            let mut sent = 1;
+            std::thread::scope(|scope| {
+                let switcher = scope.spawn(|| {
+                    for _ in 0..50 {
+                        other.activate(node.cm_net, &[]).unwrap();
+                        one.activate(node.cm_net, &[]).unwrap();
+                    }
+                });
+                while !switcher.is_finished() {
+                    pod.send();
+                    sent += 1;
+                    // No more on the way than the receive queue takes.
+                    if sent % 64 == 0 {
+                        refused_reaches(&maps, sent);
+                    }
+                }
+            });
+            refused_reaches(&maps, sent);
+            assert!(sent > 100, "{mode:?}: only {sent} packets");
+
+            drop((one, other));
+            pod.send();
+            refused_reaches(&maps, sent + 1);
+        });
+    }
+}
+
+#[test]
+fn pods_are_attached_and_detached_in_both_modes() {
+    for mode in MODES {
+        in_node(|node| {
+            let pod = Pod::new();
+            let mut datapath = open(node, mode);
+            datapath.attach_pod(pod.host_end).unwrap();
+            datapath.attach_pod(pod.host_end).unwrap();
+            assert_eq!(datapath.attached_pods().unwrap(), [pod.host_end]);
+            pod.send();
+            refused_reaches(datapath.maps(), 1);
+            datapath.detach_pod(pod.host_end).unwrap();
+            datapath.detach_pod(pod.host_end).unwrap();
+            assert!(datapath.attached_pods().unwrap().is_empty());
+            let before = received("host_end");
+            pod.send();
+            let deadline = Instant::now() + PATIENCE;
+            while received("host_end") == before {
+                assert!(Instant::now() < deadline, "the packet did not arrive");
+            }
+            refused_reaches(datapath.maps(), 1);
+        });
+    }
+}
+
+/// Packets that came in at an interface of this namespace.
+fn received(interface: &str) -> u64 {
+    let table = fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+    let line = table
+        .lines()
+        .find_map(|line| line.trim().strip_prefix(interface)?.strip_prefix(':'));
+    let mut fields = line.unwrap().split_whitespace();
+    fields.nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn an_interface_that_is_gone_is_its_own_error() {
+    for mode in MODES {
+        in_node(|node| {
+            let mut datapath = open(node, mode);
+            for result in [
+                datapath.attach_pod(99_999),
+                datapath.activate(99_999, &[]),
+                datapath.activate(node.cm_net, &[99_999]),
+            ] {
+                match result {
+                    Err(Error::InterfaceGone { ifindex: 99_999 }) => {}
+                    other => panic!("{mode:?}: {other:?}"),
+                }
+            }
+            datapath.detach_pod(99_999).unwrap();
+        });
+    }
+}
+
+#[test]
+fn activation_forgets_pods_whose_interface_is_gone() {
+    for mode in MODES {
+        in_node(|node| {
+            let pod = Pod::new();
+            let mut datapath = open(node, mode);
+            datapath.attach_pod(pod.host_end).unwrap();
+            ip("link del host_end");
+            assert_eq!(datapath.attached_pods().unwrap(), [pod.host_end]);
+            datapath.activate(node.cm_net, &[]).unwrap();
+            assert!(datapath.attached_pods().unwrap().is_empty());
+        });
+    }
+}
+
+#[test]
+fn activation_detaches_from_what_is_no_longer_underlay() {
+    for mode in MODES {
+        in_node(|node| {
+            let uplink = Pod::new();
+            let mut datapath = open(node, mode);
+            datapath.activate(node.cm_net, &[uplink.host_end]).unwrap();
+            uplink.send();
+            refused_reaches(datapath.maps(), 1);
+            datapath.activate(node.cm_net, &[]).unwrap();
+            uplink.send();
+            let deadline = Instant::now() + PATIENCE;
+            while received("host_end") < 2 {
+                assert!(Instant::now() < deadline, "the packet did not arrive");
+            }
+            refused_reaches(datapath.maps(), 1);
+        });
+    }
+}
+
+#[test]
+fn the_mode_can_be_changed_under_traffic() {
+    in_node(|node| {
+        let pod = Pod::new();
+        let mut tcx = open(node, AttachMode::Tcx);
+        let mut clsact = open(node, AttachMode::Clsact);
+        tcx.attach_pod(pod.host_end).unwrap();
+        for (sent, datapath) in (1..).zip([&mut clsact, &mut tcx]) {
+            datapath.activate(node.cm_net, &[]).unwrap();
+            pod.send();
+            refused_reaches(datapath.maps(), sent);
+            assert_eq!(datapath.attached_pods().unwrap(), [pod.host_end]);
+        }
+        assert_eq!(
+            fs::read_dir(node.pins().join("filters")).unwrap().count(),
+            0
+        );
+        Datapath::uninstall(&node.options()).unwrap();
+    });
+}
