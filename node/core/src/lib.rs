@@ -1,1 +1,20 @@
 //! Pure: records in, desired kernel state out, difference to actual.
+//!
+//! Nothing here reads a clock, a file, a socket or a map. The agent decodes records
+//! with [`decode::Decoder`], feeds [`Model`], carries out its [`plan::Plan`] and tells
+//! it what the kernel took. [`ipam`], [`probes`] and [`cni`] are the parts of the
+//! endpoint life cycle that need no kernel.
+
+pub mod change;
+pub mod cni;
+pub mod decode;
+pub mod ipam;
+pub mod model;
+pub mod plan;
+pub mod probes;
+pub mod progress;
+pub mod refused;
+pub mod select;
+pub mod tables;
+
+pub use model::{EMPTY_NODE, Model, Settings, UnderlayPath};

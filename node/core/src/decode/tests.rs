@@ -1,0 +1,108 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn decoder() -> Decoder {
+    Decoder::new("c2".into(), IdentitySplit::Clusters255)
+}
+
+const NODE: &str = r#"{"Name":"w1","Cluster":"c1","IPAddresses":[{"Type":"CiliumInternalIP","IP":"10.1.0.7"},{"Type":"ExternalIP","IP":"203.0.113.9"},{"Type":"InternalIP","IP":"192.0.2.11"}],"IPv4AllocCIDR":{"IP":"10.1.0.0","Mask":"////AA=="},"IPv4HealthIP":"10.1.0.9","ClusterID":1}"#;
+
+#[test]
+fn a_peers_node_is_read_from_its_copy() {
+    let change = decoder()
+        .decode(b"cilium/cache/nodes/v1/c1/w1", Some(NODE.as_bytes()))
+        .unwrap();
+    let Change::Node {
+        cluster,
+        name,
+        node: Some(node),
+    } = change
+    else {
+        panic!("{change:?}");
+    };
+    assert_eq!((&*cluster, &*name), ("c1", "w1"));
+    let text: Vec<String> = node.underlay.iter().map(ToString::to_string).collect();
+    assert_eq!(text, ["192.0.2.11", "203.0.113.9"]);
+    assert_eq!(node.routers[0].to_string(), "10.1.0.7");
+    assert_eq!(node.pod_cidrs[0].to_string(), "10.1.0.0/24");
+}
+
+#[test]
+fn a_record_of_another_name_than_its_key_is_refused_by_name() {
+    let error = decoder()
+        .decode(b"cilium/cache/nodes/v1/c1/w2", Some(NODE.as_bytes()))
+        .unwrap_err();
+    assert_eq!(error.reason, Reason::NotOwnName);
+    assert_eq!(error.object, "cilium/cache/nodes/v1/c1/w2");
+}
+
+#[test]
+fn a_peer_cannot_speak_in_our_name() {
+    let own = NODE.replace("\"c1\"", "\"c2\"");
+    let change = decoder()
+        .decode(b"cilium/cache/nodes/v1/c2/w1", Some(own.as_bytes()))
+        .unwrap();
+    assert_eq!(change, Change::Nothing);
+}
+
+#[test]
+fn a_deletion_needs_no_value() {
+    let change = decoder()
+        .decode(b"cilium/cache/ip/v1/c1/10.1.0.23", None)
+        .unwrap();
+    assert!(matches!(change, Change::Address { owner: None, .. }));
+}
+
+#[test]
+fn backends_of_a_service_record_are_grouped_by_ports() {
+    let json = r#"{"cluster":"c1","namespace":"shop","name":"cart","frontends":{},"backends":{"10.1.0.23":{"http":{"Protocol":"TCP","Port":8080}},"10.1.0.24":{"http":{"Protocol":"TCP","Port":8080}},"10.1.0.25":{"http":{"Protocol":"TCP","Port":9090},"sync":{"Protocol":"SCTP","Port":1}}},"labels":{},"selector":{},"includeExternal":true,"shared":true,"clusterID":1}"#;
+    let change = decoder()
+        .decode(
+            b"cilium/cache/services/v1/c1/shop/cart",
+            Some(json.as_bytes()),
+        )
+        .unwrap();
+    let Change::LegacyBackends {
+        groups: Some(groups),
+        ..
+    } = change
+    else {
+        panic!("{change:?}");
+    };
+    let sizes: Vec<(usize, usize)> = groups
+        .iter()
+        .map(|group| (group.ports.len(), group.endpoints.len()))
+        .collect();
+    assert_eq!(sizes, [(1, 2), (1, 1)]);
+}
+
+#[test]
+fn keys_of_unknown_kinds_say_nothing() {
+    for key in [
+        "cilium/.initlock/a/b",
+        "cilium/state/serviceexports/v1/c2/a/b",
+        "other",
+    ] {
+        assert_eq!(
+            decoder().decode(key.as_bytes(), Some(b"x")),
+            Ok(Change::Nothing)
+        );
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_value_under_any_key_is_a_change_or_a_refusal(
+        key in prop_oneof![
+            Just("cilium/cache/nodes/v1/c1/w1"), Just("cilium/cache/ip/v1/c1/10.1.0.23"),
+            Just("cilium/cache/endpointslices/v1/c1/shop/cart-1"), Just("cilium/cluster-config/c1"),
+            Just("clustermesh.io/services/v1/shop/cart"), Just("clustermesh.io/workloads/v1/shop/cart-0"),
+        ],
+        cut in 0usize..NODE.len(),
+        bytes in prop::collection::vec(any::<u8>(), 0..64),
+    ) {
+        let _ = decoder().decode(key.as_bytes(), Some(&bytes));
+        let _ = decoder().decode(key.as_bytes(), NODE.as_bytes().get(..cut));
+    }
+}

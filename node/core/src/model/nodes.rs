@@ -1,0 +1,391 @@
+//! Nodes: a stable index for each, its place in the node map, and its addresses.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use clustermesh_ebpf_abi::{
+    Address, IDENTITY_HEALTH, IDENTITY_REMOTE_NODE, NODE_DIRECT, NODE_INDEX_LOCAL, NODE_PRESENT,
+    NODES_MAX, NodeAddressValue, NodeValue,
+};
+use ipnetwork::IpNetwork;
+
+use super::Model;
+use super::addresses::Origin;
+use super::claims::{Claim, Claims};
+use super::sources::{OWN, SourceId};
+use crate::change::{ClusterConfig, ClusterName, NodeRecord};
+use crate::refused::Reason;
+use crate::tables;
+
+/// Reserved identity of a node's ingress address.
+const IDENTITY_INGRESS: u32 = 8;
+
+#[derive(Default)]
+pub(super) struct Nodes {
+    by_name: HashMap<(SourceId, Box<str>), Node>,
+    /// Underlay address, as the cluster's address records name it, to index.
+    hosts: HashMap<(SourceId, IpAddr), u32>,
+    address_claims: Claims<Address, AddressClaim>,
+    next_index: u32,
+}
+
+struct Node {
+    record: Box<NodeRecord>,
+    /// `None` while the node cannot be used.
+    index: Option<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct AddressClaim {
+    source: SourceId,
+    index: u32,
+}
+
+impl Claim for AddressClaim {
+    fn source(&self) -> SourceId {
+        self.source
+    }
+    fn same_claimant(&self, other: &Self) -> bool {
+        self.index == other.index
+    }
+    fn rank(&self) -> u8 {
+        0
+    }
+}
+
+impl Nodes {
+    pub(super) fn index_of_host(&self, source: SourceId, host: IpAddr) -> Option<u32> {
+        self.hosts.get(&(source, host)).copied()
+    }
+}
+
+impl Model {
+    /// Pod CIDRs of other nodes with the node's cluster, sorted: what the host must route into the mesh.
+    #[must_use]
+    pub fn remote_pod_cidrs(&self) -> Vec<IpNetwork> {
+        let mut cidrs: Vec<IpNetwork> = self
+            .nodes
+            .by_name
+            .values()
+            .filter(|node| node.index.is_some_and(|index| index != NODE_INDEX_LOCAL))
+            .flat_map(|node| node.record.pod_cidrs.iter().copied())
+            .collect();
+        cidrs.sort_unstable();
+        cidrs.dedup();
+        cidrs
+    }
+
+    /// True once after [`Model::remote_pod_cidrs`] may have changed.
+    pub fn take_pod_cidrs_changed(&mut self) -> bool {
+        std::mem::take(&mut self.pod_cidrs_changed)
+    }
+
+    pub(super) fn apply_cluster(&mut self, name: &ClusterName, config: Option<ClusterConfig>) {
+        let Some(source) = self.source(name) else {
+            return;
+        };
+        let slices_before = self.sources.has_slices(source);
+        let changed = self.sources.set_config(source, config);
+        if let Some(config) = config
+            && source != OWN
+            && self.sources.cluster_id(source).is_none()
+        {
+            self.refuse(
+                Reason::ClusterIdConflict,
+                format!("cluster {name}"),
+                format!("cluster id {} is 0, ours, or another peer's", config.id),
+            );
+        }
+        if config.is_none() {
+            self.handled.forget(name);
+        }
+        let switched = slices_before != self.sources.has_slices(source);
+        for source in &changed {
+            let names: Vec<Box<str>> = self
+                .nodes
+                .by_name
+                .keys()
+                .filter(|(of, _)| of == source)
+                .map(|(_, name)| name.clone())
+                .collect();
+            for name in names {
+                if let Some(node) = self.withdraw_node(*source, &name) {
+                    self.place_node(*source, name, node);
+                }
+            }
+            for key in self.addresses.keys_of(*source) {
+                self.resolve_address(key);
+            }
+            self.services.mark_source(*source);
+        }
+        if switched {
+            self.services.mark_source(source);
+        }
+    }
+
+    pub(super) fn apply_node(
+        &mut self,
+        source: SourceId,
+        name: Box<str>,
+        node: Option<Box<NodeRecord>>,
+    ) {
+        let Some(record) = node else {
+            self.withdraw_node(source, &name);
+            return;
+        };
+        let held = self.nodes.by_name.get(&(source, name.clone()));
+        if held.is_some_and(|held| *held.record == *record && held.index.is_some()) {
+            return;
+        }
+        // The index is kept: only what differs reaches the dirty keys.
+        let index = held.and_then(|held| held.index);
+        if let Some(index) = index
+            && index != NODE_INDEX_LOCAL
+            && self.node_value(source, &record).is_some()
+        {
+            self.replace_node(source, name, record, index);
+        } else {
+            self.withdraw_node(source, &name);
+            self.place_node(source, name, record);
+        }
+    }
+
+    /// A known node with changed addresses: claims of the old record that the new one lacks go last.
+    fn replace_node(
+        &mut self,
+        source: SourceId,
+        name: Box<str>,
+        record: Box<NodeRecord>,
+        index: u32,
+    ) {
+        let old = self.nodes.by_name.remove(&(source, name.clone()));
+        self.install_node(source, name, record.clone(), index);
+        if let Some(old) = old {
+            for ip in old
+                .record
+                .underlay
+                .iter()
+                .filter(|ip| !record.underlay.contains(ip))
+            {
+                self.drop_underlay(source, *ip, index);
+            }
+            let kept: Vec<IpAddr> = claimed(&record).map(|(ip, _)| ip).collect();
+            for (ip, _) in claimed(&old.record).filter(|(ip, _)| !kept.contains(ip)) {
+                self.drop_claim(ip, source, Origin::Node(index));
+            }
+        }
+    }
+
+    fn place_node(&mut self, source: SourceId, name: Box<str>, record: Box<NodeRecord>) {
+        if source == OWN && name == self.settings.node {
+            let own = self.settings.underlay.clone();
+            for ip in record.underlay.iter().chain(&own) {
+                self.nodes.hosts.insert((OWN, *ip), NODE_INDEX_LOCAL);
+                self.host_changed(OWN, *ip);
+            }
+            // Claimed so that no other cluster can have them; local claims give no entry.
+            for (ip, identity) in claimed(&record) {
+                self.claim_node_address(OWN, ip, identity, NODE_INDEX_LOCAL);
+            }
+            self.nodes.by_name.insert(
+                (source, name),
+                Node {
+                    record,
+                    index: Some(NODE_INDEX_LOCAL),
+                },
+            );
+            return;
+        }
+        let Some(value) = self.node_value(source, &record) else {
+            if self.sources.cluster_id(source).is_some() {
+                self.refuse(
+                    Reason::NoUnderlayFamily,
+                    format!("node {}/{name}", self.sources.name(source)),
+                    "no address of a family that this node has on the underlay".to_owned(),
+                );
+            }
+            self.nodes.by_name.insert(
+                (source, name),
+                Node {
+                    record,
+                    index: None,
+                },
+            );
+            return;
+        };
+        match self.allocate_index(&value) {
+            Some(index) => self.install_node(source, name, record, index),
+            None => {
+                self.refuse(
+                    Reason::MapFull,
+                    format!("node {}/{name}", self.sources.name(source)),
+                    format!("the node map holds {NODES_MAX} nodes"),
+                );
+                self.nodes.by_name.insert(
+                    (source, name),
+                    Node {
+                        record,
+                        index: None,
+                    },
+                );
+            }
+        }
+    }
+
+    fn install_node(
+        &mut self,
+        source: SourceId,
+        name: Box<str>,
+        record: Box<NodeRecord>,
+        index: u32,
+    ) {
+        let Some(value) = self.node_value(source, &record) else {
+            return;
+        };
+        if self.wanted.nodes.insert(index, value) != Some(value) {
+            self.dirty.nodes.insert(index);
+        }
+        for ip in &record.underlay {
+            self.nodes
+                .address_claims
+                .insert(tables::address(*ip), AddressClaim { source, index });
+            self.resolve_node_address(*ip);
+            if self.nodes.hosts.insert((source, *ip), index) != Some(index) {
+                self.host_changed(source, *ip);
+            }
+        }
+        for (ip, identity) in claimed(&record) {
+            self.claim_node_address(source, ip, identity, index);
+        }
+        self.pod_cidrs_changed = true;
+        self.nodes.by_name.insert(
+            (source, name),
+            Node {
+                record,
+                index: Some(index),
+            },
+        );
+    }
+
+    /// Takes a node out of everything and gives its record back.
+    fn withdraw_node(&mut self, source: SourceId, name: &str) -> Option<Box<NodeRecord>> {
+        let node = self.nodes.by_name.remove(&(source, name.into()))?;
+        let Some(index) = node.index else {
+            return Some(node.record);
+        };
+        for ip in &node.record.underlay {
+            self.drop_underlay(source, *ip, index);
+        }
+        for (ip, _) in claimed(&node.record) {
+            self.drop_claim(ip, source, Origin::Node(index));
+        }
+        if index != NODE_INDEX_LOCAL {
+            self.wanted.nodes.remove(&index);
+            self.dirty.nodes.insert(index);
+            self.pod_cidrs_changed = true;
+        }
+        Some(node.record)
+    }
+
+    fn drop_underlay(&mut self, source: SourceId, ip: IpAddr, index: u32) {
+        let claim = AddressClaim { source, index };
+        self.nodes
+            .address_claims
+            .remove(&tables::address(ip), &claim);
+        self.resolve_node_address(ip);
+        if self.nodes.hosts.get(&(source, ip)) == Some(&index) {
+            self.nodes.hosts.remove(&(source, ip));
+            self.host_changed(source, ip);
+        }
+    }
+
+    fn resolve_node_address(&mut self, ip: IpAddr) {
+        let key = tables::address(ip);
+        let winner = self.nodes.address_claims.of(&key).first().copied();
+        let changed = match winner {
+            Some(claim) => {
+                let value = NodeAddressValue {
+                    node_index: claim.index,
+                };
+                self.wanted.node_addresses.insert(key, value) != Some(value)
+            }
+            None => self.wanted.node_addresses.remove(&key).is_some(),
+        };
+        if changed {
+            self.dirty.node_addresses.insert(key);
+        }
+    }
+
+    /// The node map's value; `None` if the node cannot be reached or its cluster is not accepted.
+    fn node_value(&self, source: SourceId, record: &NodeRecord) -> Option<NodeValue> {
+        let cluster_id = self.sources.cluster_id(source)?;
+        let v4 = record.underlay.iter().find(|ip| ip.is_ipv4());
+        let v6 = record.underlay.iter().find(|ip| ip.is_ipv6());
+        let (endpoint, path) = match (v4, self.settings.path_v4, v6, self.settings.path_v6) {
+            (Some(ip), Some(path), _, _) | (_, _, Some(ip), Some(path)) => (ip, path),
+            _ => return None,
+        };
+        let mut flags = NODE_PRESENT;
+        if self.settings.direct_routing {
+            flags |= NODE_DIRECT;
+        }
+        Some(NodeValue {
+            endpoint: tables::address(*endpoint),
+            cluster_id,
+            flags,
+            path_mtu_bytes: path.mtu_bytes,
+            egress_ifindex: path.egress_ifindex,
+            ..EMPTY_NODE
+        })
+    }
+
+    /// The index that the kernel has for this endpoint already, else the next one that nothing in the kernel names.
+    fn allocate_index(&mut self, value: &NodeValue) -> Option<u32> {
+        let held = self
+            .actual
+            .node_addresses
+            .get(&value.endpoint)
+            .map(|held| held.node_index)
+            .filter(|index| {
+                self.actual.nodes.get(index).is_some_and(|node| {
+                    node.endpoint == value.endpoint && node.cluster_id == value.cluster_id
+                }) && !self.wanted.nodes.contains_key(index)
+            });
+        if held.is_some() {
+            return held;
+        }
+        for _ in 1..NODES_MAX {
+            self.nodes.next_index = self.nodes.next_index % (NODES_MAX - 1) + 1;
+            let index = self.nodes.next_index;
+            if !self.wanted.nodes.contains_key(&index) && !self.actual.nodes.contains_key(&index) {
+                return Some(index);
+            }
+        }
+        None
+    }
+}
+
+/// A slot that is not in use.
+pub const EMPTY_NODE: NodeValue = NodeValue {
+    endpoint: [0; 16],
+    cluster_id: 0,
+    flags: 0,
+    path_mtu_bytes: 0,
+    reserved: 0,
+    egress_ifindex: 0,
+    reserved2: 0,
+    #[cfg(feature = "layout-next")]
+    next_layout: 0,
+};
+
+/// The node's own addresses with the identity that they have for others.
+fn claimed(record: &NodeRecord) -> impl Iterator<Item = (IpAddr, u32)> + '_ {
+    let with = |identity| move |ip: &IpAddr| (*ip, identity);
+    record
+        .underlay
+        .iter()
+        .map(with(IDENTITY_REMOTE_NODE))
+        .chain(record.routers.iter().map(with(IDENTITY_REMOTE_NODE)))
+        .chain(record.health.iter().map(with(IDENTITY_HEALTH)))
+        .chain(record.ingress.iter().map(with(IDENTITY_INGRESS)))
+}
