@@ -1,1 +1,30 @@
 //! openraft wired to core and store: batcher, reads, leases, watch hub.
+//!
+//! [`Replica`] is the handle that a process uses. Nothing here names an async runtime: tasks, clocks and randomness come
+//! from openraft's `AsyncRuntime`, the type parameter `R`.
+
+mod batcher;
+mod compaction;
+mod config;
+mod error;
+mod lease;
+mod maintenance;
+mod metrics;
+mod network;
+mod reads;
+mod replica;
+mod state_machine;
+mod task;
+mod watch;
+
+pub use clustermesh_store::{Node, ReplicaId, SnapshotFile, StoreError};
+pub use config::{AutoCompaction, Data, MemoryData, ReplicaConfig, Start, wall_clock};
+pub use error::{ProposeError, ReadError, StartError, WatchEnd};
+pub use metrics::Metrics;
+pub use network::{NoPeer, NoPeers};
+pub use replica::{Committed, LeaseTime, Member, Replica, Status};
+pub use state_machine::Answer;
+pub use watch::{EventFilter, WatchEvents, WatchItem, WatchSpec, Watcher};
+
+/// openraft's types as this crate uses them.
+pub type Types<R> = clustermesh_store::TypeConfig<R, Answer>;

@@ -10,7 +10,7 @@ mod types;
 
 pub use data_dir::{DataDir, Identity};
 pub use error::StoreError;
-pub use log::{LogStats, MAX_ENTRY_BYTES, MAX_READ_BYTES, MemoryLog, SledLog};
+pub use log::{Closed, LogStats, MAX_ENTRY_BYTES, MAX_READ_BYTES, MemoryLog, SledLog};
 pub use snapshot::{MAX_CHUNK_BYTES, SnapshotFile, SnapshotReader, SnapshotStore, SnapshotWriter};
 pub use types::{
     Command, CommittedLeaderId, Entry, LogId, Membership, Node, ReplicaId, Reply, SnapshotMeta,

@@ -5,7 +5,7 @@ mod memory;
 mod tail;
 mod writer;
 
-pub use durable::SledLog;
+pub use durable::{Closed, SledLog};
 pub use memory::MemoryLog;
 pub(crate) use writer::sync_dir;
 

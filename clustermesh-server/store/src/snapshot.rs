@@ -62,6 +62,12 @@ impl SnapshotStore {
         Self(Arc::new(Place::Memory(Mutex::default())))
     }
 
+    /// Whether snapshots are kept in memory, where nothing blocks.
+    #[must_use]
+    pub fn is_memory(&self) -> bool {
+        matches!(&*self.0, Place::Memory(_))
+    }
+
     /// Starts writing a snapshot; it exists once [`SnapshotWriter::finish`] returns.
     ///
     /// # Errors

@@ -5,7 +5,10 @@ use std::{
     io,
     ops::{Range, RangeBounds},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
 };
 
@@ -41,6 +44,29 @@ struct Shared<R: AsyncRuntime, A: Reply> {
     tail: Arc<Mutex<Tail>>,
     queue: Arc<Queue<R, A>>,
     writer: Mutex<Option<JoinHandle<()>>>,
+    /// Last, so that everything else is closed when it says so.
+    closing: Closing,
+}
+
+/// Tells when a log is closed and its folder may be opened again.
+#[derive(Debug, Clone, Default)]
+pub struct Closed(Arc<AtomicBool>);
+
+impl Closed {
+    /// Whether the log is closed.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+#[derive(Default)]
+struct Closing(Closed);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Release);
+    }
 }
 
 impl<R: AsyncRuntime, A: Reply> Drop for Shared<R, A> {
@@ -87,6 +113,7 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
             tail,
             queue,
             writer: Mutex::new(Some(writer)),
+            closing: Closing::default(),
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -107,6 +134,12 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
             last_index,
             bytes: self.shared.disk.size_bytes(),
         }
+    }
+
+    /// Tells when the last clone is gone and the folder may be opened again.
+    #[must_use]
+    pub fn closed(&self) -> Closed {
+        self.shared.closing.0.clone()
     }
 
     /// Everything up to here is gone.

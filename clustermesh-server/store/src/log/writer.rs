@@ -140,7 +140,10 @@ impl<R: AsyncRuntime, A: Reply> Queue<R, A> {
         let waiting = std::mem::take(&mut state.waiting);
         let ops = std::mem::take(&mut state.ops);
         drop(state);
-        waiting.into_iter().for_each(|told| drop(told.send(())));
+        for told in waiting {
+            // A waiter that is gone needs no room.
+            let _gone = told.send(());
+        }
         Some(ops)
     }
 

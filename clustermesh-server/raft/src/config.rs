@@ -1,0 +1,201 @@
+//! Settings of a replica, with their limits.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use clustermesh_store::{Identity, MemoryLog, Node, SnapshotStore};
+use openraft::async_runtime::AsyncRuntime;
+use parking_lot::Mutex;
+
+use crate::{error::StartError, state_machine::Answer};
+
+/// Proposals that may wait for an answer.
+pub(crate) const MAX_WAITING_PROPOSALS: usize = 16_384;
+/// Proposals in one log entry.
+pub(crate) const MAX_BATCH_PROPOSALS: usize = 512;
+/// Encoded proposals of one log entry, bytes; a larger one has an entry of its own.
+pub(crate) const MAX_BATCH_BYTES: usize = 1 << 20;
+/// One encoded proposal, bytes: the copy of a peer is the largest.
+pub(crate) const MAX_PROPOSAL_BYTES: usize = 4 << 20;
+/// Log entries on their way at once: one being synced while the next collects.
+pub(crate) const MAX_ENTRIES_IN_FLIGHT: usize = 2;
+/// Readers that may wait for a read index.
+pub(crate) const MAX_WAITING_READERS: usize = 65_536;
+/// Items that one watcher may have waiting; past it the watcher reads history instead.
+pub(crate) const MAX_WATCHER_QUEUE_ITEMS: usize = 1024;
+/// Encoded events that one watcher may have waiting, bytes.
+pub(crate) const MAX_WATCHER_QUEUE_BYTES: usize = 8 << 20;
+/// History that a watcher reads at once, bytes.
+pub(crate) const MAX_CATCH_UP_BYTES: usize = 1 << 20;
+/// Applied entries waiting for the watch hub.
+pub(crate) const MAX_HUB_QUEUE_ENTRIES: usize = 1024;
+/// Leases that one entry expires.
+pub(crate) const MAX_EXPIRED_LEASES_PER_ENTRY: usize = 1000;
+/// Wait before an expiry that failed is proposed again, ms.
+pub(crate) const LEASE_RETRY_MS: u64 = 500;
+/// One chunk of a snapshot, bytes.
+pub(crate) const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
+/// How long a stopped replica waits for its log to close, ms.
+pub(crate) const CLOSE_TIMEOUT_MS: u64 = 5000;
+
+/// Where a replica keeps its data.
+#[derive(Debug, Clone)]
+pub enum Data<R> {
+    /// In a folder on disk.
+    Folder(PathBuf),
+    /// In memory: for simulation and tests.
+    Memory(MemoryData<R>),
+}
+
+/// A replica's data in memory. A clone given to the next replica is a restart.
+#[derive(Debug)]
+pub struct MemoryData<R> {
+    pub(crate) log: MemoryLog<R, Answer>,
+    pub(crate) snapshots: SnapshotStore,
+    pub(crate) identity: Arc<Mutex<Option<Identity>>>,
+}
+
+impl<R> Clone for MemoryData<R> {
+    fn clone(&self) -> Self {
+        Self {
+            log: self.log.clone(),
+            snapshots: self.snapshots.clone(),
+            identity: self.identity.clone(),
+        }
+    }
+}
+
+impl<R> Default for MemoryData<R> {
+    fn default() -> Self {
+        Self {
+            log: MemoryLog::default(),
+            snapshots: SnapshotStore::memory(),
+            identity: Arc::default(),
+        }
+    }
+}
+
+/// Whether a new group begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// The data must be empty: a new group of this one replica begins.
+    NewGroup,
+    /// The data must be a replica's: it goes on.
+    Existing,
+    /// Goes on where there is data, else begins a new group.
+    NewOrExisting,
+}
+
+/// What the leader compacts by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AutoCompaction {
+    /// Nothing.
+    Off,
+    /// All but the newest revisions.
+    Revisions {
+        /// How many to keep.
+        keep: u64,
+        /// How often to look.
+        every: Duration,
+    },
+    /// What is older.
+    Age {
+        /// How long to keep revisions.
+        keep: Duration,
+    },
+}
+
+impl Default for AutoCompaction {
+    /// What kube-apiserver's own compaction keeps: five minutes.
+    fn default() -> Self {
+        Self::Age {
+            keep: Duration::from_secs(300),
+        }
+    }
+}
+
+/// Settings of a replica.
+#[derive(Clone)]
+pub struct ReplicaConfig<R: AsyncRuntime> {
+    /// Where the data lives.
+    pub data: Data<R>,
+    /// Whether a new group begins.
+    pub start: Start,
+    /// Name of the cluster, checked against the data; empty for a plain store.
+    pub cluster_name: String,
+    /// This replica as others reach it.
+    pub node: Node,
+    /// Time between heartbeats of the leader.
+    pub heartbeat: Duration,
+    /// A follower stands for election after this long without the leader, up to twice as long at random.
+    pub election_timeout: Duration,
+    /// How long start-up waits for a leader.
+    pub start_timeout: Duration,
+    /// A snapshot is taken after this many bytes of log. The log keeps up to three times as much.
+    pub snapshot_log_bytes: u64,
+    /// What the leader compacts by itself.
+    pub auto_compaction: AutoCompaction,
+    /// Wall clock, ms since 1970, for the time in log entries.
+    pub wall_clock_unix_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
+}
+
+impl<R: AsyncRuntime> ReplicaConfig<R> {
+    /// Defaults for data in `data`.
+    pub fn new(data: Data<R>, cluster_name: impl Into<String>) -> Self {
+        Self {
+            data,
+            start: Start::NewOrExisting,
+            cluster_name: cluster_name.into(),
+            node: Node::default(),
+            heartbeat: Duration::from_millis(100),
+            election_timeout: Duration::from_secs(1),
+            start_timeout: Duration::from_secs(60),
+            snapshot_log_bytes: 64 << 20,
+            auto_compaction: AutoCompaction::default(),
+            wall_clock_unix_ms: Arc::new(wall_clock),
+        }
+    }
+
+    pub(crate) fn raft(&self) -> Result<openraft::Config, StartError> {
+        let ms = |name, duration: Duration| {
+            u64::try_from(duration.as_millis())
+                .ok()
+                .filter(|ms| (1..=600_000).contains(ms))
+                .ok_or_else(|| StartError::Config {
+                    name,
+                    reason: format!("{duration:?} is not within 1 ms and 10 min"),
+                })
+        };
+        let election_timeout_min = ms("election timeout", self.election_timeout)?;
+        openraft::Config {
+            cluster_name: self.cluster_name.clone(),
+            heartbeat_interval: ms("heartbeat", self.heartbeat)?,
+            election_timeout_min,
+            election_timeout_max: 2 * election_timeout_min,
+            // Snapshots and purges go by bytes of log, see `maintenance`.
+            snapshot_policy: openraft::SnapshotPolicy::Never,
+            max_in_snapshot_log_to_keep: u64::MAX,
+            enable_pre_vote: Some(true),
+            allow_log_reversion: Some(false),
+            ..openraft::Config::default()
+        }
+        .validate()
+        .map_err(|error| StartError::Config {
+            name: "raft timing",
+            reason: error.to_string(),
+        })
+    }
+}
+
+/// The system's clock, ms since 1970.
+#[must_use]
+pub fn wall_clock() -> i64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|since| i64::try_from(since.as_millis()).ok())
+        .unwrap_or(0)
+}

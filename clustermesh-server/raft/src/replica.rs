@@ -1,0 +1,293 @@
+//! The handle of a running replica.
+
+mod start;
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use clustermesh_core::{KvError, Outcome, State, pb};
+use clustermesh_store::{DataDir, MemoryLog, Node, ReplicaId, SledLog};
+use openraft::{
+    Raft,
+    async_runtime::{AsyncRuntime, Instant, WatchReceiver},
+};
+use parking_lot::Mutex;
+
+use crate::{
+    Answer, Types,
+    batcher::Proposer,
+    config::CLOSE_TIMEOUT_MS,
+    error::{ProposeError, ReadError},
+    metrics::Metrics,
+    reads::Readers,
+    state_machine::{Shared, StateMachine},
+    task::Stopper,
+    watch::{Hub, WatchSpec, Watcher},
+};
+
+/// A proposal that was committed and applied here.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Committed {
+    /// What came of it: apply may refuse it, which changes nothing.
+    pub outcome: Result<Outcome, KvError>,
+    /// Main revision after it.
+    pub revision: i64,
+    /// Compact revision after its entry.
+    pub compact_revision: i64,
+    /// Raft term in which it was proposed.
+    pub term: u64,
+}
+
+/// A lease as the leader sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeaseTime {
+    /// TTL as granted, seconds.
+    pub granted_ttl_s: i64,
+    /// Time that is left.
+    pub remaining: Duration,
+    /// Attached keys, sorted.
+    pub keys: Vec<Bytes>,
+}
+
+/// A replica of the group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its id.
+    pub id: ReplicaId,
+    /// How it is reached.
+    pub node: Node,
+    /// Whether it votes.
+    pub voter: bool,
+}
+
+/// How a replica is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    /// This replica.
+    pub replica_id: ReplicaId,
+    /// Id of the group.
+    pub cluster_id: u64,
+    /// Current term.
+    pub term: u64,
+    /// The leader, when one is known.
+    pub leader: Option<ReplicaId>,
+    /// Whether this replica believes to lead.
+    pub is_leader: bool,
+    /// Last index in the log.
+    pub last_log_index: u64,
+    /// Last applied index.
+    pub applied_index: u64,
+    /// Main revision.
+    pub revision: i64,
+    /// Compact revision.
+    pub compact_revision: i64,
+    /// Live and historic data in memory, bytes: the same on every replica.
+    pub state_bytes: u64,
+    /// The log's files, bytes.
+    pub log_bytes: u64,
+    /// The newest snapshot's last index.
+    pub snapshot_index: u64,
+    /// On the leader: how long ago a quorum answered it.
+    pub last_quorum_ack: Option<Duration>,
+    /// Why the replica has stopped by itself, if it has.
+    pub failure: Option<String>,
+    /// All replicas.
+    pub members: Vec<Member>,
+}
+
+enum LogHandle<R: AsyncRuntime> {
+    Sled(SledLog<R, Answer>),
+    Memory(MemoryLog<R, Answer>),
+}
+
+struct Inner<R: AsyncRuntime> {
+    replica_id: ReplicaId,
+    raft: Raft<Types<R>, StateMachine<R>>,
+    shared: Arc<Shared<R>>,
+    hub: Arc<Hub>,
+    proposer: Proposer<R>,
+    readers: Readers<R>,
+    stopper: Stopper<R>,
+    /// Gone once the replica was shut down.
+    log: Mutex<Option<(LogHandle<R>, Option<DataDir>)>>,
+}
+
+impl<R: AsyncRuntime> Drop for Inner<R> {
+    fn drop(&mut self) {
+        self.stopper.stop();
+    }
+}
+
+/// A running replica. Clones are handles of the same one; it ends with [`Replica::shutdown`].
+pub struct Replica<R: AsyncRuntime> {
+    inner: Arc<Inner<R>>,
+}
+
+impl<R: AsyncRuntime> Clone for Replica<R> {
+    fn clone(&self) -> Self {
+        Self {
+            inner: self.inner.clone(),
+        }
+    }
+}
+
+impl<R: AsyncRuntime> Replica<R> {
+    /// Id of this replica.
+    #[must_use]
+    pub fn id(&self) -> ReplicaId {
+        self.inner.replica_id
+    }
+
+    /// Proposes a change and waits until it is applied here. The id 0 of a lease grant is replaced by a random one.
+    ///
+    /// # Errors
+    /// [`ProposeError`]; only [`ProposeError::Unknown`] and [`ProposeError::Stopped`] leave open whether it was committed.
+    pub async fn propose(&self, proposal: pb::Proposal) -> Result<Committed, ProposeError> {
+        self.inner.proposer.propose(proposal).await
+    }
+
+    /// Returns once this replica has applied everything that was committed when it was called. Waiting callers share rounds.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub async fn linearize(&self) -> Result<(), ReadError> {
+        self.inner.readers.linearize().await
+    }
+
+    /// Reads the state as applied here. Keep it short: apply waits meanwhile.
+    pub fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
+        read(&self.inner.shared.applied.read().state)
+    }
+
+    /// Starts a watch. List at revision R and watch from R + 1 for a gapless view.
+    #[must_use]
+    pub fn watch(&self, spec: WatchSpec) -> Watcher<R> {
+        Watcher::new(self.inner.shared.clone(), self.inner.hub.clone(), spec)
+    }
+
+    /// Gives a lease its full TTL again, once leadership is confirmed; `None` when there is no such lease, or it is expiring.
+    ///
+    /// # Errors
+    /// [`ReadError`]: only the leader keeps leases alive.
+    pub async fn keep_alive(&self, id: i64) -> Result<Option<Duration>, ReadError> {
+        self.linearize().await?;
+        Ok(self.inner.shared.leases.renew(id))
+    }
+
+    /// A lease and the time that it has left; `None` when there is no such lease.
+    ///
+    /// # Errors
+    /// [`ReadError`]: only the leader knows.
+    pub async fn time_to_live(&self, id: i64) -> Result<Option<LeaseTime>, ReadError> {
+        self.linearize().await?;
+        let Some(view) = self.read(|state| state.lease(id)) else {
+            return Ok(None);
+        };
+        let remaining = self
+            .inner
+            .shared
+            .leases
+            .remaining(id)
+            .unwrap_or(Duration::ZERO);
+        Ok(Some(LeaseTime {
+            granted_ttl_s: view.granted_ttl_s,
+            remaining,
+            keys: view.keys,
+        }))
+    }
+
+    /// Counters, for the process to export.
+    #[must_use]
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.inner.shared.metrics.clone()
+    }
+
+    /// How this replica is, as it knows now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let log_bytes = match &*self.inner.log.lock() {
+            Some((LogHandle::Sled(log), _)) => log.stats().bytes,
+            Some((LogHandle::Memory(log), _)) => log.stats().bytes,
+            None => 0,
+        };
+        let receiver = self.inner.raft.metrics();
+        let metrics = receiver.borrow_watched().clone();
+        let applied = self.inner.shared.applied.read();
+        let voters: Vec<ReplicaId> = metrics.membership_config.voter_ids().collect();
+        Status {
+            replica_id: self.inner.replica_id,
+            cluster_id: applied.state.cluster_id(),
+            term: metrics.current_term,
+            leader: metrics.current_leader,
+            is_leader: metrics.state.is_leader(),
+            last_log_index: metrics.last_log_index.unwrap_or(0),
+            applied_index: applied.last.map_or(0, |last| last.index),
+            revision: applied.state.revision(),
+            compact_revision: applied.state.compact_revision(),
+            state_bytes: applied.state.approximate_bytes(),
+            log_bytes,
+            snapshot_index: metrics.snapshot.map_or(0, |snapshot| snapshot.index),
+            last_quorum_ack: metrics
+                .last_quorum_acked
+                .map(|at| at.into_inner().elapsed()),
+            failure: metrics.running_state.err().map(|error| error.to_string()),
+            members: metrics
+                .membership_config
+                .nodes()
+                .map(|(id, node)| Member {
+                    id: *id,
+                    node: node.clone(),
+                    voter: voters.contains(id),
+                })
+                .collect(),
+        }
+    }
+
+    /// Resolves when the replica has stopped by itself or was shut down.
+    pub async fn stopped(&self) {
+        let mut metrics = self.inner.raft.metrics();
+        while metrics.borrow_and_update().running_state.is_ok() && metrics.changed().await.is_ok() {
+        }
+    }
+
+    /// Takes a snapshot now, whatever the size of the log.
+    ///
+    /// # Errors
+    /// [`ReadError::Stopped`].
+    pub async fn snapshot(&self) -> Result<(), ReadError> {
+        self.inner
+            .raft
+            .trigger()
+            .snapshot()
+            .await
+            .map_err(|_| ReadError::Stopped)
+    }
+
+    /// Stops the replica: ends watchers, answers what waits, closes the log. Done when the data may be opened again.
+    pub async fn shutdown(&self) {
+        self.inner.hub.close();
+        if let Err(error) = self.inner.raft.shutdown().await {
+            tracing::error!(%error, "raft did not stop in order");
+        }
+        self.inner.stopper.stop();
+        let Some((log, data_dir)) = self.inner.log.lock().take() else {
+            return;
+        };
+        if let LogHandle::Sled(log) = log {
+            let closed = log.closed();
+            drop(log);
+            let mut waited_ms = 0;
+            while !closed.is_closed() && waited_ms < CLOSE_TIMEOUT_MS {
+                R::sleep(Duration::from_millis(1)).await;
+                waited_ms += 1;
+            }
+            if !closed.is_closed() {
+                tracing::warn!("the log is still in use by a task that has not ended");
+            }
+        }
+        drop(data_dir);
+    }
+}
+
+#[cfg(test)]
+mod tests;

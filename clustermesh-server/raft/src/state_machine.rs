@@ -1,0 +1,320 @@
+//! Applies log entries to the state, and takes and installs its snapshots.
+
+use std::{io, sync::Arc};
+
+use clustermesh_core::{ProposalResult, SnapshotLoader, State, pb};
+use clustermesh_store::{
+    LogId, SnapshotFile, SnapshotMeta, SnapshotStore, StoreError, StoredMembership,
+};
+use futures_util::{Stream, TryStreamExt};
+use openraft::{
+    EntryPayload, OptionalSend,
+    async_runtime::{AsyncRuntime, Mpsc, MpscSender, Watch, WatchSender},
+    entry::RaftEntry,
+    storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine},
+    type_config::alias::SnapshotOf,
+};
+use parking_lot::{Mutex, RwLock};
+use prost::Message;
+
+use crate::{
+    Types,
+    config::SNAPSHOT_CHUNK_BYTES,
+    error::{EntryError, StartError},
+    lease::LeaseKeeper,
+    metrics::{Metrics, add},
+    watch::Publication,
+};
+
+/// What applying one entry answers: one result for each proposal of a batch, none for other entries.
+#[derive(Debug, Default)]
+pub struct Answer {
+    /// In the order of the proposals.
+    pub results: Vec<ProposalResult>,
+    /// Compact revision afterwards.
+    pub compact_revision: i64,
+}
+
+/// The state with its place in the log.
+pub(crate) struct Applied {
+    pub(crate) state: State,
+    pub(crate) last: Option<LogId>,
+    pub(crate) membership: StoredMembership,
+    /// Number of publications made of this state: orders readers of it against the watch hub.
+    pub(crate) sequence: u64,
+    /// Bytes of entries applied since the last snapshot.
+    pub(crate) log_bytes: u64,
+}
+
+/// What apply and everyone who reads share.
+pub(crate) struct Shared<R: AsyncRuntime> {
+    pub(crate) applied: RwLock<Applied>,
+    pub(crate) leases: LeaseKeeper<R>,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+/// What observers of apply wait for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// One past the last applied index.
+    pub(crate) next_index: u64,
+    pub(crate) log_bytes: u64,
+}
+
+pub(crate) struct StateMachine<R: AsyncRuntime> {
+    shared: Arc<Shared<R>>,
+    snapshots: SnapshotStore,
+    /// The newest snapshot that is valid.
+    current: Arc<Mutex<Option<SnapshotFile>>>,
+    hub: <R::Mpsc as Mpsc>::Sender<Publication>,
+    progress: Mutex<<R::Watch as Watch>::Sender<Progress>>,
+}
+
+/// Reads a snapshot into a state.
+fn load(snapshot: &SnapshotFile) -> Result<State, StartError> {
+    let mut loader = SnapshotLoader::new();
+    for chunk in snapshot.read()? {
+        loader.push(chunk?)?;
+    }
+    Ok(loader.finish()?)
+}
+
+impl<R: AsyncRuntime> StateMachine<R> {
+    /// The state of the newest valid snapshot, or an empty one.
+    pub(crate) fn open(
+        snapshots: SnapshotStore,
+        metrics: Arc<Metrics>,
+        hub: <R::Mpsc as Mpsc>::Sender<Publication>,
+        progress: <R::Watch as Watch>::Sender<Progress>,
+    ) -> Result<Self, StartError> {
+        let current = snapshots.newest()?;
+        let (state, meta) = match &current {
+            Some(snapshot) => (load(snapshot)?, snapshot.meta().clone()),
+            None => (State::new(), SnapshotMeta::default()),
+        };
+        let applied = Applied {
+            state,
+            last: meta.last_log_id,
+            membership: meta.last_membership,
+            sequence: 0,
+            log_bytes: 0,
+        };
+        let shared = Arc::new(Shared {
+            applied: RwLock::new(applied),
+            leases: LeaseKeeper::new(),
+            metrics,
+        });
+        let current = Arc::new(Mutex::new(current));
+        Ok(Self {
+            shared,
+            snapshots,
+            current,
+            hub,
+            progress: Mutex::new(progress),
+        })
+    }
+
+    pub(crate) fn shared(&self) -> Arc<Shared<R>> {
+        self.shared.clone()
+    }
+
+    pub(crate) fn last_applied(&self) -> Option<LogId> {
+        self.shared.applied.read().last
+    }
+
+    fn apply_entry(
+        &self,
+        entry: &clustermesh_store::Entry,
+    ) -> Result<(Answer, Option<Publication>), EntryError> {
+        let log_id = entry.log_id();
+        let batch = match &entry.payload {
+            EntryPayload::Normal(command) => {
+                let batch = pb::Batch::decode(command.0.clone())
+                    .map_err(|reason| EntryError::Decode { log_id, reason })?;
+                add(
+                    &self.shared.metrics.entry_bytes_applied_total,
+                    command.0.len(),
+                );
+                Some((batch, command.0.len() as u64))
+            }
+            EntryPayload::Blank | EntryPayload::Membership(_) => None,
+        };
+        let mut applied = self.shared.applied.write();
+        let mut answer = Answer::default();
+        let mut publication = None;
+        if let Some((batch, bytes)) = batch {
+            let done = applied
+                .state
+                .apply(&batch, log_id.leader_id.term)
+                .map_err(|reason| EntryError::Apply { log_id, reason })?;
+            self.shared.leases.observe(&batch, &done.outcomes);
+            applied.log_bytes += bytes;
+            if !done.groups.is_empty() || !done.cursors.is_empty() {
+                applied.sequence += 1;
+                publication = Some(Publication::Applied {
+                    sequence: applied.sequence,
+                    groups: done.groups,
+                    cursors: done.cursors,
+                });
+            }
+            answer = Answer {
+                results: done.outcomes,
+                compact_revision: applied.state.compact_revision(),
+            };
+        }
+        if let EntryPayload::Membership(membership) = &entry.payload {
+            applied.membership = StoredMembership::new(Some(log_id), membership.clone());
+        }
+        applied.last = Some(log_id);
+        add(&self.shared.metrics.entries_applied_total, 1);
+        Ok((answer, publication))
+    }
+
+    fn report(&self) {
+        let progress = {
+            let applied = self.shared.applied.read();
+            Progress {
+                next_index: applied.last.map_or(0, |last| last.index + 1),
+                log_bytes: applied.log_bytes,
+            }
+        };
+        // Nobody listens once the replica is stopping.
+        self.progress.lock().send_if_different(progress);
+    }
+
+    async fn publish(&self, publication: Publication) -> Result<(), io::Error> {
+        self.hub
+            .send(publication)
+            .await
+            .map_err(|_| io::Error::other("the watch hub has stopped"))
+    }
+}
+
+impl<R: AsyncRuntime> RaftStateMachine<Types<R>> for StateMachine<R> {
+    type SnapshotData = SnapshotFile;
+    type SnapshotBuilder = SnapshotBuilder<R>;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        let applied = self.shared.applied.read();
+        Ok((applied.last, applied.membership.clone()))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
+    where
+        S: Stream<Item = Result<EntryResponder<Types<R>>, io::Error>> + Unpin + OptionalSend,
+    {
+        while let Some((entry, responder)) = entries.try_next().await? {
+            let (answer, publication) = self.apply_entry(&entry)?;
+            if let Some(publication) = publication {
+                self.publish(publication).await?;
+            }
+            self.report();
+            if let Some(responder) = responder {
+                responder.send(answer);
+            }
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder<R> {
+        SnapshotBuilder {
+            shared: self.shared.clone(),
+            snapshots: self.snapshots.clone(),
+            current: self.current.clone(),
+        }
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotFile,
+    ) -> Result<(), io::Error> {
+        let state = load(&snapshot).map_err(io::Error::other)?;
+        let sequence = {
+            let mut applied = self.shared.applied.write();
+            applied.state = state;
+            applied.last = meta.last_log_id;
+            applied.membership = meta.last_membership.clone();
+            applied.sequence += 1;
+            applied.log_bytes = 0;
+            self.shared.leases.replace(&applied.state);
+            applied.sequence
+        };
+        *self.current.lock() = Some(snapshot);
+        self.publish(Publication::Replaced { sequence }).await?;
+        self.report();
+        Ok(())
+    }
+
+    async fn get_current_snapshot(
+        &mut self,
+    ) -> Result<Option<SnapshotOf<Types<R>, SnapshotFile>>, io::Error> {
+        Ok(self.current.lock().clone().map(with_meta::<R>))
+    }
+}
+
+fn with_meta<R: AsyncRuntime>(snapshot: SnapshotFile) -> SnapshotOf<Types<R>, SnapshotFile> {
+    openraft::Snapshot {
+        meta: snapshot.meta().clone(),
+        snapshot,
+    }
+}
+
+/// Takes a snapshot of the state as it is when building begins.
+pub(crate) struct SnapshotBuilder<R: AsyncRuntime> {
+    shared: Arc<Shared<R>>,
+    snapshots: SnapshotStore,
+    current: Arc<Mutex<Option<SnapshotFile>>>,
+}
+
+fn build<R: AsyncRuntime>(
+    shared: &Shared<R>,
+    snapshots: &SnapshotStore,
+) -> Result<(SnapshotFile, u64), StoreError> {
+    let (mut cursor, meta, log_bytes) = {
+        let mut applied = shared.applied.write();
+        let meta = SnapshotMeta {
+            last_log_id: applied.last,
+            last_membership: applied.membership.clone(),
+        };
+        (applied.state.snapshot(), meta, applied.log_bytes)
+    };
+    let mut writer = snapshots.create(meta)?;
+    loop {
+        // The lock is held for one chunk, so that apply is not kept waiting.
+        let chunk = cursor.next_chunk(&shared.applied.read().state, SNAPSHOT_CHUNK_BYTES);
+        match chunk.map_err(|error| StoreError::Failed {
+            reason: error.to_string(),
+        })? {
+            Some(chunk) => writer.chunk(chunk)?,
+            None => return Ok((writer.finish()?, log_bytes)),
+        }
+    }
+}
+
+impl<R: AsyncRuntime> RaftSnapshotBuilder<Types<R>> for SnapshotBuilder<R> {
+    type SnapshotData = SnapshotFile;
+
+    async fn build_snapshot(&mut self) -> Result<SnapshotOf<Types<R>, SnapshotFile>, io::Error> {
+        let (shared, snapshots) = (self.shared.clone(), self.snapshots.clone());
+        let built = if self.snapshots.is_memory() {
+            build(&shared, &snapshots)
+        } else {
+            R::spawn_blocking(move || build(&shared, &snapshots)).await?
+        };
+        match built {
+            Ok((snapshot, log_bytes)) => {
+                let mut applied = self.shared.applied.write();
+                applied.log_bytes = applied.log_bytes.saturating_sub(log_bytes);
+                drop(applied);
+                add(&self.shared.metrics.snapshots_total, 1);
+                *self.current.lock() = Some(snapshot.clone());
+                Ok(with_meta::<R>(snapshot))
+            }
+            Err(error) => {
+                add(&self.shared.metrics.snapshot_failures_total, 1);
+                Err(error.into())
+            }
+        }
+    }
+}

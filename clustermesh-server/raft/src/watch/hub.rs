@@ -1,0 +1,255 @@
+//! Hands what was applied to the watchers that want it: costs by those, and never waits for one.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
+
+use clustermesh_core::{CursorChange, EventGroup, KeyRange, WatchId, WatchIndex};
+use openraft::async_runtime::{AsyncRuntime, Mpsc, MpscReceiver};
+use parking_lot::Mutex;
+
+use super::{Publication, WatchEvents, WatchItem, slot::Slot};
+use crate::{
+    metrics::{Metrics, add, sub},
+    task::Stop,
+};
+
+/// Id of a watcher in the hub.
+type SlotId = u64;
+
+#[derive(Default)]
+struct Registry {
+    /// Last publication that was handed out.
+    sequence: u64,
+    /// Last revision that was handed out.
+    revision: i64,
+    index: WatchIndex,
+    /// Each range of a watcher has an id in the index.
+    owners: HashMap<WatchId, SlotId>,
+    slots: HashMap<SlotId, Attached>,
+    /// Watchers that want cursors.
+    cursor_slots: BTreeMap<SlotId, Arc<Slot>>,
+    next_id: u64,
+    closed: bool,
+}
+
+struct Attached {
+    slot: Arc<Slot>,
+    watch_ids: Vec<WatchId>,
+}
+
+/// All watchers.
+pub(crate) struct Hub {
+    registry: Mutex<Registry>,
+    metrics: Arc<Metrics>,
+}
+
+impl Registry {
+    fn new_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    fn detach(&mut self, id: SlotId) -> Option<Arc<Slot>> {
+        let attached = self.slots.remove(&id)?;
+        self.cursor_slots.remove(&id);
+        for watch_id in attached.watch_ids {
+            self.index.remove(watch_id);
+            self.owners.remove(&watch_id);
+        }
+        Some(attached.slot)
+    }
+
+    /// Places of the events that each watcher of their keys may want.
+    fn matches(&self, group: &EventGroup) -> BTreeMap<SlotId, Vec<u32>> {
+        let mut matches: BTreeMap<SlotId, Vec<u32>> = BTreeMap::new();
+        for (place, event) in (0..).zip(&group.events) {
+            self.index.for_each_matching(event.key(), |watch_id| {
+                if let Some(owner) = self.owners.get(&watch_id) {
+                    let places = matches.entry(*owner).or_default();
+                    // Ranges of one watcher may overlap.
+                    if places.last() != Some(&place) {
+                        places.push(place);
+                    }
+                }
+            });
+        }
+        matches
+    }
+
+    fn hand_out_group(&mut self, sequence: u64, group: &Arc<EventGroup>, metrics: &Metrics) {
+        let bytes = group.encoded_bytes();
+        for (id, mut places) in self.matches(group) {
+            let Some(Attached { slot, .. }) = self.slots.get(&id) else {
+                continue;
+            };
+            if !slot.wants(sequence, Some(group.revision)) {
+                continue;
+            }
+            if let Some(filter) = &slot.filter {
+                places.retain(|place| {
+                    usize::try_from(*place)
+                        .ok()
+                        .and_then(|place| group.events.get(place))
+                        .is_some_and(|event| filter(event))
+                });
+            }
+            let Some(events) = WatchEvents::with(group, places) else {
+                continue;
+            };
+            add(&metrics.watch_groups_total, 1);
+            if !slot.push(WatchItem::Events(events), bytes, group.revision - 1) {
+                add(&metrics.watch_fallbacks_total, 1);
+                self.detach(id);
+            }
+        }
+        self.revision = group.revision;
+    }
+
+    fn hand_out_cursor(&mut self, sequence: u64, change: &CursorChange, metrics: &Metrics) {
+        let mut slow = Vec::new();
+        for (id, slot) in &self.cursor_slots {
+            if !slot.wants(sequence, None) {
+                continue;
+            }
+            let item = WatchItem::Cursor {
+                cluster: change.cluster.clone(),
+                cursor: change.cursor.clone(),
+            };
+            if !slot.push(item, change.cluster.len(), self.revision) {
+                slow.push(*id);
+            }
+        }
+        for id in slow {
+            add(&metrics.watch_fallbacks_total, 1);
+            self.detach(id);
+        }
+    }
+}
+
+impl Hub {
+    /// A hub for a state of this revision and publication number.
+    pub(crate) fn new(metrics: Arc<Metrics>, revision: i64) -> Self {
+        Self {
+            registry: Mutex::new(Registry {
+                revision,
+                ..Registry::default()
+            }),
+            metrics,
+        }
+    }
+
+    fn hand_out(&self, publication: Publication) {
+        let mut registry = self.registry.lock();
+        match publication {
+            Publication::Applied {
+                sequence,
+                groups,
+                cursors,
+            } => {
+                let mut cursors = cursors.iter().peekable();
+                for (before, group) in groups.iter().enumerate() {
+                    while let Some(change) = cursors.next_if(|change| change.after_groups <= before)
+                    {
+                        registry.hand_out_cursor(sequence, change, &self.metrics);
+                    }
+                    registry.hand_out_group(sequence, group, &self.metrics);
+                }
+                for change in cursors {
+                    registry.hand_out_cursor(sequence, change, &self.metrics);
+                }
+                registry.sequence = sequence;
+            }
+            Publication::Replaced { sequence } => {
+                let revision = registry.revision;
+                for id in registry.slots.keys().copied().collect::<Vec<_>>() {
+                    if let Some(slot) = registry.detach(id) {
+                        slot.fall_behind(revision);
+                    }
+                }
+                registry.sequence = sequence;
+            }
+        }
+    }
+
+    /// Lets the hub fill `slot`, if history up to publication `known_sequence`, of `known_revision`, leaves no gap before what the hub hands
+    /// out next. Returns the watcher's id for [`Hub::detach`].
+    pub(super) fn attach(
+        &self,
+        slot: &Arc<Slot>,
+        ranges: &[KeyRange],
+        cursors: bool,
+        known_sequence: u64,
+        known_revision: i64,
+    ) -> Option<SlotId> {
+        let mut registry = self.registry.lock();
+        if registry.closed {
+            slot.close();
+        } else if registry.sequence > known_sequence {
+            return None;
+        }
+        slot.attach(known_sequence);
+        // What the watcher knows may not have been handed out yet: then it is skipped, and progress must not fall back.
+        registry.revision = registry.revision.max(known_revision.min(registry.revision));
+        let id = registry.new_id();
+        let mut watch_ids = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            let watch_id = registry.new_id();
+            registry.index.add(watch_id, range.clone());
+            registry.owners.insert(watch_id, id);
+            watch_ids.push(watch_id);
+        }
+        if cursors {
+            registry.cursor_slots.insert(id, slot.clone());
+        }
+        registry.slots.insert(
+            id,
+            Attached {
+                slot: slot.clone(),
+                watch_ids,
+            },
+        );
+        Some(id)
+    }
+
+    pub(super) fn detach(&self, id: SlotId) {
+        self.registry.lock().detach(id);
+    }
+
+    /// Puts a progress item behind all that was handed out; false when `slot` is not filled by the hub any more.
+    pub(super) fn push_progress(&self, slot: &Slot, known_revision: i64) -> bool {
+        let registry = self.registry.lock();
+        slot.push_progress(registry.revision.max(known_revision))
+    }
+
+    pub(super) fn opened(&self) {
+        add(&self.metrics.watchers, 1);
+    }
+
+    pub(super) fn dropped(&self) {
+        sub(&self.metrics.watchers, 1);
+    }
+
+    /// Ends all watchers.
+    pub(crate) fn close(&self) {
+        let mut registry = self.registry.lock();
+        registry.closed = true;
+        registry
+            .slots
+            .values()
+            .for_each(|attached| attached.slot.close());
+    }
+}
+
+/// Hands out publications as they come.
+pub(crate) async fn distribute<R: AsyncRuntime>(
+    hub: Arc<Hub>,
+    mut publications: <R::Mpsc as Mpsc>::Receiver<Publication>,
+    stop: Stop<R>,
+) {
+    while let Some(Some(publication)) = stop.or(publications.recv()).await {
+        hub.hand_out(publication);
+    }
+    hub.close();
+}

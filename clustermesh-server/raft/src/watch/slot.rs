@@ -1,0 +1,138 @@
+//! What waits for one watcher: bounded, filled by the hub, emptied by the watcher.
+
+use std::{
+    collections::VecDeque,
+    task::{Context, Poll, Waker},
+};
+
+use parking_lot::Mutex;
+
+use super::{EventFilter, WatchItem};
+use crate::config::{MAX_WATCHER_QUEUE_BYTES, MAX_WATCHER_QUEUE_ITEMS};
+
+pub(super) struct Slot {
+    pub(super) filter: Option<EventFilter>,
+    queue: Mutex<Queue>,
+}
+
+struct Queue {
+    items: VecDeque<(WatchItem, usize)>,
+    bytes: usize,
+    /// Publications up to this one are known from history.
+    known_sequence: u64,
+    /// Events below are not wanted.
+    first_revision: i64,
+    /// Set once the watcher was too slow: everything up to this revision is queued, the rest it must read itself.
+    behind_after: Option<i64>,
+    closed: bool,
+    waker: Option<Waker>,
+}
+
+/// What a watcher finds in its slot.
+pub(super) enum Taken {
+    Item(WatchItem),
+    /// The rest must be read from history, after this revision.
+    Behind(i64),
+    Closed,
+}
+
+impl Slot {
+    pub(super) fn new(filter: Option<EventFilter>, first_revision: i64) -> Self {
+        let queue = Queue {
+            items: VecDeque::new(),
+            bytes: 0,
+            known_sequence: 0,
+            first_revision,
+            behind_after: None,
+            closed: false,
+            waker: None,
+        };
+        Self {
+            filter,
+            queue: Mutex::new(queue),
+        }
+    }
+
+    /// From now on the hub fills this slot, except with what `known_sequence` covers.
+    pub(super) fn attach(&self, known_sequence: u64) {
+        let mut queue = self.queue.lock();
+        queue.known_sequence = known_sequence;
+        queue.behind_after = None;
+    }
+
+    /// Whether publication `sequence` with events of `revision` is wanted here.
+    pub(super) fn wants(&self, sequence: u64, revision: Option<i64>) -> bool {
+        let queue = self.queue.lock();
+        sequence > queue.known_sequence
+            && revision.is_none_or(|revision| revision >= queue.first_revision)
+    }
+
+    /// Adds an item; false when the watcher is too slow and falls behind after `complete_revision`.
+    pub(super) fn push(&self, item: WatchItem, bytes: usize, complete_revision: i64) -> bool {
+        let (fits, waker) = {
+            let mut queue = self.queue.lock();
+            let fits = queue.items.len() < MAX_WATCHER_QUEUE_ITEMS
+                && (queue.items.is_empty() || queue.bytes + bytes <= MAX_WATCHER_QUEUE_BYTES);
+            if fits {
+                queue.bytes += bytes;
+                queue.items.push_back((item, bytes));
+            } else {
+                queue.behind_after = Some(complete_revision);
+            }
+            (fits, queue.waker.take())
+        };
+        waker.into_iter().for_each(Waker::wake);
+        fits
+    }
+
+    /// The watcher must read history after `complete_revision`.
+    pub(super) fn fall_behind(&self, complete_revision: i64) {
+        let waker = {
+            let mut queue = self.queue.lock();
+            queue.behind_after = Some(complete_revision);
+            queue.waker.take()
+        };
+        waker.into_iter().for_each(Waker::wake);
+    }
+
+    pub(super) fn close(&self) {
+        let waker = {
+            let mut queue = self.queue.lock();
+            queue.closed = true;
+            queue.waker.take()
+        };
+        waker.into_iter().for_each(Waker::wake);
+    }
+
+    pub(super) fn poll_take(&self, context: &mut Context<'_>) -> Poll<Taken> {
+        let mut queue = self.queue.lock();
+        if let Some((item, bytes)) = queue.items.pop_front() {
+            queue.bytes -= bytes;
+            return Poll::Ready(Taken::Item(item));
+        }
+        if queue.closed {
+            return Poll::Ready(Taken::Closed);
+        }
+        if let Some(revision) = queue.behind_after {
+            return Poll::Ready(Taken::Behind(revision));
+        }
+        queue.waker = Some(context.waker().clone());
+        Poll::Pending
+    }
+
+    /// Asks for a progress item in its place; false when the watcher reads history and answers itself.
+    pub(super) fn push_progress(&self, revision: i64) -> bool {
+        let mut queue = self.queue.lock();
+        if queue.behind_after.is_some() {
+            return false;
+        }
+        // One past the limit is fine, but never two in a row.
+        if !matches!(queue.items.back(), Some((WatchItem::Progress { .. }, _))) {
+            queue.items.push_back((WatchItem::Progress { revision }, 0));
+        }
+        let waker = queue.waker.take();
+        drop(queue);
+        waker.into_iter().for_each(Waker::wake);
+        true
+    }
+}
