@@ -1,0 +1,77 @@
+//! The operator's API.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use clustermesh_api::{
+    limits::{MAX_GRPC_CLIENT_RECV_BYTES, WAIT_MAX_MS},
+    v1::{
+        ApplyRequest, ApplyResponse, DeleteRequest, DeleteResponse, MeshStatusRequest,
+        MeshStatusResponse, ObjectRef, WaitProgress, WaitRequest, mesh_client::MeshClient,
+    },
+};
+use tonic::transport::Channel;
+
+use crate::{Client, ClientError, Messages, kv::timed};
+
+impl Client {
+    fn mesh(&self) -> MeshClient<Channel> {
+        MeshClient::new(self.channel())
+            .max_decoding_message_size(MAX_GRPC_CLIENT_RECV_BYTES)
+            .max_encoding_message_size(MAX_GRPC_CLIENT_RECV_BYTES)
+    }
+
+    /// Stores manifests, all or none.
+    ///
+    /// # Errors
+    /// The call failed; the message names the object that was refused.
+    pub async fn apply(
+        &self,
+        manifests_json: Vec<Bytes>,
+        dry_run: bool,
+    ) -> Result<ApplyResponse, ClientError> {
+        let request = ApplyRequest {
+            manifests_json,
+            dry_run,
+        };
+        let answer = self.mesh().apply(timed(request)).await;
+        answer
+            .map(tonic::Response::into_inner)
+            .map_err(|status| self.fault(status))
+    }
+
+    /// Deletes stored manifests.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub async fn delete(&self, objects: Vec<ObjectRef>) -> Result<DeleteResponse, ClientError> {
+        let answer = self.mesh().delete(timed(DeleteRequest { objects })).await;
+        answer
+            .map(tonic::Response::into_inner)
+            .map_err(|status| self.fault(status))
+    }
+
+    /// Own cluster, peers and nodes, with the revisions applied.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub async fn mesh_status(&self) -> Result<MeshStatusResponse, ClientError> {
+        let answer = self.mesh().status(timed(MeshStatusRequest {})).await;
+        answer
+            .map(tonic::Response::into_inner)
+            .map_err(|status| self.fault(status))
+    }
+
+    /// Fixes the present revision of every source cluster and reports until every node has applied it.
+    ///
+    /// # Errors
+    /// The call failed. A wait that ran out is no error: its last message is not `done`.
+    pub async fn wait(&self, limit: Duration) -> Result<Messages<WaitProgress>, ClientError> {
+        let timeout_ms = u32::try_from(limit.as_millis())
+            .unwrap_or(WAIT_MAX_MS)
+            .min(WAIT_MAX_MS);
+        let answer = self.mesh().wait(WaitRequest { timeout_ms }).await;
+        let stream = answer.map_err(|status| self.fault(status))?.into_inner();
+        Ok(Messages::new(self, stream))
+    }
+}
