@@ -208,9 +208,6 @@ impl Decoder {
                     config,
                 }
             }
-            (RecordKey::LocalEndpointSlice { namespace, name }, record) => {
-                return self.slice(self.cluster.to_string(), &namespace, &name, record);
-            }
             (RecordKey::StoredService { namespace, name }, record) => {
                 let declaration = match record {
                     Some(Record::StoredService(stored)) => Some(Box::new(declaration(&stored))),
