@@ -8,6 +8,7 @@ pub mod allocate;
 pub mod claims;
 pub mod manifests;
 pub mod peering;
+pub mod services;
 pub mod settings;
 
 mod draft;

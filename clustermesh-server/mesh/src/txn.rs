@@ -1,6 +1,6 @@
 //! What a planner hands out: guards and writes that become one etcd transaction.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::{
@@ -8,7 +8,6 @@ use clustermesh_api::etcd::rpc::{
     compare::{CompareResult, CompareTarget, TargetUnion},
     request_op::Request,
 };
-use clustermesh_api::keys::prefix_end;
 
 use crate::view::{Kv, View};
 
@@ -26,7 +25,7 @@ pub enum Guard {
 /// Guards and writes of one plan. Every key is written at most once, as etcd demands.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Txn {
-    guards: Vec<Guard>,
+    guards: BTreeSet<Guard>,
     writes: BTreeMap<Bytes, Option<Bytes>>,
 }
 
@@ -45,7 +44,7 @@ impl Txn {
 
     /// Conditions, each once.
     #[must_use]
-    pub fn guards(&self) -> &[Guard] {
+    pub fn guards(&self) -> &BTreeSet<Guard> {
         &self.guards
     }
 
@@ -57,9 +56,7 @@ impl Txn {
 
     /// Adds a condition once.
     pub fn guard(&mut self, guard: Guard) {
-        if !self.guards.contains(&guard) {
-            self.guards.push(guard);
-        }
+        self.guards.insert(guard);
     }
 
     /// The key is still what the planner saw: this version, or absent.
@@ -128,7 +125,7 @@ fn compare(guard: Guard) -> Compare {
             TargetUnion::ModRevision(revision),
         ),
         Guard::PrefixUnchanged(prefix, revision) => {
-            let end = prefix_end(&prefix).into();
+            let end = prefix_end(&prefix);
             (
                 prefix,
                 end,
@@ -162,6 +159,12 @@ fn operation(key: Bytes, value: Option<Bytes>) -> RequestOp {
     RequestOp {
         request: Some(request),
     }
+}
+
+/// The end of the range of all keys with this prefix, in the type that requests take.
+#[must_use]
+pub fn prefix_end(prefix: &[u8]) -> Bytes {
+    clustermesh_api::keys::prefix_end(prefix).into()
 }
 
 #[cfg(test)]
