@@ -7,10 +7,9 @@ use std::{
 };
 
 use clustermesh_store::{Identity, MemoryLog, Node, SnapshotStore};
-use openraft::async_runtime::AsyncRuntime;
 use parking_lot::Mutex;
 
-use crate::{error::StartError, state_machine::Answer};
+use crate::error::StartError;
 
 /// Proposals that may wait for an answer.
 pub(crate) const MAX_WAITING_PROPOSALS: usize = 16_384;
@@ -43,32 +42,22 @@ pub(crate) const CLOSE_TIMEOUT_MS: u64 = 5000;
 
 /// Where a replica keeps its data.
 #[derive(Debug, Clone)]
-pub enum Data<R> {
+pub enum Data {
     /// In a folder on disk.
     Folder(PathBuf),
     /// In memory: for simulation and tests.
-    Memory(MemoryData<R>),
+    Memory(MemoryData),
 }
 
 /// A replica's data in memory. A clone given to the next replica is a restart.
-#[derive(Debug)]
-pub struct MemoryData<R> {
-    pub(crate) log: MemoryLog<R, Answer>,
+#[derive(Debug, Clone)]
+pub struct MemoryData {
+    pub(crate) log: MemoryLog,
     pub(crate) snapshots: SnapshotStore,
     pub(crate) identity: Arc<Mutex<Option<Identity>>>,
 }
 
-impl<R> Clone for MemoryData<R> {
-    fn clone(&self) -> Self {
-        Self {
-            log: self.log.clone(),
-            snapshots: self.snapshots.clone(),
-            identity: self.identity.clone(),
-        }
-    }
-}
-
-impl<R> Default for MemoryData<R> {
+impl Default for MemoryData {
     fn default() -> Self {
         Self {
             log: MemoryLog::default(),
@@ -119,9 +108,9 @@ impl Default for AutoCompaction {
 
 /// Settings of a replica.
 #[derive(Clone)]
-pub struct ReplicaConfig<R: AsyncRuntime> {
+pub struct ReplicaConfig {
     /// Where the data lives.
-    pub data: Data<R>,
+    pub data: Data,
     /// Whether a new group begins.
     pub start: Start,
     /// Name of the cluster, checked against the data; empty for a plain store.
@@ -142,9 +131,9 @@ pub struct ReplicaConfig<R: AsyncRuntime> {
     pub wall_clock_unix_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
 }
 
-impl<R: AsyncRuntime> ReplicaConfig<R> {
+impl ReplicaConfig {
     /// Defaults for data in `data`.
-    pub fn new(data: Data<R>, cluster_name: impl Into<String>) -> Self {
+    pub fn new(data: Data, cluster_name: impl Into<String>) -> Self {
         Self {
             data,
             start: Start::NewOrExisting,

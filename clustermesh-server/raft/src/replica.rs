@@ -97,7 +97,7 @@ pub struct Status {
 
 enum LogHandle<R: AsyncRuntime> {
     Sled(SledLog<R, Answer>),
-    Memory(MemoryLog<R, Answer>),
+    Memory(MemoryLog),
 }
 
 struct Inner<R: AsyncRuntime> {

@@ -80,7 +80,7 @@ fn open_folder<R: AsyncRuntime>(
 }
 
 fn open_memory<R: AsyncRuntime>(
-    data: &MemoryData<R>,
+    data: &MemoryData,
     start: Start,
     cluster_name: &str,
 ) -> Result<Opened<R>, StartError> {
@@ -113,7 +113,7 @@ impl<R: AsyncRuntime> Replica<R> {
     ///
     /// # Errors
     /// [`StartError`].
-    pub async fn start(config: ReplicaConfig<R>) -> Result<Self, StartError> {
+    pub async fn start(config: ReplicaConfig) -> Result<Self, StartError> {
         Self::start_with(config, NoPeers).await
     }
 
@@ -122,7 +122,7 @@ impl<R: AsyncRuntime> Replica<R> {
     ///
     /// # Errors
     /// [`StartError`]: the data cannot be used, a setting is wrong, or there is no leader in time.
-    pub async fn start_with<N>(config: ReplicaConfig<R>, network: N) -> Result<Self, StartError>
+    pub async fn start_with<N>(config: ReplicaConfig, network: N) -> Result<Self, StartError>
     where
         N: RaftNetworkFactory<Types<R>>,
         N::Network: NetSnapshot<Types<R>, SnapshotData = SnapshotFile>,
@@ -222,7 +222,7 @@ impl<R: AsyncRuntime> Replica<R> {
     }
 
     /// Begins the group if it never began, and waits until this replica is up to date.
-    async fn join_group(&self, config: &ReplicaConfig<R>) -> Result<(), StartError> {
+    async fn join_group(&self, config: &ReplicaConfig) -> Result<(), StartError> {
         let raft = &self.inner.raft;
         let failed = |error: &dyn std::fmt::Display| StartError::Raft(error.to_string());
         if !raft

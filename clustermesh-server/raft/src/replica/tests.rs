@@ -30,7 +30,7 @@ fn grant(ttl: i64) -> pb::Proposal {
     }
 }
 
-fn config(data: Data<R>) -> ReplicaConfig<R> {
+fn config(data: Data) -> ReplicaConfig {
     let mut config = ReplicaConfig::new(data, "test");
     config.heartbeat = Duration::from_millis(20);
     config.election_timeout = Duration::from_millis(60);
@@ -39,11 +39,11 @@ fn config(data: Data<R>) -> ReplicaConfig<R> {
     config
 }
 
-fn folder(path: &Path) -> ReplicaConfig<R> {
+fn folder(path: &Path) -> ReplicaConfig {
     config(Data::Folder(path.to_owned()))
 }
 
-fn memory() -> ReplicaConfig<R> {
+fn memory() -> ReplicaConfig {
     config(Data::Memory(MemoryData::default()))
 }
 
@@ -86,7 +86,7 @@ async fn next_revision(watcher: &mut Watcher<R>) -> i64 {
 
 #[tokio::test]
 async fn a_new_group_gets_an_id_and_serves_writes_and_reads() {
-    let replica = Replica::start(memory()).await.unwrap();
+    let replica = Replica::<R>::start(memory()).await.unwrap();
     assert_ne!(replica.read(|state| state.cluster_id()), 0);
     let committed = replica.propose(put("a", "1", 0)).await.unwrap();
     assert!(matches!(committed.outcome, Ok(Outcome::Put(_))));
@@ -108,7 +108,7 @@ async fn a_new_group_gets_an_id_and_serves_writes_and_reads() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_proposals_share_entries_and_each_gets_its_own_revision() {
     const WRITES: usize = 2000;
-    let replica = Replica::start(memory()).await.unwrap();
+    let replica = Replica::<R>::start(memory()).await.unwrap();
     let writes: Vec<_> = (0..WRITES)
         .map(|n| {
             let replica = replica.clone();
@@ -144,7 +144,7 @@ async fn many_proposals_share_entries_and_each_gets_its_own_revision() {
 #[tokio::test]
 async fn a_restart_recovers_everything_that_was_acknowledged() {
     let dir = tempfile::tempdir().unwrap();
-    let replica = Replica::start(folder(dir.path())).await.unwrap();
+    let replica = Replica::<R>::start(folder(dir.path())).await.unwrap();
     let (id, cluster_id) = (replica.id(), replica.read(|state| state.cluster_id()));
     for n in 0..50 {
         replica
@@ -154,7 +154,7 @@ async fn a_restart_recovers_everything_that_was_acknowledged() {
     }
     let hash = replica.read(|state| state.hash());
     replica.shutdown().await;
-    let replica = Replica::start(folder(dir.path())).await.unwrap();
+    let replica = Replica::<R>::start(folder(dir.path())).await.unwrap();
     assert_eq!(replica.id(), id);
     assert_eq!(replica.read(|state| state.cluster_id()), cluster_id);
     assert_eq!(replica.read(|state| state.hash()), hash);
@@ -170,7 +170,7 @@ async fn a_snapshot_lets_the_log_shrink_and_a_restart_begins_from_it() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = folder(dir.path());
     config.snapshot_log_bytes = 20_000;
-    let replica = Replica::start(config.clone()).await.unwrap();
+    let replica = Replica::<R>::start(config.clone()).await.unwrap();
     for n in 0..300 {
         replica
             .propose(put(&format!("k{}", n % 20), vec![b'x'; 500], 0))
@@ -197,7 +197,7 @@ async fn a_snapshot_lets_the_log_shrink_and_a_restart_begins_from_it() {
     let hash = replica.read(|state| state.hash());
     replica.shutdown().await;
 
-    let replica = Replica::start(config.clone()).await.unwrap();
+    let replica = Replica::<R>::start(config.clone()).await.unwrap();
     assert_eq!(replica.read(|state| state.hash()), hash);
     assert_eq!(
         replica.propose(put("more", "x", 0)).await.unwrap().revision,
@@ -216,7 +216,7 @@ async fn a_snapshot_lets_the_log_shrink_and_a_restart_begins_from_it() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(snapshots.last().unwrap(), bytes).unwrap();
-    let replica = Replica::start(config.clone()).await.unwrap();
+    let replica = Replica::<R>::start(config.clone()).await.unwrap();
     assert_eq!(replica.read(|state| state.hash()), hash);
     replica.shutdown().await;
 
@@ -225,7 +225,7 @@ async fn a_snapshot_lets_the_log_shrink_and_a_restart_begins_from_it() {
         std::fs::remove_file(path).unwrap();
     }
     assert!(matches!(
-        Replica::start(config).await,
+        Replica::<R>::start(config).await,
         Err(StartError::Gap { .. })
     ));
 }
@@ -236,32 +236,32 @@ async fn a_folder_of_another_cluster_or_an_empty_one_is_refused() {
     let mut empty = folder(dir.path());
     empty.start = Start::Existing;
     assert!(matches!(
-        Replica::start(empty).await,
+        Replica::<R>::start(empty).await,
         Err(StartError::Store(StoreError::Empty { .. }))
     ));
-    let replica = Replica::start(folder(dir.path())).await.unwrap();
+    let replica = Replica::<R>::start(folder(dir.path())).await.unwrap();
     assert!(matches!(
-        Replica::start(folder(dir.path())).await,
+        Replica::<R>::start(folder(dir.path())).await,
         Err(StartError::Store(StoreError::InUse { .. }))
     ));
     replica.shutdown().await;
     let mut other = folder(dir.path());
     other.cluster_name = "other".into();
     assert!(matches!(
-        Replica::start(other).await,
+        Replica::<R>::start(other).await,
         Err(StartError::Store(StoreError::WrongIdentity { .. }))
     ));
     let mut new = folder(dir.path());
     new.start = Start::NewGroup;
     assert!(matches!(
-        Replica::start(new).await,
+        Replica::<R>::start(new).await,
         Err(StartError::Store(StoreError::NotEmpty { .. }))
     ));
 }
 
 #[tokio::test]
 async fn a_watch_yields_history_then_changes_and_progress() {
-    let replica = Replica::start(memory()).await.unwrap();
+    let replica = Replica::<R>::start(memory()).await.unwrap();
     replica.propose(put("a", "1", 0)).await.unwrap();
     replica.propose(put("b", "2", 0)).await.unwrap();
     let mut watcher = replica.watch(everything(2));
@@ -290,7 +290,7 @@ async fn a_watch_yields_history_then_changes_and_progress() {
 
 #[tokio::test]
 async fn a_watch_gets_only_its_ranges_each_event_once_and_what_its_filter_lets_through() {
-    let replica = Replica::start(memory()).await.unwrap();
+    let replica = Replica::<R>::start(memory()).await.unwrap();
     let range = |a: &'static str, b: &'static str| {
         KeyRange::Between(
             Bytes::from_static(a.as_bytes()),
@@ -347,7 +347,7 @@ async fn a_watch_gets_only_its_ranges_each_event_once_and_what_its_filter_lets_t
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_watcher_falls_back_to_history_and_misses_nothing() {
     const WRITES: i64 = 5000;
-    let replica = Replica::start(memory()).await.unwrap();
+    let replica = Replica::<R>::start(memory()).await.unwrap();
     let mut watcher = replica.watch(everything(0));
     watcher.request_progress();
     assert!(matches!(
@@ -385,7 +385,7 @@ async fn a_slow_watcher_falls_back_to_history_and_misses_nothing() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn list_and_watch_are_gapless_under_concurrent_writes() {
-    let replica = Replica::start(memory()).await.unwrap();
+    let replica = Replica::<R>::start(memory()).await.unwrap();
     let writer = {
         let replica = replica.clone();
         tokio::spawn(async move {
@@ -418,7 +418,7 @@ async fn list_and_watch_are_gapless_under_concurrent_writes() {
 
 #[tokio::test]
 async fn cursors_come_in_their_place_and_existing_ones_first() {
-    let replica = Replica::start(memory()).await.unwrap();
+    let replica = Replica::<R>::start(memory()).await.unwrap();
     let copy = |revision: i64, key: Option<&'static str>| {
         let change = key.map(|key| pb::PeerChange {
             key: Bytes::from(format!("cilium/cache/{key}")),
@@ -465,7 +465,7 @@ async fn cursors_come_in_their_place_and_existing_ones_first() {
 
 #[tokio::test]
 async fn a_lease_expires_with_its_keys_unless_kept_alive() {
-    let replica = Replica::start(memory()).await.unwrap();
+    let replica = Replica::<R>::start(memory()).await.unwrap();
     let granted = |committed: crate::Committed| match committed.outcome {
         Ok(Outcome::LeaseGrant(response)) => response.id,
         other => panic!("expected a grant, got {other:?}"),
@@ -500,7 +500,7 @@ async fn a_lease_expires_with_its_keys_unless_kept_alive() {
 #[tokio::test]
 async fn a_restart_gives_leases_their_full_ttl_again() {
     let data = MemoryData::default();
-    let replica = Replica::start(config(Data::Memory(data.clone())))
+    let replica = Replica::<R>::start(config(Data::Memory(data.clone())))
         .await
         .unwrap();
     let committed = replica.propose(grant(100)).await.unwrap();
@@ -508,7 +508,7 @@ async fn a_restart_gives_leases_their_full_ttl_again() {
         panic!("a grant")
     };
     replica.shutdown().await;
-    let replica = Replica::start(config(Data::Memory(data))).await.unwrap();
+    let replica = Replica::<R>::start(config(Data::Memory(data))).await.unwrap();
     let left = replica.time_to_live(granted.id).await.unwrap().unwrap();
     assert!(left.remaining > Duration::from_secs(95), "{left:?}");
     replica.shutdown().await;
@@ -521,7 +521,7 @@ async fn old_revisions_are_compacted_and_a_watch_below_ends_with_the_compact_rev
         keep: 10,
         every: Duration::from_millis(10),
     };
-    let replica = Replica::start(config).await.unwrap();
+    let replica = Replica::<R>::start(config).await.unwrap();
     for n in 0..40 {
         replica.propose(put("k", n.to_string(), 0)).await.unwrap();
     }
@@ -545,7 +545,7 @@ async fn old_revisions_are_compacted_and_a_watch_below_ends_with_the_compact_rev
 
 #[tokio::test]
 async fn too_large_a_proposal_is_refused_before_it_is_proposed() {
-    let replica = Replica::start(memory()).await.unwrap();
+    let replica = Replica::<R>::start(memory()).await.unwrap();
     let refused = replica.propose(put("big", vec![0; 5 << 20], 0)).await;
     assert!(matches!(refused, Err(ProposeError::TooLarge { .. })));
     replica.shutdown().await;

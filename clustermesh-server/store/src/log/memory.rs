@@ -1,6 +1,6 @@
 //! The log in memory: the twin of the durable one for simulation and tests.
 
-use std::{fmt::Debug, io, marker::PhantomData, ops::RangeBounds, sync::Arc};
+use std::{fmt::Debug, io, ops::RangeBounds, sync::Arc};
 
 use openraft::{
     LogState, OptionalSend,
@@ -16,31 +16,12 @@ use super::{
 use crate::types::{Entry, LogId, Reply, TypeConfig, Vote};
 
 /// A log that lives as long as one of its clones: a "restart" hands a clone to the next replica.
-#[derive(Debug)]
-pub struct MemoryLog<R, A> {
+#[derive(Debug, Clone, Default)]
+pub struct MemoryLog {
     tail: Arc<Mutex<Tail>>,
-    types: PhantomData<TypeConfig<R, A>>,
 }
 
-impl<R, A> Clone for MemoryLog<R, A> {
-    fn clone(&self) -> Self {
-        Self {
-            tail: self.tail.clone(),
-            types: PhantomData,
-        }
-    }
-}
-
-impl<R, A> Default for MemoryLog<R, A> {
-    fn default() -> Self {
-        Self {
-            tail: Arc::default(),
-            types: PhantomData,
-        }
-    }
-}
-
-impl<R, A> MemoryLog<R, A> {
+impl MemoryLog {
     /// Bounds and size of the log.
     pub fn stats(&self) -> LogStats {
         let tail = self.tail.lock();
@@ -57,7 +38,7 @@ impl<R, A> MemoryLog<R, A> {
     }
 }
 
-impl<R: AsyncRuntime, A: Reply> RaftLogReader<TypeConfig<R, A>> for MemoryLog<R, A> {
+impl<R: AsyncRuntime, A: Reply> RaftLogReader<TypeConfig<R, A>> for MemoryLog {
     async fn try_get_log_entries<RB>(&mut self, range: RB) -> Result<Vec<Entry>, io::Error>
     where
         RB: RangeBounds<u64> + Clone + Debug + OptionalSend,
@@ -86,7 +67,7 @@ impl<R: AsyncRuntime, A: Reply> RaftLogReader<TypeConfig<R, A>> for MemoryLog<R,
     }
 }
 
-impl<R: AsyncRuntime, A: Reply> RaftLogStorage<TypeConfig<R, A>> for MemoryLog<R, A> {
+impl<R: AsyncRuntime, A: Reply> RaftLogStorage<TypeConfig<R, A>> for MemoryLog {
     type LogReader = Self;
 
     async fn get_log_state(&mut self) -> Result<LogState<TypeConfig<R, A>>, io::Error> {
