@@ -1,6 +1,6 @@
 //! Apply: one log entry's proposals in order, each to its outcome.
 
-use std::{mem, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use clustermesh_api::etcd::rpc::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse,
@@ -11,7 +11,7 @@ use clustermesh_api::etcd::rpc::{
 use crate::{
     check,
     error::{ApplyError, KvError},
-    limits::BATCH_FORMAT,
+    limits::{BATCH_FORMAT, DROPPED_EVENTS_PER_ENTRY},
     pb::{self, proposal::Command},
     peer::PeerCursor,
     state::State,
@@ -121,6 +121,7 @@ impl State {
                 revision: self.revision(),
             });
         }
+        self.drop_compacted();
         Ok(applied)
     }
 
@@ -244,9 +245,19 @@ impl State {
         applied: &mut Applied,
     ) -> Result<Outcome, KvError> {
         check::check_peer_copy(request)?;
+        // One revision holds one change of a key: the last one counts.
+        let last: HashMap<&[u8], usize> = request
+            .changes
+            .iter()
+            .enumerate()
+            .map(|(place, change)| (change.key.as_ref(), place))
+            .collect();
         let written = self.write_always(applied, |write| {
             let mut written = 0;
-            for change in &request.changes {
+            for (place, change) in request.changes.iter().enumerate() {
+                if last.get(change.key.as_ref()) != Some(&place) {
+                    continue;
+                }
                 let current = write.latest(&change.key);
                 match &change.value {
                     Some(value) => {
@@ -345,7 +356,7 @@ impl State {
         }
     }
 
-    /// Raises the compact revision and drops what no reader can ask for any more. Costs by what is dropped, not by what is there.
+    /// Raises the compact revision; [`State::drop_compacted`] frees what no reader can ask for any more.
     fn compact(&mut self, revision: i64) -> Result<(), KvError> {
         if revision <= self.compact_revision {
             return Err(KvError::Compacted);
@@ -354,37 +365,51 @@ impl State {
             return Err(KvError::FutureRevision);
         }
         self.compact_revision = revision;
-        let pins = self.live_pins();
-        let Self {
-            history, keyspace, ..
-        } = self;
-        let mut trim = |group: &EventGroup| {
-            for event in &group.events {
-                keyspace.trim(event.key(), revision, |version| {
-                    for pin in &pins {
-                        pin.keep(&version);
-                    }
-                });
-            }
-        };
-        while history
+        // Watches that start here see this group, but what was before it is compacted.
+        let place = self
+            .history
             .front()
-            .is_some_and(|group| group.revision < revision)
-        {
-            if let Some(group) = history.pop_front() {
-                trim(&group);
-            }
-        }
-        // The group at the compact revision stays, for watches that start there.
-        if let Some(group) = history
-            .front_mut()
-            .filter(|group| group.revision == revision)
-        {
-            trim(group);
-            let stripped = Arc::new(group.without_prev());
-            drop(mem::replace(group, stripped));
+            .and_then(|first| usize::try_from(revision - first.revision).ok());
+        if let Some(group) = place.and_then(|place| self.history.get_mut(place)) {
+            *group = Arc::new(group.without_prev());
         }
         Ok(())
+    }
+
+    /// Drops some of what lies below the compact revision. A part with each entry, so that a large compaction never stops the store, and by a
+    /// fixed rule, so that all replicas count the same bytes.
+    fn drop_compacted(&mut self) {
+        let compact_revision = self.compact_revision;
+        if self
+            .history
+            .front()
+            .is_none_or(|group| group.revision >= compact_revision)
+        {
+            return;
+        }
+        let pins = self.live_pins();
+        let mut events = 0;
+        while events < DROPPED_EVENTS_PER_ENTRY {
+            let Some(group) = self
+                .history
+                .pop_front_if(|group| group.revision < compact_revision)
+            else {
+                return;
+            };
+            // The index is then as if it had been compacted at the next revision: of the keys changed there older versions go too.
+            let next = self.history.front();
+            let floor = group.revision + 1;
+            for group in [Some(&group), next].into_iter().flatten() {
+                events += group.events.len();
+                for event in &group.events {
+                    self.keyspace.trim(event.key(), floor, |version| {
+                        for pin in &pins {
+                            pin.keep(&version);
+                        }
+                    });
+                }
+            }
+        }
     }
 }
 

@@ -25,5 +25,13 @@ pub const MIN_LEASE_TTL_SECONDS: i64 = 2;
 /// What one stored version counts beside its key and value in [`crate::State::approximate_bytes`].
 pub const VERSION_OVERHEAD_BYTES: u64 = 192;
 
+/// Compacted events that applying one entry drops: bounds what a compaction adds to the time of each.
+#[cfg(not(test))]
+pub const DROPPED_EVENTS_PER_ENTRY: usize = 1024;
+
+/// In tests few, so that requests meet a state that is partly dropped.
+#[cfg(test)]
+pub const DROPPED_EVENTS_PER_ENTRY: usize = 3;
+
 /// Keys looked at for one snapshot chunk: bounds the time under the read lock where few of them belong to the snapshot.
 pub const MAX_SNAPSHOT_CHUNK_KEYS: usize = 16_384;

@@ -97,7 +97,7 @@ proptest! {
         }
         prop_assert_eq!(whole.hash(), twin.hash());
         prop_assert_eq!(whole.hash(), single.hash());
-        prop_assert_eq!(whole.approximate_bytes(), single.approximate_bytes());
+        prop_assert_eq!(whole.approximate_bytes(), twin.approximate_bytes());
     }
 
     #[test]

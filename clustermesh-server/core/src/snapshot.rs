@@ -141,6 +141,7 @@ impl State {
                 cluster_id: self.cluster_id,
                 revision: self.revision,
                 compact_revision: (self.compact_revision >= 0).then_some(self.compact_revision),
+                floor_revision: (self.compact_revision >= 0).then(|| self.floor_revision()),
                 cursors: self
                     .cursors
                     .values()

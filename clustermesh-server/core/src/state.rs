@@ -11,7 +11,7 @@ use crate::{
     check,
     error::{Compacted, KvError},
     hash::Fnv64,
-    keyspace::Keyspace,
+    keyspace::{Keyspace, visible_at},
     lease::{LeaseTable, LeaseView},
     peer::PeerCursor,
     range::ReadView,
@@ -33,7 +33,8 @@ pub struct State {
     pub(crate) revision: i64,
     pub(crate) compact_revision: i64,
     pub(crate) keyspace: Keyspace,
-    /// One group for each revision from the compact one (or the first) to the newest, without holes.
+    /// One group for each revision to the newest, without holes, from the compact revision or the first one; from an earlier one while compacted
+    /// groups are still to be dropped. The index holds what readers from the first group's revision on can see.
     pub(crate) history: VecDeque<Arc<EventGroup>>,
     pub(crate) leases: LeaseTable,
     pub(crate) cursors: BTreeMap<String, PeerCursor>,
@@ -178,6 +179,19 @@ impl State {
         Ok(groups)
     }
 
+    fn readable_history(&self) -> impl Iterator<Item = &Arc<EventGroup>> + '_ {
+        self.history
+            .iter()
+            .filter(|group| group.revision >= self.compact_revision)
+    }
+
+    /// Revision that the index is dropped up to: at most the compact revision.
+    pub(crate) fn floor_revision(&self) -> i64 {
+        self.history.front().map_or(self.compact_revision, |group| {
+            group.revision.min(self.compact_revision)
+        })
+    }
+
     /// Hash over everything that apply reads; equal on replicas that applied the same log.
     #[must_use]
     pub fn hash(&self) -> u64 {
@@ -185,10 +199,14 @@ impl State {
         hash.u64(self.cluster_id);
         hash.i64(self.revision);
         hash.i64(self.compact_revision);
-        for (key, versions) in self.keyspace.index() {
-            hash.bytes(key);
-            hash.u64(versions.len() as u64);
-            for version in versions {
+        for versions in self.keyspace.index().values() {
+            // Compacted versions that are still to be dropped do not count.
+            let seen = visible_at(versions, self.compact_revision);
+            for version in versions.iter().filter(|version| {
+                version.mod_revision() >= self.compact_revision
+                    || seen.is_some_and(|seen| Arc::ptr_eq(seen, version))
+            }) {
+                hash.bytes(version.key());
                 hash.bytes(&version.value());
                 for number in [
                     version.mod_revision(),
@@ -201,7 +219,7 @@ impl State {
                 }
             }
         }
-        for group in &self.history {
+        for group in self.readable_history() {
             hash.i64(group.revision);
             hash.u64(group.events.len() as u64);
             for event in &group.events {
@@ -240,16 +258,16 @@ impl State {
     }
 
     fn check_index(&self) -> Result<(), String> {
+        let floor = self.floor_revision();
         let mut bytes = 0;
         let mut attached = 0;
         for (key, versions) in self.keyspace.index() {
             let newest = versions
                 .last()
                 .ok_or_else(|| format!("{key:?} has no version"))?;
-            if newest.is_tombstone() && newest.mod_revision() < self.compact_revision {
+            if newest.is_tombstone() && newest.mod_revision() < floor {
                 return Err(format!("{key:?} keeps a compacted tombstone"));
             }
-            let mut below_compact = 0;
             for version in versions {
                 bytes += version.approximate_bytes();
                 if version.key() != key {
@@ -258,10 +276,17 @@ impl State {
                 if version.mod_revision() > self.revision {
                     return Err(format!("{key:?} has a version of the future"));
                 }
-                below_compact += usize::from(version.mod_revision() < self.compact_revision);
             }
-            if below_compact > 1 {
-                return Err(format!("{key:?} keeps {below_compact} compacted versions"));
+            // Of what the floor hides, only the version that a reader there sees may stay.
+            let hidden = versions
+                .iter()
+                .zip(versions.iter().skip(1))
+                .any(|(one, next)| {
+                    one.mod_revision() < floor
+                        && (one.is_tombstone() || next.mod_revision() <= floor)
+                });
+            if hidden {
+                return Err(format!("{key:?} keeps a compacted version"));
             }
             if !versions.is_sorted_by_key(|version| (version.mod_revision(), version.sub())) {
                 return Err(format!("versions of {key:?} are out of order"));
@@ -289,7 +314,7 @@ impl State {
     }
 
     fn check_history(&self) -> Result<(), String> {
-        let mut expected = self.compact_revision.max(FIRST_REVISION + 1);
+        let mut expected = self.floor_revision().max(FIRST_REVISION + 1);
         for group in &self.history {
             if group.revision != expected {
                 return Err(format!(

@@ -263,6 +263,25 @@ fn a_delete_at_the_compact_revision_is_still_seen_by_a_watch() {
 }
 
 #[test]
+fn a_large_compaction_is_dropped_over_the_entries_after_it() {
+    let mut state = State::new();
+    apply(&mut state, (0..20).map(|i| put("a", &i.to_string())));
+    let before = state.approximate_bytes();
+    one(&mut state, compact(21)).unwrap();
+    assert!(state.history(19, usize::MAX).is_err());
+    let first = state.approximate_bytes();
+    assert!(first < before);
+    let mut entries = 0;
+    while state.floor_revision() < 21 {
+        apply(&mut state, []);
+        entries += 1;
+    }
+    assert!(entries > 3);
+    assert_eq!(state.keyspace.index().values().flatten().count(), 1);
+    assert!(state.approximate_bytes() < first);
+}
+
+#[test]
 fn history_is_cut_by_bytes_but_never_empty() {
     let mut state = State::new();
     apply(
@@ -341,6 +360,22 @@ fn a_peer_copy_writes_only_what_differs_in_one_revision() {
     assert_eq!(
         contents(&state, "cilium/", "cilium0"),
         [(n2, "c".to_owned())]
+    );
+}
+
+#[test]
+fn the_last_change_of_a_key_in_a_peer_copy_counts() {
+    let mut state = State::new();
+    let key = "cilium/cache/x";
+    apply(
+        &mut state,
+        [copy(1, &[(key, Some("1")), (key, None), (key, Some("2"))])],
+    );
+    apply(&mut state, [copy(2, &[(key, None), (key, Some("2"))])]);
+    let kv = state.range(&range(key, "")).unwrap().kvs.remove(0);
+    assert_eq!(
+        (text(&kv.value).as_str(), kv.version, kv.mod_revision),
+        ("2", 1, 2)
     );
 }
 

@@ -157,7 +157,11 @@ impl Model {
             }),
             Command::PeerCopy(request) => {
                 let mut draft = self.draft();
-                for change in &request.changes {
+                for (place, change) in request.changes.iter().enumerate() {
+                    let later = &request.changes[place + 1..];
+                    if later.iter().any(|other| other.key == change.key) {
+                        continue;
+                    }
                     let current = draft.keys.get(&change.key).map(|kv| &kv.value);
                     match &change.value {
                         Some(value) if current != Some(value) => {

@@ -23,6 +23,8 @@ const MAX_REVISION: i64 = i64::MAX / 2;
 pub struct SnapshotLoader {
     sequence: u64,
     state: Option<State>,
+    /// Where the history starts.
+    first_revision: i64,
     keys: Vec<(Bytes, Versions)>,
     last_lease: Option<i64>,
     counts: pb::SnapshotTrailer,
@@ -117,17 +119,20 @@ impl SnapshotLoader {
         }
     }
 
-    fn start(&self, header: pb::SnapshotHeader) -> Result<State, SnapshotError> {
+    fn start(&mut self, header: pb::SnapshotHeader) -> Result<State, SnapshotError> {
         let compact_revision = header.compact_revision.unwrap_or(NEVER_COMPACTED);
+        let floor_revision = header.floor_revision.unwrap_or(compact_revision);
         if !(FIRST_REVISION..MAX_REVISION).contains(&header.revision)
             || compact_revision < NEVER_COMPACTED
             || compact_revision > header.revision
+            || floor_revision > compact_revision
         {
             return Err(self.damaged(format!(
                 "revision {}, compacted at {compact_revision}",
                 header.revision
             )));
         }
+        self.first_revision = floor_revision.max(FIRST_REVISION + 1);
         let mut state = State::new();
         state.cluster_id = header.cluster_id;
         state.revision = header.revision;
@@ -190,7 +195,7 @@ impl SnapshotLoader {
 
     /// History is the index, read by revision.
     fn history(&self, state: &State) -> Result<VecDeque<Arc<EventGroup>>, SnapshotError> {
-        let first = state.compact_revision.max(FIRST_REVISION + 1);
+        let first = self.first_revision;
         let count = usize::try_from(state.revision - first + 1).unwrap_or(0);
         let mut changes: Vec<(i64, u32, StoredEvent)> = Vec::new();
         for (_, versions) in &self.keys {

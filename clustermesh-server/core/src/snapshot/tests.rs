@@ -190,11 +190,15 @@ proptest! {
                 state.apply(&batch([command]), TERM).unwrap();
             }
         });
-        state.apply(&batch(rest), TERM).unwrap();
+        for command in rest {
+            state.apply(&batch([command]), TERM).unwrap();
+        }
         let mut loaded = load(chunks).unwrap();
         prop_assert_eq!(loaded.check(), Ok(()));
         prop_assert_eq!(loaded.hash(), hash);
-        loaded.apply(&batch(during), TERM).unwrap();
+        for command in during {
+            loaded.apply(&batch([command]), TERM).unwrap();
+        }
         prop_assert_eq!(loaded.hash(), state.hash());
         prop_assert_eq!(loaded.approximate_bytes(), state.approximate_bytes());
     }
