@@ -17,7 +17,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, fstatfs};
 use crate::Error;
 use crate::pins::{self, Pins};
 use crate::programs::{Hook, Programs, SOCKET_PROGRAMS};
-use crate::sys::bpf::{self, AttachType};
+use crate::sys::bpf::{self, AttachType, LinkInfo};
 
 /// Priority of our filters on clsact; together with the handle it is how they are found again.
 const FILTER_PRIORITY: u16 = 0xc1;
@@ -99,7 +99,7 @@ fn pin_name(hook: Hook, ifindex: u32) -> String {
 fn attach_tcx(pins: &Pins, programs: &Programs, hook: Hook, ifindex: u32) -> Result<(), Error> {
     let program = programs.fd(hook.name())?;
     let path = pins.links().join(pin_name(hook, ifindex));
-    let switched = switch_link(&path, program, u64::from(ifindex));
+    let switched = switch_link(&path, program, |link| link.ifindex() == ifindex);
     if switched.map_err(|e| interface_error("switch", hook, ifindex, e))? {
         return Ok(());
     }
@@ -109,13 +109,17 @@ fn attach_tcx(pins: &Pins, programs: &Programs, hook: Hook, ifindex: u32) -> Res
 }
 
 /// Switches the pinned link to `program`. False: there is no such link, or no longer one to this target; its pin is removed.
-fn switch_link(path: &Path, program: BorrowedFd<'_>, target: u64) -> io::Result<bool> {
+fn switch_link(
+    path: &Path,
+    program: BorrowedFd<'_>,
+    is_ours: impl FnOnce(&LinkInfo) -> bool,
+) -> io::Result<bool> {
     let link = match bpf::get_pinned(path) {
         Ok(link) => link,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(error),
     };
-    if bpf::link_info(link.as_fd())?.target == target {
+    if is_ours(&bpf::link_info(link.as_fd())?) {
         match bpf::link_update(link.as_fd(), program) {
             Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
             result => return result.map(|()| true),
@@ -283,7 +287,8 @@ pub(crate) fn attach_cgroup(pins: &Pins, programs: &Programs, cgroup: &Path) -> 
     for (name, attach_type) in SOCKET_PROGRAMS {
         let program = programs.fd(name)?;
         let path = pins.links().join(name);
-        if !switch_link(&path, program, id).map_err(|e| failed("switch", name, e))? {
+        let switched = switch_link(&path, program, |link| link.cgroup_id() == id);
+        if !switched.map_err(|e| failed("switch", name, e))? {
             attach_socket_program(program, &dir, attach_type, &path)
                 .map_err(|e| failed("attach", name, e))?;
         }

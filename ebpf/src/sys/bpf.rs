@@ -135,8 +135,24 @@ pub(crate) struct LinkInfo {
     pub(crate) id: u32,
     pub(crate) program_id: u32,
     padding: u32,
-    /// The cgroup's id; for a tcx link the interface in the lower half.
-    pub(crate) target: u64,
+    target: [u32; 2],
+}
+
+impl LinkInfo {
+    /// The interface of a tcx link.
+    pub(crate) fn ifindex(&self) -> u32 {
+        // The attach type stands behind it.
+        self.target[0]
+    }
+
+    /// The cgroup of a cgroup's link.
+    pub(crate) fn cgroup_id(&self) -> u64 {
+        let [first, second] = self.target.map(u32::to_ne_bytes);
+        let mut bytes = [0; 8];
+        bytes[..4].copy_from_slice(&first);
+        bytes[4..].copy_from_slice(&second);
+        u64::from_ne_bytes(bytes)
+    }
 }
 
 fn raw(fd: BorrowedFd<'_>) -> u32 {
