@@ -1,24 +1,315 @@
 //! Answers to packets for pods that are gone, made out of the packet itself: RST to TCP, ICMP to the rest.
+//!
+//! The host's stack cannot answer: its route for the pod CIDR leads here, and an ICMP
+//! error would not end an established TCP connection. What was made here leaves with
+//! the identity of a remote node; its source is the pod's address for RST and the
+//! router's for ICMP, both in this node's pod CIDR.
 
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::helpers::generated::{bpf_skb_adjust_room, bpf_skb_change_tail};
 use clustermesh_ebpf_abi::{DropReason, NodeConfig};
 
-use crate::frame::Frame;
-use crate::parse::Packet;
+use crate::checksum::{fold, pseudo, sum};
+use crate::frame::{ETHERNET_BYTES, Frame, IPV4_BYTES, IPV6_BYTES};
+use crate::parse::{Family, PROTOCOL_ICMP, PROTOCOL_ICMPV6, PROTOCOL_TCP, Packet, Words};
 
-/// Turns the packet into the answer to its sender.
+const TTL: u32 = 64;
+const TCP_BYTES: usize = 20;
+const ICMP_BYTES: usize = 8;
+/// Of the refused packet's payload, an ICMP error quotes so much (RFC 792).
+const QUOTED_PAYLOAD_BYTES: usize = 8;
+
+const TCP_FIN: u32 = 1 << 16;
+const TCP_SYN: u32 = 1 << 17;
+const TCP_RST: u32 = 1 << 18;
+const TCP_ACK: u32 = 1 << 20;
+const TCP_HEADER_WORDS: u32 = 5;
+
+/// Destination unreachable, host unreachable (RFC 792).
+const ICMP_HOST_UNREACHABLE: u32 = 0x0301_0000;
+/// Destination unreachable, address unreachable (RFC 4443, 3.1).
+const ICMPV6_ADDRESS_UNREACHABLE: u32 = 0x0103_0000;
+const ICMP_ECHO: u8 = 8;
+const ICMPV6_ERRORS_END: u8 = 128;
+
+/// Turns the packet into the answer to its sender. The link layer is left to whoever sends it.
 ///
 /// # Errors
-/// `UnknownPod` if nothing may be answered.
+/// `UnknownPod` if nothing may be answered: to a RST, an ICMP error, a later fragment, a
+/// packet with IP options or too short to be quoted.
 #[inline(always)]
-pub fn make(_frame: Frame, _config: &NodeConfig, _packet: &Packet) -> Result<Packet, DropReason> {
-    Err(DropReason::UnknownPod)
+pub fn make(frame: Frame, config: &NodeConfig, packet: &Packet) -> Result<Packet, DropReason> {
+    if packet.later_fragment {
+        return Err(DropReason::UnknownPod);
+    }
+    match packet.family {
+        Family::V4 if packet.transport_offset as usize != ETHERNET_BYTES + IPV4_BYTES => {
+            Err(DropReason::UnknownPod)
+        }
+        Family::V4 if packet.protocol == PROTOCOL_TCP => reset::<IPV4_BYTES>(frame, packet),
+        Family::V4 => unreachable_v4(frame, config, packet),
+        Family::V6 if packet.protocol != PROTOCOL_TCP => unreachable_v6(frame, config, packet),
+        Family::V6 if packet.transport_offset as usize != ETHERNET_BYTES + IPV6_BYTES => {
+            Err(DropReason::UnknownPod)
+        }
+        Family::V6 => reset::<IPV6_BYTES>(frame, packet),
+    }
 }
 
-/// Sends the answer out of the device on which the packet came in.
-///
-/// # Errors
-/// `Malformed`.
 #[inline(always)]
-pub fn back_through(_frame: Frame, _reply: Packet) -> Result<i32, DropReason> {
-    Err(DropReason::UnknownPod)
+fn cut(frame: Frame, bytes: usize) -> Result<(), DropReason> {
+    if frame.len() > bytes as u32 {
+        // SAFETY: the context is valid.
+        let status = unsafe { bpf_skb_change_tail(frame.skb, bytes as u32, 0) };
+        if status != 0 {
+            return Err(DropReason::UnknownPod);
+        }
+    }
+    frame.make_linear(bytes);
+    Ok(())
+}
+
+/// The answer's IP packet: source and destination changed over.
+#[inline(always)]
+fn reply(packet: &Packet, source: Words, protocol: u8, payload_bytes: usize) -> Packet {
+    let header_bytes = match packet.family {
+        Family::V4 => IPV4_BYTES,
+        Family::V6 => IPV6_BYTES,
+    };
+    Packet {
+        family: packet.family,
+        source,
+        destination: packet.source,
+        length_bytes: (header_bytes + payload_bytes) as u32,
+        transport_offset: (ETHERNET_BYTES + header_bytes) as u32,
+        protocol,
+        tos: 0,
+        later_fragment: false,
+    }
+}
+
+/// Writes the IP header of `packet`.
+#[inline(always)]
+fn write_ip(frame: Frame, packet: &Packet) -> Result<(), DropReason> {
+    match packet.family {
+        Family::V4 => {
+            let header = frame
+                .at::<[u32; 5]>(ETHERNET_BYTES)
+                .ok_or(DropReason::UnknownPod)?;
+            let mut words = [
+                (0x4500_0000 | packet.length_bytes).to_be(),
+                0x4000_u32.to_be(),
+                ((TTL << 24) | (u32::from(packet.protocol) << 16)).to_be(),
+                packet.source.0[3],
+                packet.destination.0[3],
+            ];
+            words[2] |= u32::from(!fold(sum(&words))) << 16;
+            // SAFETY: `at` has checked the bounds.
+            unsafe { *header = words };
+        }
+        Family::V6 => {
+            let header = frame
+                .at::<[u32; 10]>(ETHERNET_BYTES)
+                .ok_or(DropReason::UnknownPod)?;
+            let (s, d) = (packet.source.0, packet.destination.0);
+            let payload_bytes = packet.length_bytes - IPV6_BYTES as u32;
+            let second = (payload_bytes << 16) | (u32::from(packet.protocol) << 8) | TTL;
+            // SAFETY: `at` has checked the bounds.
+            unsafe {
+                *header = [
+                    0x6000_0000_u32.to_be(),
+                    second.to_be(),
+                    s[0],
+                    s[1],
+                    s[2],
+                    s[3],
+                    d[0],
+                    d[1],
+                    d[2],
+                    d[3],
+                ];
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Sum of both addresses; the constant word of mapped ones is left out.
+#[inline(always)]
+fn addresses(packet: &Packet) -> u64 {
+    match packet.family {
+        Family::V4 => u64::from(packet.source.0[3]) + u64::from(packet.destination.0[3]),
+        Family::V6 => sum(&packet.source.0) + sum(&packet.destination.0),
+    }
+}
+
+/// RST as of RFC 9293, 3.10.7.1.
+#[inline(always)]
+fn reset<const IP_BYTES: usize>(frame: Frame, packet: &Packet) -> Result<Packet, DropReason> {
+    frame.make_linear(ETHERNET_BYTES + IP_BYTES + TCP_BYTES);
+    let header = frame
+        .at::<[u32; 5]>(ETHERNET_BYTES + IP_BYTES)
+        .ok_or(DropReason::UnknownPod)?;
+    // SAFETY: `at` has checked the bounds.
+    let [ports, sequence, acknowledged, control, check] = unsafe { *header };
+    let control = control.swap_bytes();
+    if control & TCP_RST != 0 {
+        return Err(DropReason::UnknownPod);
+    }
+    let segment_bytes = packet.length_bytes.wrapping_sub(IP_BYTES as u32);
+    let payload_bytes = segment_bytes.wrapping_sub((control >> 28) * 4);
+    let (sequence, acknowledged, flags) = if control & TCP_ACK != 0 {
+        (acknowledged, 0, TCP_RST)
+    } else {
+        let controls = u32::from(control & TCP_SYN != 0) + u32::from(control & TCP_FIN != 0);
+        let next = sequence
+            .swap_bytes()
+            .wrapping_add(payload_bytes)
+            .wrapping_add(controls);
+        (0, next.to_be(), TCP_RST | TCP_ACK)
+    };
+    let answer = reply(packet, packet.destination, PROTOCOL_TCP, TCP_BYTES);
+    // A local sender leaves the sum over the pseudo header for its device to complete; the
+    // kernel then goes on expecting just that in the same place.
+    let left_to_device =
+        check as u16 == fold(addresses(packet) + pseudo(PROTOCOL_TCP, segment_bytes));
+    let covered = addresses(&answer) + pseudo(PROTOCOL_TCP, TCP_BYTES as u32);
+    let mut words = [
+        ports.rotate_right(16),
+        sequence,
+        acknowledged,
+        ((TCP_HEADER_WORDS << 28) | flags).to_be(),
+        0,
+    ];
+    let checksum = if left_to_device {
+        fold(covered)
+    } else {
+        !fold(covered + sum(&words))
+    };
+    words[4] = u32::from(checksum);
+
+    cut(frame, ETHERNET_BYTES + IP_BYTES + TCP_BYTES)?;
+    write_ip(frame, &answer)?;
+    let header = frame
+        .at::<[u32; 5]>(ETHERNET_BYTES + IP_BYTES)
+        .ok_or(DropReason::UnknownPod)?;
+    // SAFETY: `at` has checked the bounds.
+    unsafe { *header = words };
+    Ok(answer)
+}
+
+/// Cuts the packet to what is quoted and makes room for two headers before it.
+#[inline(always)]
+fn make_room(frame: Frame, ip_bytes: usize) -> Result<(), DropReason> {
+    let quoted = ETHERNET_BYTES + ip_bytes + QUOTED_PAYLOAD_BYTES;
+    if frame.len() < quoted as u32 {
+        return Err(DropReason::UnknownPod);
+    }
+    cut(frame, quoted)?;
+    // SAFETY: the context is valid.
+    let status = unsafe {
+        bpf_skb_adjust_room(
+            frame.skb,
+            (ip_bytes + ICMP_BYTES) as i32,
+            BPF_ADJ_ROOM_MAC,
+            0,
+        )
+    };
+    if status != 0 {
+        return Err(DropReason::EncapsulationFailed);
+    }
+    frame.make_linear(quoted + ip_bytes + ICMP_BYTES);
+    Ok(())
+}
+
+#[inline(always)]
+fn write_icmp(frame: Frame, offset: usize, kind: u32, covered: u64) -> Result<(), DropReason> {
+    let header = frame.at::<[u32; 2]>(offset).ok_or(DropReason::UnknownPod)?;
+    let first = kind.to_be();
+    let checksum = !fold(covered + u64::from(first));
+    // SAFETY: `at` has checked the bounds.
+    unsafe { *header = [first | (u32::from(checksum) << 16), 0] };
+    Ok(())
+}
+
+/// Type of an ICMP message.
+#[inline(always)]
+fn icmp_type(frame: Frame, packet: &Packet) -> Result<u8, DropReason> {
+    let mut kind = 0_u8;
+    frame.load(packet.transport_offset, &mut kind)?;
+    Ok(kind)
+}
+
+#[inline(always)]
+fn unreachable_v4(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+) -> Result<Packet, DropReason> {
+    const QUOTED_WORDS: usize = (IPV4_BYTES + QUOTED_PAYLOAD_BYTES) / 4;
+    if packet.protocol == PROTOCOL_ICMP && icmp_type(frame, packet)? != ICMP_ECHO {
+        return Err(DropReason::UnknownPod);
+    }
+    make_room(frame, IPV4_BYTES)?;
+    let quoted = frame
+        .at::<[u32; QUOTED_WORDS]>(ETHERNET_BYTES + IPV4_BYTES + ICMP_BYTES)
+        .ok_or(DropReason::UnknownPod)?;
+    // SAFETY: `at` has checked the bounds.
+    let covered = sum(unsafe { &*quoted });
+    let answer = reply(
+        packet,
+        router(&config.pod_cidr_v4),
+        PROTOCOL_ICMP,
+        ICMP_BYTES + QUOTED_WORDS * 4,
+    );
+    write_ip(frame, &answer)?;
+    write_icmp(
+        frame,
+        ETHERNET_BYTES + IPV4_BYTES,
+        ICMP_HOST_UNREACHABLE,
+        covered,
+    )?;
+    Ok(answer)
+}
+
+#[inline(always)]
+fn unreachable_v6(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+) -> Result<Packet, DropReason> {
+    const QUOTED_WORDS: usize = (IPV6_BYTES + QUOTED_PAYLOAD_BYTES) / 4;
+    if packet.protocol == PROTOCOL_ICMPV6 && icmp_type(frame, packet)? < ICMPV6_ERRORS_END {
+        return Err(DropReason::UnknownPod);
+    }
+    make_room(frame, IPV6_BYTES)?;
+    let quoted = frame
+        .at::<[u32; QUOTED_WORDS]>(ETHERNET_BYTES + IPV6_BYTES + ICMP_BYTES)
+        .ok_or(DropReason::UnknownPod)?;
+    // SAFETY: `at` has checked the bounds.
+    let quoted = sum(unsafe { &*quoted });
+    let payload_bytes = ICMP_BYTES + QUOTED_WORDS * 4;
+    let answer = reply(
+        packet,
+        router(&config.pod_cidr_v6),
+        PROTOCOL_ICMPV6,
+        payload_bytes,
+    );
+    let covered = quoted + addresses(&answer) + pseudo(PROTOCOL_ICMPV6, payload_bytes as u32);
+    write_ip(frame, &answer)?;
+    write_icmp(
+        frame,
+        ETHERNET_BYTES + IPV6_BYTES,
+        ICMPV6_ADDRESS_UNREACHABLE,
+        covered,
+    )?;
+    Ok(answer)
+}
+
+/// The router's address: the first one of the pod CIDR.
+#[inline(always)]
+fn router(cidr: &clustermesh_ebpf_abi::Address) -> Words {
+    let mut address = Words::from_value(cidr);
+    address.0[3] |= 1_u32.to_be();
+    address
 }

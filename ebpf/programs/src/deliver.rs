@@ -1,14 +1,16 @@
 //! The last step of a packet: into a pod, to the host's stack, or to another node.
 
 use aya_ebpf::bindings::{
-    BPF_F_INGRESS, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, bpf_fib_lookup,
-    bpf_redir_neigh,
+    BPF_F_INGRESS, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH,
+    bpf_fib_lookup, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type,
+    bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
+    bpf_skb_change_type,
 };
 use clustermesh_ebpf_abi::{
-    DropReason, EndpointValue, NODE_DIRECT, NODE_PRESENT, NodeConfig, NodeValue, TUNNEL_MAC_SOURCE, TrafficPath,
+    DropReason, EndpointValue, NODE_DIRECT, NODE_PRESENT, NodeConfig, NodeValue, TUNNEL_MAC_SOURCE,
+    TrafficPath,
 };
 
 use crate::encap::encapsulate;
@@ -71,6 +73,26 @@ fn for_this_host(frame: Frame) {
     }
 }
 
+/// Back out of the device on which the packet came in, its link addresses changed over.
+///
+/// # Errors
+/// `Malformed`.
+#[inline(always)]
+pub fn back_to_pod(frame: Frame, family: Family) -> Result<i32, DropReason> {
+    let header = frame.at::<[u32; 3]>(0).ok_or(DropReason::Malformed)?;
+    // SAFETY: `at` has checked the bounds.
+    let [first, middle, last] = unsafe { *header };
+    // Destination is `first` and the low half of `middle` (as they stand in memory), source the rest.
+    let addresses = [
+        (middle >> 16) | (last << 16),
+        (last >> 16) | (first << 16),
+        (first >> 16) | (middle << 16),
+    ];
+    write_ethernet(frame, addresses, family)?;
+    // SAFETY: takes two numbers.
+    Ok(unsafe { bpf_redirect(frame.ifindex(), 0) } as i32)
+}
+
 /// To the host's stack, as if it had arrived on the host's side of its veth pair: there the
 /// routes to pods point, so that reverse-path checks pass.
 ///
@@ -78,7 +100,10 @@ fn for_this_host(frame: Frame) {
 /// `Malformed`.
 #[inline(always)]
 pub fn to_host(frame: Frame, config: &NodeConfig, family: Family) -> Result<Action, DropReason> {
-    Ok(Action::Forward(TrafficPath::ToHost, redirect_to_host(frame, config, family)?))
+    Ok(Action::Forward(
+        TrafficPath::ToHost,
+        redirect_to_host(frame, config, family)?,
+    ))
 }
 
 /// As [`to_host`], without counting it as traffic.
@@ -86,7 +111,11 @@ pub fn to_host(frame: Frame, config: &NodeConfig, family: Family) -> Result<Acti
 /// # Errors
 /// `Malformed`.
 #[inline(always)]
-pub fn redirect_to_host(frame: Frame, config: &NodeConfig, family: Family) -> Result<i32, DropReason> {
+pub fn redirect_to_host(
+    frame: Frame,
+    config: &NodeConfig,
+    family: Family,
+) -> Result<i32, DropReason> {
     let [h0, h1, h2, h3, h4, h5] = config.host_mac;
     let [s0, s1, s2, s3, s4, s5] = TUNNEL_MAC_SOURCE;
     let addresses = [
@@ -149,7 +178,11 @@ pub fn send(
     if node.flags & NODE_DIRECT != 0 && (packet.family == Family::V4 || !endpoint.is_mapped()) {
         return direct(frame, node, &endpoint);
     }
-    let own = if endpoint.is_mapped() { &config.underlay_v4 } else { &config.underlay_v6 };
+    let own = if endpoint.is_mapped() {
+        &config.underlay_v4
+    } else {
+        &config.underlay_v6
+    };
     if endpoint.is_zero() || Words::from_value(own).is_zero() {
         return Err(DropReason::NoUnderlayFamily);
     }
@@ -165,7 +198,9 @@ fn exceeds(frame: Frame, packet: &Packet, mtu_bytes: u32) -> bool {
         return false;
     }
     let segment = frame.segment_bytes();
-    let headers = packet.transport_offset.wrapping_sub(crate::frame::ETHERNET_BYTES as u32);
+    let headers = packet
+        .transport_offset
+        .wrapping_sub(crate::frame::ETHERNET_BYTES as u32);
     segment == 0 || segment + headers + 20 > mtu_bytes
 }
 
@@ -201,7 +236,13 @@ fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<Action, Dr
         }
     }
     // SAFETY: the parameters are as large as is said.
-    let verdict =
-        unsafe { bpf_redirect_neigh(query.ifindex, &raw mut next_hop, size_of::<bpf_redir_neigh>() as i32, 0) };
+    let verdict = unsafe {
+        bpf_redirect_neigh(
+            query.ifindex,
+            &raw mut next_hop,
+            size_of::<bpf_redir_neigh>() as i32,
+            0,
+        )
+    };
     Ok(Action::Forward(TrafficPath::DirectOut, verdict as i32))
 }

@@ -10,7 +10,7 @@ use aya_ebpf::bindings::{
     BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
     BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
 };
-use aya_ebpf::helpers::generated::{bpf_get_hash_recalc, bpf_skb_adjust_room};
+use aya_ebpf::helpers::generated::{bpf_get_hash_recalc, bpf_skb_adjust_room, bpf_skb_ecn_set_ce};
 use clustermesh_ebpf_abi::{DropReason, NodeConfig, TUNNEL_MAC_DESTINATION, TUNNEL_MAC_SOURCE};
 
 use crate::frame::{ETHERNET_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES, IPV6_BYTES};
@@ -27,7 +27,8 @@ pub const VXLAN_FLAGS: u32 = 0x0800_0000_u32.to_be();
 
 const TTL: u32 = 64;
 const DONT_FRAGMENT: u32 = 0x4000;
-const ECN_MASK: u8 = 0b11;
+/// Congestion bits of the type of service; both set = congestion experienced (RFC 3168, 5).
+pub const ECN_MASK: u8 = 0b11;
 /// Source ports 49152..=65535 (RFC 7348, 5).
 const SOURCE_PORT_BASE: u32 = 0xc000;
 const SOURCE_PORT_MASK: u32 = 0x3fff;
@@ -41,7 +42,12 @@ const GROW_FLAGS: u64 = BPF_F_ADJ_ROOM_FIXED_GSO as u64
 type TunnelWords = [u32; 7];
 
 #[inline(always)]
-fn tunnel_words(config: &NodeConfig, source_port: u32, udp_bytes: u32, identity: u32) -> TunnelWords {
+fn tunnel_words(
+    config: &NodeConfig,
+    source_port: u32,
+    udp_bytes: u32,
+    identity: u32,
+) -> TunnelWords {
     let [d0, d1, d2, d3, d4, d5] = TUNNEL_MAC_DESTINATION;
     let [s0, s1, s2, s3, s4, s5] = TUNNEL_MAC_SOURCE;
     let port = u32::from(u16::from_be_bytes(config.tunnel_port_be));
@@ -82,10 +88,22 @@ pub fn encapsulate(
     let tos = packet.tos & ECN_MASK;
     if endpoint.is_mapped() {
         grow(frame, IPV4_BYTES, u64::from(BPF_F_ADJ_ROOM_ENCAP_L3_IPV4))?;
-        write(frame, ETHERTYPE_IPV4, outer_v4(config, endpoint, udp_bytes, tos), tunnel, inner_type)
+        write(
+            frame,
+            ETHERTYPE_IPV4,
+            outer_v4(config, endpoint, udp_bytes, tos),
+            tunnel,
+            inner_type,
+        )
     } else {
         grow(frame, IPV6_BYTES, u64::from(BPF_F_ADJ_ROOM_ENCAP_L3_IPV6))?;
-        write(frame, ETHERTYPE_IPV6, outer_v6(config, endpoint, udp_bytes, tos), tunnel, inner_type)
+        write(
+            frame,
+            ETHERTYPE_IPV6,
+            outer_v6(config, endpoint, udp_bytes, tos),
+            tunnel,
+            inner_type,
+        )
     }
 }
 
@@ -93,8 +111,14 @@ pub fn encapsulate(
 fn grow(frame: Frame, ip_bytes: usize, family_flag: u64) -> Result<(), DropReason> {
     let bytes = (ip_bytes + TUNNEL_BYTES) as i32;
     // SAFETY: the context is valid.
-    let status = unsafe { bpf_skb_adjust_room(frame.skb, bytes, BPF_ADJ_ROOM_MAC, GROW_FLAGS | family_flag) };
-    if status == 0 { Ok(()) } else { Err(DropReason::EncapsulationFailed) }
+    let status = unsafe {
+        bpf_skb_adjust_room(frame.skb, bytes, BPF_ADJ_ROOM_MAC, GROW_FLAGS | family_flag)
+    };
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(DropReason::EncapsulationFailed)
+    }
 }
 
 #[inline(always)]
@@ -173,11 +197,17 @@ fn write<Ip>(
 }
 
 /// Takes the tunnel's headers off; what stays in front is one Ethernet header, not yet right.
+/// A congestion mark of the outside (`congested`) goes to the inside (RFC 6040, 4.2).
 ///
 /// # Errors
 /// `EncapsulationFailed`.
 #[inline(always)]
-pub fn decapsulate(frame: Frame, outer: Family, inner: Family) -> Result<(), DropReason> {
+pub fn decapsulate(
+    frame: Frame,
+    outer: Family,
+    inner: Family,
+    congested: bool,
+) -> Result<(), DropReason> {
     let ip_bytes = match outer {
         Family::V4 => IPV4_BYTES,
         Family::V6 => IPV6_BYTES,
@@ -199,5 +229,12 @@ pub fn decapsulate(frame: Frame, outer: Family, inner: Family) -> Result<(), Dro
             u64::from(BPF_F_ADJ_ROOM_FIXED_GSO) | u64::from(flag),
         )
     };
-    if status == 0 { Ok(()) } else { Err(DropReason::EncapsulationFailed) }
+    if status != 0 {
+        return Err(DropReason::EncapsulationFailed);
+    }
+    if congested {
+        // SAFETY: the context is valid. It fails only for packets that cannot be marked, refused before.
+        unsafe { bpf_skb_ecn_set_ce(frame.skb) };
+    }
+    Ok(())
 }

@@ -103,6 +103,10 @@ impl Frame {
                 size_of::<T>() as u32,
             )
         };
-        if status == 0 { Ok(()) } else { Err(DropReason::Malformed) }
+        if status == 0 {
+            Ok(())
+        } else {
+            Err(DropReason::Malformed)
+        }
     }
 }

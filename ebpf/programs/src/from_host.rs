@@ -15,7 +15,9 @@ use crate::verdict::{Action, Seen, conclude, config};
 /// Entry point.
 #[classifier]
 pub fn from_host(context: TcContext) -> i32 {
-    let frame = Frame { skb: context.skb.skb };
+    let frame = Frame {
+        skb: context.skb.skb,
+    };
     let mut seen = Seen::EMPTY;
     let outcome = handle(frame, &mut seen);
     conclude(HOOK_FROM_HOST, &seen, outcome)
@@ -45,7 +47,10 @@ fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
         Next::TooBig => Err(DropReason::TooBig),
         Next::UnknownPod => {
             let reply = answer::make(frame, config, &packet)?;
-            Ok(Action::Answer(DropReason::UnknownPod, redirect_to_host(frame, config, reply.family)?))
+            Ok(Action::Answer(
+                DropReason::UnknownPod,
+                redirect_to_host(frame, config, reply.family)?,
+            ))
         }
     }
 }

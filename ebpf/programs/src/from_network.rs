@@ -3,14 +3,17 @@
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use clustermesh_ebpf_abi::{
-    DropReason, ENDPOINT_HOST, HOOK_FROM_NETWORK, IDENTITY_HOST, IdentitySplit, NODE_DIRECT, NODE_INDEX_LOCAL,
-    NodeConfig, NodeValue, RESERVED_IDENTITY_MAX, TrafficPath,
+    DropReason, ENDPOINT_HOST, HOOK_FROM_NETWORK, IDENTITY_HOST, IDENTITY_REMOTE_NODE,
+    IdentitySplit, NODE_DIRECT, NODE_INDEX_LOCAL, NodeConfig, NodeValue, RESERVED_IDENTITY_MAX,
+    TrafficPath,
 };
 
 use crate::answer;
 use crate::deliver::{send, to_endpoint, to_host};
-use crate::encap::{TUNNEL_BYTES, UDP_BYTES, VXLAN_FLAGS, decapsulate};
-use crate::frame::{ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES, IPV6_BYTES};
+use crate::encap::{ECN_MASK, TUNNEL_BYTES, UDP_BYTES, VXLAN_FLAGS, decapsulate};
+use crate::frame::{
+    ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES, IPV6_BYTES,
+};
 use crate::maps::{NODE_ADDRESSES, NODES};
 use crate::parse::{self, Family, PROTOCOL_UDP, Packet, Words};
 use crate::route::{endpoint, in_pod_cidr, ipcache};
@@ -22,7 +25,9 @@ const TUNNEL_FRAME_BYTES: usize = ETHERNET_BYTES + IPV6_BYTES + TUNNEL_BYTES + I
 /// Entry point.
 #[classifier]
 pub fn from_network(context: TcContext) -> i32 {
-    let frame = Frame { skb: context.skb.skb };
+    let frame = Frame {
+        skb: context.skb.skb,
+    };
     let mut seen = Seen::EMPTY;
     let outcome = handle(frame, &mut seen);
     conclude(HOOK_FROM_NETWORK, &seen, outcome)
@@ -32,6 +37,7 @@ pub fn from_network(context: TcContext) -> i32 {
 struct Outer {
     family: Family,
     source: Words,
+    congested: bool,
 }
 
 /// What a frame from the underlay is.
@@ -64,7 +70,9 @@ fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
 #[inline(always)]
 fn kind(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
     frame.make_linear(ETHERNET_BYTES + IPV6_BYTES + UDP_BYTES);
-    let Some(ethertype) = frame.at::<u16>(12) else { return Ok(Kind::Other) };
+    let Some(ethertype) = frame.at::<u16>(12) else {
+        return Ok(Kind::Other);
+    };
     // SAFETY: `at` has checked the bounds.
     match unsafe { *ethertype } {
         ETHERTYPE_IPV4 => kind_v4(frame, config),
@@ -75,7 +83,9 @@ fn kind(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
 
 #[inline(always)]
 fn kind_v4(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
-    let Some(header) = frame.at::<[u32; 5]>(ETHERNET_BYTES) else { return Ok(Kind::Other) };
+    let Some(header) = frame.at::<[u32; 5]>(ETHERNET_BYTES) else {
+        return Ok(Kind::Other);
+    };
     // SAFETY: `at` has checked the bounds.
     let [first, fragment, protocol, source, destination] = unsafe { *header };
     if destination == Words::from_value(&config.underlay_v4).0[3] && destination != 0 {
@@ -87,11 +97,23 @@ fn kind_v4(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
         let parts = parse::ipv4_is_fragment(fragment);
         if !options && !parts {
             let length = u32::from(((first >> 16) as u16).swap_bytes());
-            return udp(frame, config, ETHERNET_BYTES + IPV4_BYTES, length.wrapping_sub(IPV4_BYTES as u32)).map(
-                |ours| {
-                    if ours { Kind::Tunnel(Outer { family: Family::V4, source: Words::mapped(source) }) } else { Kind::Other }
-                },
-            );
+            return udp(
+                frame,
+                config,
+                ETHERNET_BYTES + IPV4_BYTES,
+                length.wrapping_sub(IPV4_BYTES as u32),
+            )
+            .map(|ours| {
+                if ours {
+                    Kind::Tunnel(Outer {
+                        family: Family::V4,
+                        source: Words::mapped(source),
+                        congested: (first >> 8) as u8 & ECN_MASK == ECN_MASK,
+                    })
+                } else {
+                    Kind::Other
+                }
+            });
         }
         return odd_v4(frame, config, fragment, header_bytes);
     }
@@ -104,20 +126,34 @@ fn kind_v4(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
 /// A UDP packet to us with IP options or in fragments: never a tunnel packet of a node.
 /// Later fragments have no port; without the first one they lead nowhere.
 #[inline(always)]
-fn odd_v4(frame: Frame, config: &NodeConfig, fragment: u32, header_bytes: usize) -> Result<Kind, DropReason> {
+fn odd_v4(
+    frame: Frame,
+    config: &NodeConfig,
+    fragment: u32,
+    header_bytes: usize,
+) -> Result<Kind, DropReason> {
     if (fragment >> 16) as u16 & 0x1fff_u16.to_be() != 0 {
         return Ok(Kind::Other);
     }
     let mut ports = [0_u8; 4];
-    if frame.load((ETHERNET_BYTES + header_bytes) as u32, &mut ports).is_err() {
+    if frame
+        .load((ETHERNET_BYTES + header_bytes) as u32, &mut ports)
+        .is_err()
+    {
         return Ok(Kind::Other);
     }
-    if [ports[2], ports[3]] == config.tunnel_port_be { Err(DropReason::TunnelMalformed) } else { Ok(Kind::Other) }
+    if [ports[2], ports[3]] == config.tunnel_port_be {
+        Err(DropReason::TunnelMalformed)
+    } else {
+        Ok(Kind::Other)
+    }
 }
 
 #[inline(always)]
 fn kind_v6(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
-    let Some(header) = frame.at::<[u32; 10]>(ETHERNET_BYTES) else { return Ok(Kind::Other) };
+    let Some(header) = frame.at::<[u32; 10]>(ETHERNET_BYTES) else {
+        return Ok(Kind::Other);
+    };
     // SAFETY: `at` has checked the bounds.
     let words = unsafe { *header };
     let source = Words([words[2], words[3], words[4], words[5]]);
@@ -127,7 +163,15 @@ fn kind_v6(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
         if protocol == PROTOCOL_UDP {
             let length = u32::from((words[1] as u16).swap_bytes());
             let ours = udp(frame, config, ETHERNET_BYTES + IPV6_BYTES, length)?;
-            return Ok(if ours { Kind::Tunnel(Outer { family: Family::V6, source }) } else { Kind::Other });
+            return Ok(if ours {
+                Kind::Tunnel(Outer {
+                    family: Family::V6,
+                    source,
+                    congested: (words[0] >> 12) as u8 & ECN_MASK == ECN_MASK,
+                })
+            } else {
+                Kind::Other
+            });
         }
         return odd_v6(frame, config, protocol);
     }
@@ -143,7 +187,11 @@ fn kind_v6(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
 fn odd_v6(frame: Frame, config: &NodeConfig, protocol: u8) -> Result<Kind, DropReason> {
     const FRAGMENT: u8 = 44;
     let mut head = [0_u8; 12];
-    if protocol != FRAGMENT || frame.load((ETHERNET_BYTES + IPV6_BYTES) as u32, &mut head).is_err() {
+    if protocol != FRAGMENT
+        || frame
+            .load((ETHERNET_BYTES + IPV6_BYTES) as u32, &mut head)
+            .is_err()
+    {
         return Ok(Kind::Other);
     }
     let first = u16::from_be_bytes([head[2], head[3]]) & 0xfff8 == 0;
@@ -155,8 +203,15 @@ fn odd_v6(frame: Frame, config: &NodeConfig, protocol: u8) -> Result<Kind, DropR
 
 /// True if the UDP header at `offset` is for the tunnel; `available` are the bytes that the IP header promises.
 #[inline(always)]
-fn udp(frame: Frame, config: &NodeConfig, offset: usize, available: u32) -> Result<bool, DropReason> {
-    let Some(header) = frame.at::<[u16; 4]>(offset) else { return Ok(false) };
+fn udp(
+    frame: Frame,
+    config: &NodeConfig,
+    offset: usize,
+    available: u32,
+) -> Result<bool, DropReason> {
+    let Some(header) = frame.at::<[u16; 4]>(offset) else {
+        return Ok(false);
+    };
     // SAFETY: `at` has checked the bounds.
     let [_, port, length, _] = unsafe { *header };
     if port != u16::from_ne_bytes(config.tunnel_port_be) {
@@ -174,7 +229,12 @@ fn udp(frame: Frame, config: &NodeConfig, offset: usize, available: u32) -> Resu
 }
 
 #[inline(always)]
-fn tunnel(frame: Frame, config: &NodeConfig, outer: &Outer, seen: &mut Seen) -> Result<Action, DropReason> {
+fn tunnel(
+    frame: Frame,
+    config: &NodeConfig,
+    outer: &Outer,
+    seen: &mut Seen,
+) -> Result<Action, DropReason> {
     frame.make_linear(TUNNEL_FRAME_BYTES);
     match outer.family {
         Family::V4 => inside(frame, config, outer, seen, ETHERNET_BYTES + IPV4_BYTES),
@@ -196,8 +256,12 @@ fn inside(
         // SAFETY: one number, read at once.
         .map(|value| unsafe { (*value).node_index })
         .ok_or(DropReason::TunnelFromUnknownNode)?;
-    let node = NODES.get(node_index).ok_or(DropReason::TunnelFromUnknownNode)?;
-    let header = frame.at::<[u32; 2]>(udp_offset + UDP_BYTES).ok_or(DropReason::TunnelMalformed)?;
+    let node = NODES
+        .get(node_index)
+        .ok_or(DropReason::TunnelFromUnknownNode)?;
+    let header = frame
+        .at::<[u32; 2]>(udp_offset + UDP_BYTES)
+        .ok_or(DropReason::TunnelMalformed)?;
     // SAFETY: `at` has checked the bounds.
     let [flags, vni] = unsafe { *header };
     let vni = vni.swap_bytes();
@@ -210,6 +274,10 @@ fn inside(
         None => return Ok(Action::Ignore),
     };
     seen.note(config, frame, &packet);
+    // Our ends mark only what can be marked inside too.
+    if outer.congested && packet.tos & ECN_MASK == 0 {
+        return Err(DropReason::TunnelMalformed);
+    }
     if !identity_allowed(config, node, vni >> 8) {
         return Err(DropReason::TunnelForgedIdentity);
     }
@@ -217,13 +285,15 @@ fn inside(
         Some(value) if value.node_index == node_index && node_index != NODE_INDEX_LOCAL => {}
         Some(_) | None => return Err(DropReason::TunnelForgedSource),
     }
-    deliver(frame, config, outer.family, &packet, node)
+    deliver(frame, config, outer, &packet, node)
 }
 
 /// The inner IP packet at `offset`; none if it is ARP, which flooding devices send and nobody here asks for.
 #[inline(always)]
 fn inner_packet(frame: Frame, offset: usize) -> Result<Option<Packet>, DropReason> {
-    let ethertype = frame.at::<u16>(offset - 2).ok_or(DropReason::TunnelMalformed)?;
+    let ethertype = frame
+        .at::<u16>(offset - 2)
+        .ok_or(DropReason::TunnelMalformed)?;
     // SAFETY: `at` has checked the bounds.
     match unsafe { *ethertype } {
         ETHERTYPE_IPV4 => parse::ipv4(frame, offset).map(Some),
@@ -239,7 +309,9 @@ fn identity_allowed(config: &NodeConfig, node: &NodeValue, identity: u32) -> boo
     if identity <= RESERVED_IDENTITY_MAX {
         return identity != IDENTITY_HOST && identity != 0;
     }
-    let Some(split) = IdentitySplit::from_local_bits(config.identity_local_bits) else { return false };
+    let Some(split) = IdentitySplit::from_local_bits(config.identity_local_bits) else {
+        return false;
+    };
     node.cluster_id != 0 && split.cluster_of(identity) == u32::from(node.cluster_id)
 }
 
@@ -247,25 +319,24 @@ fn identity_allowed(config: &NodeConfig, node: &NodeValue, identity: u32) -> boo
 fn deliver(
     frame: Frame,
     config: &NodeConfig,
-    outer: Family,
+    outer: &Outer,
     packet: &Packet,
     node: &NodeValue,
 ) -> Result<Action, DropReason> {
     match endpoint(&packet.destination) {
         Some(endpoint) => {
-            decapsulate(frame, outer, packet.family)?;
+            decapsulate(frame, outer.family, packet.family, outer.congested)?;
             if endpoint.flags & ENDPOINT_HOST != 0 {
                 return to_host(frame, config, packet.family);
             }
             to_endpoint(frame, endpoint, packet.family, TrafficPath::TunnelIn)
         }
         None if in_pod_cidr(config, packet.family, &packet.destination) => {
-            decapsulate(frame, outer, packet.family)?;
-            let _ = (answer::make, send, node);
-            Err(DropReason::UnknownPod)
+            decapsulate(frame, outer.family, packet.family, outer.congested)?;
+            answer_to_node(frame, config, packet, node)
         }
         None if is_underlay(config, packet) => {
-            decapsulate(frame, outer, packet.family)?;
+            decapsulate(frame, outer.family, packet.family, outer.congested)?;
             to_host(frame, config, packet.family)
         }
         None => Err(DropReason::TunnelNotHere),
@@ -283,20 +354,49 @@ fn is_underlay(config: &NodeConfig, packet: &Packet) -> bool {
 
 /// A packet for a pod of ours outside the tunnel: only from a node with which direct routing is agreed.
 #[inline(always)]
-fn direct(frame: Frame, config: &NodeConfig, packet: &Packet, seen: &mut Seen) -> Result<Action, DropReason> {
+fn direct(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+    seen: &mut Seen,
+) -> Result<Action, DropReason> {
     seen.note(config, frame, packet);
     let source = ipcache(&packet.source).ok_or(DropReason::DirectForgedSource)?;
     seen.identity = source.identity;
     if source.node_index == NODE_INDEX_LOCAL {
         return Err(DropReason::DirectForgedSource);
     }
-    let node = NODES.get(source.node_index).ok_or(DropReason::DirectForgedSource)?;
+    let node = NODES
+        .get(source.node_index)
+        .ok_or(DropReason::DirectForgedSource)?;
     if node.flags & NODE_DIRECT == 0 {
         return Err(DropReason::DirectForgedSource);
     }
     match endpoint(&packet.destination) {
-        Some(endpoint) if endpoint.flags & ENDPOINT_HOST != 0 => to_host(frame, config, packet.family),
+        Some(endpoint) if endpoint.flags & ENDPOINT_HOST != 0 => {
+            to_host(frame, config, packet.family)
+        }
         Some(endpoint) => to_endpoint(frame, endpoint, packet.family, TrafficPath::DirectIn),
-        None => Err(DropReason::UnknownPod),
+        None => answer_to_node(frame, config, packet, node),
+    }
+}
+
+/// Refuses a packet for a pod that is gone; the answer goes to the node that sent it.
+#[inline(always)]
+fn answer_to_node(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+    node: &NodeValue,
+) -> Result<Action, DropReason> {
+    // Offsets of the inner packet moved when the tunnel's headers went.
+    let here = match packet.family {
+        Family::V4 => parse::ipv4(frame, ETHERNET_BYTES)?,
+        Family::V6 => parse::ipv6(frame, ETHERNET_BYTES)?,
+    };
+    let reply = answer::make(frame, config, &here)?;
+    match send(frame, config, &reply, node, IDENTITY_REMOTE_NODE)? {
+        Action::Forward(_, verdict) => Ok(Action::Answer(DropReason::UnknownPod, verdict)),
+        other @ (Action::Pass | Action::Ignore | Action::Answer(..)) => Ok(other),
     }
 }

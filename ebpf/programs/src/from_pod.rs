@@ -5,10 +5,10 @@ use aya_ebpf::programs::TcContext;
 use clustermesh_ebpf_abi::{DropReason, HOOK_FROM_POD, InterfaceValue};
 
 use crate::answer;
-use crate::deliver::to_host;
+use crate::deliver::{back_to_pod, to_host};
 use crate::frame::{
-    ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_SERVICE_VLAN, ETHERTYPE_VLAN, Frame,
-    IPV6_BYTES,
+    ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_SERVICE_VLAN,
+    ETHERTYPE_VLAN, Frame, IPV6_BYTES,
 };
 use crate::maps::INTERFACES;
 use crate::parse::{self, Family, Packet, Words};
@@ -18,7 +18,9 @@ use crate::verdict::{Action, Seen, conclude, config};
 /// Entry point.
 #[classifier]
 pub fn from_pod(context: TcContext) -> i32 {
-    let frame = Frame { skb: context.skb.skb };
+    let frame = Frame {
+        skb: context.skb.skb,
+    };
     let mut seen = Seen::EMPTY;
     let outcome = handle(frame, &mut seen);
     conclude(HOOK_FROM_POD, &seen, outcome)
@@ -51,7 +53,10 @@ fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
         Next::Host | Next::Elsewhere | Next::TooBig => to_host(frame, config, packet.family),
         Next::UnknownPod => {
             let reply = answer::make(frame, config, &packet)?;
-            Ok(Action::Answer(DropReason::UnknownPod, answer::back_through(frame, reply)?))
+            Ok(Action::Answer(
+                DropReason::UnknownPod,
+                back_to_pod(frame, reply.family)?,
+            ))
         }
     }
 }

@@ -11,6 +11,7 @@
 )]
 
 mod answer;
+mod checksum;
 mod deliver;
 mod encap;
 mod frame;

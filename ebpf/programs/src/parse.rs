@@ -64,7 +64,11 @@ impl Words {
     /// Equality by words.
     #[inline(always)]
     pub const fn equals(&self, other: &Self) -> bool {
-        (self.0[0] ^ other.0[0]) | (self.0[1] ^ other.0[1]) | (self.0[2] ^ other.0[2]) | (self.0[3] ^ other.0[3]) == 0
+        (self.0[0] ^ other.0[0])
+            | (self.0[1] ^ other.0[1])
+            | (self.0[2] ^ other.0[2])
+            | (self.0[3] ^ other.0[3])
+            == 0
     }
 
     /// True for a mapped IPv4 address.
@@ -98,7 +102,7 @@ pub struct Packet {
     pub source: Words,
     /// Destination, IPv4 mapped.
     pub destination: Words,
-    /// Bytes of the packet as the frame has it (padding and all segments included).
+    /// Bytes of the packet as its header says; as the frame has them where an offloaded packet is too long to say it.
     pub length_bytes: u32,
     /// Offset of the transport header in the frame.
     pub transport_offset: u32,
@@ -144,7 +148,7 @@ pub fn ipv4(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
     let header = frame.at::<V4Words>(offset).ok_or(DropReason::Malformed)?;
     // SAFETY: `at` has checked the bounds.
     let [first, fragment, protocol, source, destination] = unsafe { *header };
-    let length_bytes = frame.len().wrapping_sub(offset as u32);
+    let held_bytes = frame.len().wrapping_sub(offset as u32);
     let version_ihl = byte(first, 0);
     let header_bytes = u32::from(version_ihl & 0xf) * 4;
     let total_bytes = u32::from(((first >> 16) as u16).swap_bytes());
@@ -152,9 +156,11 @@ pub fn ipv4(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
         return Err(DropReason::Malformed);
     }
     // A total length of 0 is how the kernel marks an offloaded packet over 64 KiB.
-    if total_bytes > length_bytes || (total_bytes < header_bytes && (total_bytes != 0 || frame.segment_bytes() == 0)) {
+    let unsaid = total_bytes == 0 && frame.segment_bytes() != 0;
+    if total_bytes > held_bytes || (total_bytes < header_bytes && !unsaid) {
         return Err(DropReason::Malformed);
     }
+    let length_bytes = if unsaid { held_bytes } else { total_bytes };
     Ok(Packet {
         family: Family::V4,
         source: Words::mapped(source),
@@ -182,11 +188,17 @@ pub fn ipv6(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
     let header = frame.at::<V6Words>(offset).ok_or(DropReason::Malformed)?;
     // SAFETY: `at` has checked the bounds.
     let words = unsafe { *header };
-    let length_bytes = frame.len().wrapping_sub(offset as u32);
+    let held_bytes = frame.len().wrapping_sub(offset as u32);
     let payload_bytes = u32::from((words[1] as u16).swap_bytes());
-    if byte(words[0], 0) >> 4 != 6 || payload_bytes + IPV6_BYTES as u32 > length_bytes {
+    if byte(words[0], 0) >> 4 != 6 || payload_bytes + IPV6_BYTES as u32 > held_bytes {
         return Err(DropReason::Malformed);
     }
+    let unsaid = payload_bytes == 0 && frame.segment_bytes() != 0;
+    let length_bytes = if unsaid {
+        held_bytes
+    } else {
+        payload_bytes + IPV6_BYTES as u32
+    };
     let source = Words([words[2], words[3], words[4], words[5]]);
     let destination = Words([words[6], words[7], words[8], words[9]]);
     // Such addresses stand for IPv4 in every map; on the wire they have no meaning (RFC 4291, 2.5.5.2).
@@ -214,7 +226,14 @@ pub fn ipv6(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
 const fn is_extension(protocol: u8) -> bool {
     matches!(
         protocol,
-        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS | MOBILITY | HIP | SHIM6
+        HOP_BY_HOP
+            | ROUTING
+            | FRAGMENT
+            | AUTHENTICATION
+            | DESTINATION_OPTIONS
+            | MOBILITY
+            | HIP
+            | SHIM6
     )
 }
 
@@ -242,7 +261,11 @@ fn walk_extensions(frame: Frame, packet: &mut Packet) -> Result<(), DropReason> 
             return Ok(());
         }
     }
-    if is_extension(packet.protocol) { Err(DropReason::ExtensionHeaders) } else { Ok(()) }
+    if is_extension(packet.protocol) {
+        Err(DropReason::ExtensionHeaders)
+    } else {
+        Ok(())
+    }
 }
 
 /// True for packets that live on one link only and are never forwarded: IPv6 multicast,

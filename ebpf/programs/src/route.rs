@@ -2,8 +2,8 @@
 
 use aya_ebpf::maps::lpm_trie::Key;
 use clustermesh_ebpf_abi::{
-    DropReason, ENDPOINT_HOST, EndpointValue, IPCACHE_PREFIX_BASE_BITS, IpcacheValue, NODE_INDEX_LOCAL, NodeConfig,
-    TrafficPath,
+    DropReason, ENDPOINT_HOST, EndpointValue, IPCACHE_PREFIX_BASE_BITS, IpcacheValue,
+    NODE_INDEX_LOCAL, NodeConfig, TrafficPath,
 };
 
 use crate::deliver::{ToNode, to_endpoint, to_node};
@@ -51,15 +51,25 @@ pub fn ipcache(address: &Words) -> Option<&'static IpcacheValue> {
 #[inline(always)]
 pub fn endpoint(address: &Words) -> Option<&'static EndpointValue> {
     // SAFETY: the entry may be replaced while it is read; a packet then goes by a mixture, once.
-    ENDPOINTS.get_ptr(address.as_key()).map(|value| unsafe { &*value })
+    ENDPOINTS
+        .get_ptr(address.as_key())
+        .map(|value| unsafe { &*value })
 }
 
 /// True if the address is in this node's pod CIDR.
 #[inline(always)]
 pub fn in_pod_cidr(config: &NodeConfig, family: Family, address: &Words) -> bool {
     match family {
-        Family::V4 => in_network(address, &Words::from_value(&config.pod_cidr_v4), config.pod_cidr_v4_bits),
-        Family::V6 => in_network(address, &Words::from_value(&config.pod_cidr_v6), config.pod_cidr_v6_bits),
+        Family::V4 => in_network(
+            address,
+            &Words::from_value(&config.pod_cidr_v4),
+            config.pod_cidr_v4_bits,
+        ),
+        Family::V6 => in_network(
+            address,
+            &Words::from_value(&config.pod_cidr_v6),
+            config.pod_cidr_v6_bits,
+        ),
     }
 }
 
@@ -71,21 +81,30 @@ pub fn in_pod_cidr(config: &NodeConfig, family: Family, address: &Words) -> bool
 /// # Errors
 /// Those of [`to_node`] and [`to_endpoint`].
 #[inline(always)]
-pub fn forward(frame: Frame, config: &NodeConfig, packet: &Packet, identity: u32) -> Result<Next, DropReason> {
+pub fn forward(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+    identity: u32,
+) -> Result<Next, DropReason> {
     let own_cidr = in_pod_cidr(config, packet.family, &packet.destination);
     if !own_cidr {
         if let Some(value) = ipcache(&packet.destination) {
             if value.node_index != NODE_INDEX_LOCAL {
-                return Ok(match to_node(frame, config, packet, value.node_index, identity)? {
-                    ToNode::Sent(action) => Next::Done(action),
-                    ToNode::TooBig => Next::TooBig,
-                });
+                return Ok(
+                    match to_node(frame, config, packet, value.node_index, identity)? {
+                        ToNode::Sent(action) => Next::Done(action),
+                        ToNode::TooBig => Next::TooBig,
+                    },
+                );
             }
         }
     }
     match endpoint(&packet.destination) {
         Some(endpoint) if endpoint.flags & ENDPOINT_HOST != 0 => Ok(Next::Host),
-        Some(endpoint) => to_endpoint(frame, endpoint, packet.family, TrafficPath::Local).map(Next::Done),
+        Some(endpoint) => {
+            to_endpoint(frame, endpoint, packet.family, TrafficPath::Local).map(Next::Done)
+        }
         None if own_cidr => Ok(Next::UnknownPod),
         None => Ok(Next::Elsewhere),
     }

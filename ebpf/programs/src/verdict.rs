@@ -3,7 +3,8 @@
 use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use clustermesh_ebpf_abi::{
-    CONFIG_FLOWS, DropReason, FlowRecord, NodeConfig, TrafficPath, VERDICT_DROPPED, VERDICT_FORWARDED,
+    CONFIG_FLOWS, DropReason, FlowRecord, NodeConfig, TrafficPath, VERDICT_DROPPED,
+    VERDICT_FORWARDED,
 };
 
 use crate::frame::Frame;
@@ -34,7 +35,11 @@ pub struct Seen {
 
 impl Seen {
     /// Nothing yet.
-    pub const EMPTY: Self = Self { packet: Packet::EMPTY, identity: 0, ports: 0 };
+    pub const EMPTY: Self = Self {
+        packet: Packet::EMPTY,
+        identity: 0,
+        ports: 0,
+    };
 
     /// Notes the packet; reads its ports only if flow records are wanted.
     #[inline(always)]
@@ -113,7 +118,9 @@ fn record(hook: u8, seen: &Seen, verdict: u8, path_or_reason: u32) {
         return;
     }
     // A full ring loses records, never packets; readers see it from the counters.
-    let Some(mut entry) = FLOWS.reserve::<FlowRecord>(0) else { return };
+    let Some(mut entry) = FLOWS.reserve::<FlowRecord>(0) else {
+        return;
+    };
     let ports = seen.ports.to_ne_bytes();
     entry.write(FlowRecord {
         // SAFETY: takes nothing.

@@ -1,7 +1,7 @@
 //! The programs as the kernel has them: loaded, fed with maps, run on single packets.
 #![expect(unsafe_code, reason = "bpf(2) takes raw pointers")]
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 
 use aya::Ebpf;
@@ -18,10 +18,12 @@ pub const PROGRAMS: [&str; 3] = ["from_pod", "from_host", "from_network"];
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
-const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 /// Room for what a program makes of a packet.
 const PACKET_BYTES_MAX: usize = 4096;
+/// `struct __sk_buff`: words, and the place of `gso_size`.
+const SKB_CONTEXT_WORDS: usize = 48;
+const SKB_GSO_SIZE_WORD: usize = 44;
 
 /// Bytes of a value of the ABI.
 pub fn bytes_of<T: Copy>(value: &T) -> &[u8] {
@@ -130,12 +132,6 @@ impl Datapath {
         self.update("ENDPOINTS", &address, value);
     }
 
-    /// Forgets a local endpoint.
-    pub fn remove_endpoint(&self, address: Address) {
-        let mut attributes = MapAttributes::new(self.map_fd("ENDPOINTS"), &address, 0);
-        call(BPF_MAP_DELETE_ELEM, &mut attributes).expect("delete of an endpoint");
-    }
-
     /// What an interface may send.
     pub fn set_interface(&self, ifindex: u32, value: &InterfaceValue) {
         self.update("INTERFACES", &ifindex, value);
@@ -210,28 +206,29 @@ impl Datapath {
 
     /// Runs a program on a packet as if it came in on the loopback device (index 1).
     pub fn run(&self, program: &str, packet: &[u8]) -> Outcome {
-        let program: &SchedClassifier = self
-            .ebpf
-            .program(program)
-            .expect(program)
-            .try_into()
-            .expect("a tc program");
+        self.run_segments(program, packet, 0)
+    }
+
+    /// As [`Self::run`], for an offloaded packet with segments of that size, 0 = an ordinary one.
+    pub fn run_segments(&self, program: &str, packet: &[u8], segment_bytes: u32) -> Outcome {
+        let program: &SchedClassifier = self.ebpf.program(program).expect(program).try_into().expect("a tc program");
         let mut output = vec![0_u8; PACKET_BYTES_MAX];
+        let mut context = [0_u32; SKB_CONTEXT_WORDS];
+        context[SKB_GSO_SIZE_WORD] = segment_bytes;
         let mut attributes = TestRunAttributes {
             program_fd: program.fd().expect("loaded").as_fd().as_raw_fd() as u32,
             data_size_in: packet.len() as u32,
             data_size_out: output.len() as u32,
             data_in: packet.as_ptr() as u64,
             data_out: output.as_mut_ptr() as u64,
+            context_size_in: size_of_val(&context) as u32,
+            context_in: context.as_ptr() as u64,
             repeat: 1,
             ..TestRunAttributes::default()
         };
         call(BPF_PROG_TEST_RUN, &mut attributes).expect("the kernel runs the program");
         output.truncate(attributes.data_size_out as usize);
-        Outcome {
-            verdict: attributes.verdict as i32,
-            packet: output,
-        }
+        Outcome { verdict: attributes.verdict as i32, packet: output }
     }
 }
 
@@ -292,12 +289,4 @@ fn call<T>(command: libc::c_long, attributes: &mut T) -> std::io::Result<()> {
     } else {
         Ok(())
     }
-}
-
-/// Unspecified addresses are how the ABI says "none".
-pub fn mapped_or_none(v4: Option<Ipv4Addr>, v6: Option<Ipv6Addr>) -> (Address, Address) {
-    (
-        v4.map_or([0; 16], |a| v4_mapped(a.octets())),
-        v6.map_or([0; 16], |a| a.octets()),
-    )
 }

@@ -3,4 +3,5 @@
 pub mod bpf;
 pub mod net;
 pub mod node;
+pub mod packet;
 pub mod tcp;
