@@ -318,3 +318,6 @@ impl<R: AsyncRuntime> RaftSnapshotBuilder<Types<R>> for SnapshotBuilder<R> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -24,3 +24,6 @@ pub struct LogStats {
     /// Files of the log, bytes; for the in-memory log the bytes of its entries.
     pub bytes: u64,
 }
+
+#[cfg(test)]
+mod tests;

@@ -508,7 +508,9 @@ async fn a_restart_gives_leases_their_full_ttl_again() {
         panic!("a grant")
     };
     replica.shutdown().await;
-    let replica = Replica::<R>::start(config(Data::Memory(data))).await.unwrap();
+    let replica = Replica::<R>::start(config(Data::Memory(data)))
+        .await
+        .unwrap();
     let left = replica.time_to_live(granted.id).await.unwrap().unwrap();
     assert!(left.remaining > Duration::from_secs(95), "{left:?}");
     replica.shutdown().await;

@@ -136,6 +136,13 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
         }
     }
 
+    /// Whether the oldest entries are on disk only.
+    #[cfg(test)]
+    pub(super) fn read_back_is_on_disk(&self) -> bool {
+        let tail = self.shared.tail.lock();
+        tail.first_index() > tail.purged.map_or(0, |purged| purged.index + 1)
+    }
+
     /// Tells when the last clone is gone and the folder may be opened again.
     #[must_use]
     pub fn closed(&self) -> Closed {
