@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::net::UdpSocket;
+use std::net::{TcpStream, UdpSocket};
 use std::process::{Command, Stdio};
 
 use aya::maps::Array;
@@ -46,6 +46,32 @@ fn a_dropped_datapath_keeps_working_and_is_adopted() {
         next.activate(node.cm_net, &[]).unwrap();
         drop(next);
         assert_eq!(connect(V4).unwrap().1, server);
+    });
+}
+
+#[test]
+fn connections_never_fail_while_programs_are_switched() {
+    in_node(|node| {
+        let server = tcp_server("127.0.0.1:0");
+        let mut one = node.active();
+        let (mut other, _) = node.open();
+        set_service(one.maps(), V4, TCP, 1, &[server]);
+        std::thread::scope(|scope| {
+            let switcher = scope.spawn(|| {
+                for _ in 0..50 {
+                    other.activate(node.cm_net, &[]).unwrap();
+                    one.activate(node.cm_net, &[]).unwrap();
+                }
+            });
+            let mut connections = 0;
+            while !switcher.is_finished() {
+                let stream = TcpStream::connect(V4);
+                let stream = stream.unwrap_or_else(|e| panic!("connection {connections}: {e}"));
+                assert_eq!(stream.peer_addr().unwrap(), V4.parse().unwrap());
+                connections += 1;
+            }
+            assert!(connections > 20, "only {connections} connections");
+        });
     });
 }
 
