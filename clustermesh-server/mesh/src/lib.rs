@@ -14,6 +14,8 @@ pub mod settings;
 mod draft;
 mod holders;
 mod keys;
+#[cfg(test)]
+mod test_support;
 mod txn;
 mod view;
 
