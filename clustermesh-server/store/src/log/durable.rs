@@ -124,10 +124,7 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
     pub fn stats(&self) -> LogStats {
         let (first_index, last_index) = {
             let tail = self.shared.tail.lock();
-            (
-                tail.purged.map_or(0, |purged| purged.index + 1),
-                tail.last.map_or(0, |last| last.index),
-            )
+            (tail.begin, tail.last.map_or(0, |last| last.index))
         };
         LogStats {
             first_index,
@@ -140,7 +137,7 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
     #[cfg(test)]
     pub(super) fn read_back_is_on_disk(&self) -> bool {
         let tail = self.shared.tail.lock();
-        tail.first_index() > tail.purged.map_or(0, |purged| purged.index + 1)
+        tail.first_index() > tail.begin
     }
 
     /// Tells when the last clone is gone and the folder may be opened again.
@@ -174,7 +171,7 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
     ) -> Result<Vec<Entry>, io::Error> {
         let (range, held_from, mut held) = {
             let tail = self.shared.tail.lock();
-            let first = tail.purged.map_or(0, |purged| purged.index + 1);
+            let first = tail.begin;
             let range = range(first, tail.next_index());
             (
                 range.clone(),

@@ -17,6 +17,8 @@ pub(super) struct Tail {
     pub(super) purged: Option<LogId>,
     /// The last entry's id, or `purged` when there is none.
     pub(super) last: Option<LogId>,
+    /// First index of the log, here or on disk.
+    pub(super) begin: u64,
     entries: VecDeque<Entry>,
     pub(super) bytes: usize,
 }
@@ -35,6 +37,9 @@ impl Tail {
     }
 
     pub(super) fn push(&mut self, entry: Entry) {
+        if self.last.is_none() {
+            self.begin = entry.log_id.index;
+        }
         self.last = Some(entry.log_id());
         self.bytes += entry_size_bytes(&entry);
         self.entries.push_back(entry);
@@ -48,13 +53,14 @@ impl Tail {
         {
             self.bytes = self.bytes.saturating_sub(entry_size_bytes(&entry));
         }
-        self.last = keep.max(self.purged);
+        self.last = keep.min(self.last).max(self.purged);
     }
 
     /// Drops entries up to `upto`, inclusive.
     pub(super) fn purge(&mut self, upto: LogId) {
         self.purged = self.purged.max(Some(upto));
         self.last = self.last.max(Some(upto));
+        self.begin = self.begin.max(upto.index + 1);
         while let Some(entry) = self
             .entries
             .pop_front_if(|entry| entry.log_id.index <= upto.index)
