@@ -203,3 +203,6 @@ mod keys {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
