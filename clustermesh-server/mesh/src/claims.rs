@@ -12,7 +12,9 @@ use ipnetwork::IpNetwork;
 use crate::allocate::AllocateError;
 
 pub use endpoint::{plan_delete_endpoint, plan_readiness, plan_sync, plan_upsert};
-pub use node::{KIND_NODE, MAX_UNDERLAY_ADDRESSES, plan_hello, plan_remove_node, plan_session, remove_node};
+pub use node::{
+    KIND_NODE, MAX_UNDERLAY_ADDRESSES, plan_hello, plan_remove_node, plan_session, remove_node,
+};
 
 /// First host number of a node's pod CIDR that a pod may have; below are network, router and health addresses.
 pub const FIRST_POD_INDEX: u128 = 4;
@@ -56,7 +58,9 @@ pub enum ClaimError {
         address: IpAddr,
     },
     /// An underlay address out of the mesh's own ranges.
-    #[error("node {node}: underlay address {address} lies in {range}, which this cluster gives out itself")]
+    #[error(
+        "node {node}: underlay address {address} lies in {range}, which this cluster gives out itself"
+    )]
     UnderlayInRange {
         /// The node.
         node: String,
@@ -95,7 +99,9 @@ pub enum ClaimError {
         cidrs: String,
     },
     /// The address is in the node's pod CIDR, but not for pods.
-    #[error("node {node} may not claim {address}: it is reserved in pod CIDR {cidr} (network, router, health or broadcast)")]
+    #[error(
+        "node {node} may not claim {address}: it is reserved in pod CIDR {cidr} (network, router, health or broadcast)"
+    )]
     ReservedAddress {
         /// The node.
         node: String,
@@ -158,9 +164,10 @@ impl ClaimError {
     #[must_use]
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Name(_) | Self::Address { .. } | Self::UnusableUnderlay { .. } | Self::Damaged { .. } => {
-                Reason::Invalid
-            }
+            Self::Name(_)
+            | Self::Address { .. }
+            | Self::UnusableUnderlay { .. }
+            | Self::Damaged { .. } => Reason::Invalid,
             Self::Count { .. } | Self::Allocate(_) => Reason::Limit,
             Self::UnderlayInRange { .. }
             | Self::UnderlayTaken { .. }
@@ -184,12 +191,19 @@ fn parse_all(
 ) -> Result<Vec<IpAddr>, ClaimError> {
     let count = addresses.len();
     if count == 0 || count > limit {
-        return Err(ClaimError::Count { object: object.to_owned(), what, count, limit });
+        return Err(ClaimError::Count {
+            object: object.to_owned(),
+            what,
+            count,
+            limit,
+        });
     }
     let mut parsed = Vec::with_capacity(count);
     for text in addresses {
-        let address =
-            parse_address(text).map_err(|source| ClaimError::Address { object: object.to_owned(), source })?;
+        let address = parse_address(text).map_err(|source| ClaimError::Address {
+            object: object.to_owned(),
+            source,
+        })?;
         if !parsed.contains(&address) {
             parsed.push(address);
         }

@@ -24,7 +24,9 @@ fn key(namespace: &str, name: &str) -> Bytes {
 impl Holders {
     pub(crate) fn read(view: &dyn View, namespace: &str, name: &str) -> Self {
         // A damaged entry counts as empty: the next claim of the name writes it anew.
-        view.get(&key(namespace, name)).and_then(|kv| serde_json::from_slice(&kv.value).ok()).unwrap_or_default()
+        view.get(&key(namespace, name))
+            .and_then(|kv| serde_json::from_slice(&kv.value).ok())
+            .unwrap_or_default()
     }
 
     /// Stores the entry, guarded: two claims of one name never both succeed on the same view.
@@ -39,13 +41,29 @@ impl Holders {
         }
     }
 
-    pub(crate) fn add(draft: &mut Draft<'_>, namespace: &str, name: &str, node: &str, addresses: &[IpAddr]) {
+    pub(crate) fn add(
+        draft: &mut Draft<'_>,
+        namespace: &str,
+        name: &str,
+        node: &str,
+        addresses: &[IpAddr],
+    ) {
         let mut holders = Self::read(draft, namespace, name);
-        holders.0.entry(node.to_owned()).or_default().extend(addresses);
+        holders
+            .0
+            .entry(node.to_owned())
+            .or_default()
+            .extend(addresses);
         holders.write(draft, namespace, name);
     }
 
-    pub(crate) fn remove(draft: &mut Draft<'_>, namespace: &str, name: &str, node: &str, address: IpAddr) {
+    pub(crate) fn remove(
+        draft: &mut Draft<'_>,
+        namespace: &str,
+        name: &str,
+        node: &str,
+        address: IpAddr,
+    ) {
         let mut holders = Self::read(draft, namespace, name);
         if let Some(addresses) = holders.0.get_mut(node) {
             addresses.remove(&address);

@@ -68,5 +68,7 @@ pub(crate) fn readiness(node: &str, address: IpAddr) -> Bytes {
 }
 
 pub(crate) fn session(node: &str) -> Bytes {
-    bytes(&RecordKey::Session { node: node.to_owned() })
+    bytes(&RecordKey::Session {
+        node: node.to_owned(),
+    })
 }

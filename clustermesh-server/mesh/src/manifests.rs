@@ -6,15 +6,16 @@ use std::net::IpAddr;
 use bytes::Bytes;
 use clustermesh_api::limits::MAX_MANIFESTS_PER_APPLY;
 use clustermesh_api::manifest::{
-    KIND_SERVICE, KIND_WORKLOAD, Manifest, ManifestError, ServiceManifest, ServiceStatus, StoredService, StoredWorkload,
-    WorkloadManifest, WorkloadStatus,
+    KIND_SERVICE, KIND_WORKLOAD, Manifest, ManifestError, ServiceManifest, ServiceStatus,
+    StoredService, StoredWorkload, WorkloadManifest, WorkloadStatus,
 };
 use clustermesh_api::records::{Identity, IdentityError, IpIdentityPair};
 use clustermesh_api::v1::object_outcome::Action;
 use clustermesh_api::v1::{ObjectOutcome, ObjectRef};
 
 use crate::allocate::{
-    AllocateError, Plan, VirtualAddressRequest, identity, release_virtual_addresses, virtual_addresses,
+    AllocateError, Plan, VirtualAddressRequest, identity, release_virtual_addresses,
+    virtual_addresses,
 };
 use crate::claims::{ClaimError, KIND_NODE, remove_node};
 use crate::draft::Draft;
@@ -95,7 +96,11 @@ pub fn plan_apply(
 ) -> Result<Plan<Vec<ObjectOutcome>>, Vec<ApplyError>> {
     check_count(manifests.len())?;
     let mut draft = Draft::new(view);
-    let (mut outcomes, mut errors, mut seen) = (Vec::with_capacity(manifests.len()), Vec::new(), BTreeSet::new());
+    let (mut outcomes, mut errors, mut seen) = (
+        Vec::with_capacity(manifests.len()),
+        Vec::new(),
+        BTreeSet::new(),
+    );
     for (index, json) in manifests.iter().enumerate() {
         let manifest = match Manifest::from_json(json) {
             Ok(manifest) => manifest,
@@ -112,14 +117,23 @@ pub fn plan_apply(
         }
         let outcome = match manifest {
             Manifest::Service(service) => apply_service(&mut draft, settings, service, now_unix_ms),
-            Manifest::Workload(workload) => apply_workload(&mut draft, settings, workload, now_unix_ms),
+            Manifest::Workload(workload) => {
+                apply_workload(&mut draft, settings, workload, now_unix_ms)
+            }
         };
         match outcome {
             Ok(outcome) => outcomes.push(outcome),
             Err(error) => errors.push(error),
         }
     }
-    if errors.is_empty() { Ok(Plan { txn: draft.into_txn(), result: outcomes }) } else { Err(errors) }
+    if errors.is_empty() {
+        Ok(Plan {
+            txn: draft.into_txn(),
+            result: outcomes,
+        })
+    } else {
+        Err(errors)
+    }
 }
 
 /// Plans Delete of Services, Workloads and Nodes. What does not exist is reported, not an error.
@@ -141,21 +155,41 @@ pub fn plan_delete(
                 kind: reference.kind.clone(),
                 namespace: reference.namespace.clone(),
                 name: reference.name.clone(),
-                action: if existed { Action::Deleted } else { Action::NotFound }.into(),
+                action: if existed {
+                    Action::Deleted
+                } else {
+                    Action::NotFound
+                }
+                .into(),
                 ..Default::default()
             }),
             Err(error) => errors.push(error),
         }
     }
-    if errors.is_empty() { Ok(Plan { txn: draft.into_txn(), result: outcomes }) } else { Err(errors) }
+    if errors.is_empty() {
+        Ok(Plan {
+            txn: draft.into_txn(),
+            result: outcomes,
+        })
+    } else {
+        Err(errors)
+    }
 }
 
 fn check_count(count: usize) -> Result<(), Vec<ApplyError>> {
-    if count > MAX_MANIFESTS_PER_APPLY { Err(vec![ApplyError::TooMany(count)]) } else { Ok(()) }
+    if count > MAX_MANIFESTS_PER_APPLY {
+        Err(vec![ApplyError::TooMany(count)])
+    } else {
+        Ok(())
+    }
 }
 
 fn object_name(kind: &str, namespace: &str, name: &str) -> String {
-    if namespace.is_empty() { format!("{kind} {name}") } else { format!("{kind} {namespace}/{name}") }
+    if namespace.is_empty() {
+        format!("{kind} {name}")
+    } else {
+        format!("{kind} {namespace}/{name}")
+    }
 }
 
 fn apply_workload(
@@ -164,14 +198,31 @@ fn apply_workload(
     manifest: WorkloadManifest,
     now_unix_ms: i64,
 ) -> Result<ObjectOutcome, ApplyError> {
-    let (namespace, name) = (manifest.metadata.namespace.clone(), manifest.metadata.name.clone());
+    let (namespace, name) = (
+        manifest.metadata.namespace.clone(),
+        manifest.metadata.name.clone(),
+    );
     let object = || object_name(KIND_WORKLOAD, &namespace, &name);
     let account = manifest.spec.service_account.clone();
-    let labels = Identity::of_workload(&settings.name, &namespace, account.as_deref(), &manifest.metadata.labels)
-        .map_err(|source| ApplyError::Identity { object: object(), source })?;
-    let number = identity(draft, settings, &labels, now_unix_ms)
-        .map_err(|source| ApplyError::Allocate { object: object(), source })?;
-    let stored = StoredWorkload { object: manifest, status: WorkloadStatus { identity: number } };
+    let labels = Identity::of_workload(
+        &settings.name,
+        &namespace,
+        account.as_deref(),
+        &manifest.metadata.labels,
+    )
+    .map_err(|source| ApplyError::Identity {
+        object: object(),
+        source,
+    })?;
+    let number =
+        identity(draft, settings, &labels, now_unix_ms).map_err(|source| ApplyError::Allocate {
+            object: object(),
+            source,
+        })?;
+    let stored = StoredWorkload {
+        object: manifest,
+        status: WorkloadStatus { identity: number },
+    };
     let action = store(draft, keys::workload(&namespace, &name), stored.encode());
     if action != Action::Unchanged {
         rewrite_addresses(draft, &stored);
@@ -193,12 +244,19 @@ fn rewrite_addresses(draft: &mut Draft<'_>, workload: &StoredWorkload) {
     for address in holders.addresses() {
         let key = keys::address(address);
         let Some(kv) = draft.get(&key) else { continue };
-        let Ok(mut pair) = IpIdentityPair::decode(&kv.value) else { continue };
+        let Ok(mut pair) = IpIdentityPair::decode(&kv.value) else {
+            continue;
+        };
         if pair.k8s_namespace != metadata.namespace || pair.k8s_pod_name != metadata.name {
             continue;
         }
         pair.id = workload.status.identity;
-        pair.k8s_service_account = workload.object.spec.service_account.clone().unwrap_or_default();
+        pair.k8s_service_account = workload
+            .object
+            .spec
+            .service_account
+            .clone()
+            .unwrap_or_default();
         draft.guard(key.clone());
         draft.put(key, pair.encode());
     }
@@ -210,19 +268,32 @@ fn apply_service(
     manifest: ServiceManifest,
     now_unix_ms: i64,
 ) -> Result<ObjectOutcome, ApplyError> {
-    let (namespace, name) = (manifest.metadata.namespace.clone(), manifest.metadata.name.clone());
+    let (namespace, name) = (
+        manifest.metadata.namespace.clone(),
+        manifest.metadata.name.clone(),
+    );
     let object = || object_name(KIND_SERVICE, &namespace, &name);
     let key = keys::stored_service(&namespace, &name);
-    let current = stored_service(draft, &key, &object)?.map(|stored| stored.status.cluster_ips).unwrap_or_default();
+    let current = stored_service(draft, &key, &object)?
+        .map(|stored| stored.status.cluster_ips)
+        .unwrap_or_default();
     let request = VirtualAddressRequest {
         service: &format!("{namespace}/{name}"),
         families: &manifest.spec.ip_families,
         current: &current,
     };
-    let cluster_ips = virtual_addresses(draft, settings, request, now_unix_ms)
-        .map_err(|source| ApplyError::Allocate { object: object(), source })?;
+    let cluster_ips =
+        virtual_addresses(draft, settings, request, now_unix_ms).map_err(|source| {
+            ApplyError::Allocate {
+                object: object(),
+                source,
+            }
+        })?;
     let addresses = cluster_ips.iter().map(IpAddr::to_string).collect();
-    let stored = StoredService { object: manifest, status: ServiceStatus { cluster_ips } };
+    let stored = StoredService {
+        object: manifest,
+        status: ServiceStatus { cluster_ips },
+    };
     let action = store(draft, key, stored.encode());
     Ok(ObjectOutcome {
         kind: KIND_SERVICE.to_owned(),
@@ -242,7 +313,10 @@ fn stored_service(
     view.get(key)
         .map(|kv| StoredService::decode(&kv.value))
         .transpose()
-        .map_err(|error| ApplyError::Damaged { object: object(), reason: error.to_string() })
+        .map_err(|error| ApplyError::Damaged {
+            object: object(),
+            reason: error.to_string(),
+        })
 }
 
 fn store(draft: &mut Draft<'_>, key: Bytes, value: Bytes) -> Action {
@@ -261,7 +335,11 @@ fn delete(
     reference: &ObjectRef,
     now_unix_ms: i64,
 ) -> Result<bool, ApplyError> {
-    let ObjectRef { kind, namespace, name } = reference;
+    let ObjectRef {
+        kind,
+        namespace,
+        name,
+    } = reference;
     let object = || object_name(kind, namespace, name);
     match kind.as_str() {
         KIND_WORKLOAD => {
@@ -272,16 +350,22 @@ fn delete(
         }
         KIND_SERVICE => {
             let key = keys::stored_service(namespace, name);
-            let Some(stored) = stored_service(draft, &key, &object)? else { return Ok(false) };
+            let Some(stored) = stored_service(draft, &key, &object)? else {
+                return Ok(false);
+            };
             let service = format!("{namespace}/{name}");
             release_virtual_addresses(draft, &service, &stored.status.cluster_ips, now_unix_ms)
-                .map_err(|source| ApplyError::Allocate { object: object(), source })?;
+                .map_err(|source| ApplyError::Allocate {
+                    object: object(),
+                    source,
+                })?;
             draft.guard(key.clone());
             Ok(draft.delete(key))
         }
-        KIND_NODE => {
-            remove_node(draft, settings, name).map_err(|source| ApplyError::Node { object: object(), source })
-        }
+        KIND_NODE => remove_node(draft, settings, name).map_err(|source| ApplyError::Node {
+            object: object(),
+            source,
+        }),
         _ => Err(ApplyError::Kind { object: object() }),
     }
 }

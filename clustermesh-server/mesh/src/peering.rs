@@ -6,6 +6,8 @@ mod owners;
 mod rules;
 
 pub use config::{ConfigRefused, Peer, accept_config, copied_config};
-pub use copy::{Ingested, MAX_REFUSED_BYTES, MAX_REFUSED_RECORDS, PeerChange, PeerCopyState, forget};
+pub use copy::{
+    Ingested, MAX_REFUSED_BYTES, MAX_REFUSED_RECORDS, PeerChange, PeerCopyState, forget,
+};
 pub use owners::{CidrOwners, Conflict};
 pub use rules::Refusal;

@@ -134,7 +134,7 @@ impl ClusterSettings {
             return Some((first, last));
         }
         let last = if cidr.is_ipv4() { last - 1 } else { last };
-        (first + 1 <= last).then_some((first + 1, last))
+        (first < last).then_some((first + 1, last))
     }
 }
 

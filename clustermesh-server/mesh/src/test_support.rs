@@ -1,7 +1,9 @@
 //! What the tests share: manifests, sessions, and a view that takes plans as the store does.
 
 use bytes::Bytes;
-use clustermesh_api::v1::{EndpointReadiness, Hello, PortReadiness, ReportReadiness, UpsertEndpoint};
+use clustermesh_api::v1::{
+    EndpointReadiness, Hello, PortReadiness, ReportReadiness, UpsertEndpoint,
+};
 
 use crate::allocate::Plan;
 use crate::claims::{plan_hello, plan_readiness, plan_upsert};
@@ -11,13 +13,20 @@ use crate::view::MapView;
 
 /// Applies a plan as the store does: only when its guards hold.
 pub(crate) fn commit<T>(view: &mut MapView, plan: Plan<T>) -> T {
-    assert!(plan.txn.holds(view), "guards fail on the view that was planned on: {:?}", plan.txn.guards());
+    assert!(
+        plan.txn.holds(view),
+        "guards fail on the view that was planned on: {:?}",
+        plan.txn.guards()
+    );
     view.apply(plan.txn.writes().clone());
     plan.result
 }
 
 pub(crate) fn workload(name: &str, labels: &[(&str, &str)]) -> Bytes {
-    let labels: serde_json::Map<_, _> = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).into())).collect();
+    let labels: serde_json::Map<_, _> = labels
+        .iter()
+        .map(|(k, v)| ((*k).to_owned(), (*v).into()))
+        .collect();
     serde_json::json!({
         "apiVersion": "clustermesh.io/v1", "kind": "Workload",
         "metadata": {"name": name, "namespace": "shop", "labels": labels}, "spec": {}
@@ -26,9 +35,16 @@ pub(crate) fn workload(name: &str, labels: &[(&str, &str)]) -> Bytes {
     .into()
 }
 
-pub(crate) fn service(name: &str, selector: &[(&str, &str)], annotations: &[(&str, &str)]) -> Bytes {
+pub(crate) fn service(
+    name: &str,
+    selector: &[(&str, &str)],
+    annotations: &[(&str, &str)],
+) -> Bytes {
     let map = |pairs: &[(&str, &str)]| -> serde_json::Map<String, serde_json::Value> {
-        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).into())).collect()
+        pairs
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).into()))
+            .collect()
     };
     serde_json::json!({
         "apiVersion": "clustermesh.io/v1", "kind": "Service",
@@ -48,7 +64,11 @@ pub(crate) struct Lab {
 
 impl Lab {
     pub(crate) fn new() -> Self {
-        Self { settings: example(), view: MapView::new(), now_unix_ms: 1_000_000 }
+        Self {
+            settings: example(),
+            view: MapView::new(),
+            now_unix_ms: 1_000_000,
+        }
     }
 
     pub(crate) fn apply(&mut self, manifests: &[Bytes]) -> Vec<clustermesh_api::v1::ObjectOutcome> {
@@ -71,7 +91,11 @@ impl Lab {
             request_id: 0,
             endpoints: vec![EndpointReadiness {
                 address: address.to_owned(),
-                ports: vec![PortReadiness { port: 8080, protocol: "TCP".to_owned(), ready }],
+                ports: vec![PortReadiness {
+                    port: 8080,
+                    protocol: "TCP".to_owned(),
+                    ready,
+                }],
             }],
         };
         let plan = plan_readiness(&self.view, node, &report).unwrap();

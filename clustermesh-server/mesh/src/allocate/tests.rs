@@ -10,7 +10,11 @@ use crate::test_support::{Lab, commit, workload};
 use crate::view::MapView;
 
 fn labels(app: &str) -> Identity {
-    Identity::new([Label::k8s("io.cilium.k8s.policy.cluster", "c1"), Label::k8s("app", app)]).unwrap()
+    Identity::new([
+        Label::k8s("io.cilium.k8s.policy.cluster", "c1"),
+        Label::k8s("app", app),
+    ])
+    .unwrap()
 }
 
 fn give(view: &mut MapView, settings: &ClusterSettings, app: &str, now: i64) -> u32 {
@@ -22,8 +26,15 @@ fn give(view: &mut MapView, settings: &ClusterSettings, app: &str, now: i64) -> 
 fn numbers_lie_in_the_clusters_range_of_both_splits() {
     let mut view = MapView::new();
     assert_eq!(give(&mut view, &example(), "a", 0), 65537);
-    let settings = ClusterSettings { id: 511, split: IdentitySplit::Clusters511, ..example() };
-    assert_eq!(give(&mut MapView::new(), &settings, "a", 0), (511 << 15) + 1);
+    let settings = ClusterSettings {
+        id: 511,
+        split: IdentitySplit::Clusters511,
+        ..example()
+    };
+    assert_eq!(
+        give(&mut MapView::new(), &settings, "a", 0),
+        (511 << 15) + 1
+    );
 }
 
 #[test]
@@ -56,25 +67,46 @@ fn a_freed_number_waits_out_its_quarantine_but_its_own_labels_may_return() {
 
     let mut returned = lab.view.clone();
     std::mem::swap(&mut returned, &mut lab.view);
-    assert_eq!(lab.apply(&[workload("a", &[("app", "a")])])[0].identity, first);
-    assert!(lab.view.list(b"clustermesh.io/alloc/identities/").is_empty());
+    assert_eq!(
+        lab.apply(&[workload("a", &[("app", "a")])])[0].identity,
+        first
+    );
+    assert!(
+        lab.view
+            .list(b"clustermesh.io/alloc/identities/")
+            .is_empty()
+    );
     lab.view = returned;
 
     // The circle is short-cut to the number before the freed one.
-    lab.view.put("clustermesh.io/alloc/cursor/identity", "131071");
+    lab.view
+        .put("clustermesh.io/alloc/cursor/identity", "131071");
     lab.now_unix_ms = 1000 + IDENTITY_QUARANTINE_MS - 1;
-    assert_eq!(lab.apply(&[workload("b", &[("app", "b")])])[0].identity, first + 1);
-    lab.view.put("clustermesh.io/alloc/cursor/identity", "131071");
+    assert_eq!(
+        lab.apply(&[workload("b", &[("app", "b")])])[0].identity,
+        first + 1
+    );
+    lab.view
+        .put("clustermesh.io/alloc/cursor/identity", "131071");
     lab.now_unix_ms += 1;
-    assert_eq!(lab.apply(&[workload("c", &[("app", "c")])])[0].identity, first);
+    assert_eq!(
+        lab.apply(&[workload("c", &[("app", "c")])])[0].identity,
+        first
+    );
     // The old labels are a new label set now.
-    assert_eq!(lab.apply(&[workload("a", &[("app", "a")])])[0].identity, first + 2);
+    assert_eq!(
+        lab.apply(&[workload("a", &[("app", "a")])])[0].identity,
+        first + 2
+    );
 }
 
 #[test]
 fn numbers_in_use_by_workloads_or_addresses_are_not_released() {
     let mut lab = Lab::new();
-    lab.apply(&[workload("a", &[("app", "a")]), workload("b", &[("app", "b")])]);
+    lab.apply(&[
+        workload("a", &[("app", "a")]),
+        workload("b", &[("app", "b")]),
+    ]);
     lab.node("n1", "192.0.2.1");
     lab.endpoint("n1", "b", "10.1.0.4");
     lab.view.delete(b"clustermesh.io/workloads/v1/shop/b");
@@ -103,7 +135,10 @@ fn a_release_is_bounded() {
     lab.view.delete(b"clustermesh.io/workloads/v1/shop/w");
     let plan = plan_release(&lab.view, &lab.settings, 0).unwrap();
     let released = commit(&mut lab.view, plan);
-    assert_eq!((released.identities.len(), released.more), (IDENTITIES_PER_RELEASE, true));
+    assert_eq!(
+        (released.identities.len(), released.more),
+        (IDENTITIES_PER_RELEASE, true)
+    );
     let plan = plan_release(&lab.view, &lab.settings, 0).unwrap();
     assert!(!commit(&mut lab.view, plan).more);
 }
@@ -115,7 +150,12 @@ fn exhaustion_is_an_error_with_a_remedy() {
         view.put(format!("cilium/state/identities/v1/id/{id}"), "k8s:x=y;");
     }
     let error = plan_identity(&view, &example(), &labels("a"), 0).unwrap_err();
-    assert!(error.to_string().starts_with("all 65535 identities of cluster c1"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .starts_with("all 65535 identities of cluster c1"),
+        "{error}"
+    );
 
     let settings = ClusterSettings {
         pod_cidrs: vec!["10.1.0.0/23".parse().unwrap()],
@@ -139,10 +179,17 @@ fn a_held_block_is_granted_again_only_when_it_is_free_and_fits() {
     let mut view = MapView::new();
     let settings = example();
     let plan = plan_pod_cidrs(&view, &settings, "a", &["10.1.7.0/24".parse().unwrap()]).unwrap();
-    assert_eq!(commit(&mut view, plan).v4, Some("10.1.7.0/24".parse().unwrap()));
+    assert_eq!(
+        commit(&mut view, plan).v4,
+        Some("10.1.7.0/24".parse().unwrap())
+    );
     for held in ["10.1.7.0/24", "10.9.0.0/24", "10.1.8.0/25"] {
         let plan = plan_pod_cidrs(&view, &settings, "b", &[held.parse().unwrap()]).unwrap();
-        assert_eq!(plan.result.v4, Some("10.1.0.0/24".parse().unwrap()), "{held}");
+        assert_eq!(
+            plan.result.v4,
+            Some("10.1.0.0/24".parse().unwrap()),
+            "{held}"
+        );
     }
 }
 
@@ -151,7 +198,10 @@ fn two_nodes_never_get_overlapping_blocks_from_one_view() {
     let mut view = MapView::new();
     let settings = example();
     let one = plan_pod_cidrs(&view, &settings, "a", &[]).unwrap();
-    let smaller = ClusterSettings { node_mask_v4: 25, ..example() };
+    let smaller = ClusterSettings {
+        node_mask_v4: 25,
+        ..example()
+    };
     let two = plan_pod_cidrs(&view, &smaller, "b", &[]).unwrap();
     commit(&mut view, one);
     assert!(!two.txn.holds(&view));

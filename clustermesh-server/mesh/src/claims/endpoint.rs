@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use clustermesh_api::keys::READINESS_PREFIX;
-use clustermesh_api::limits::{MAX_ADDRESSES_PER_ENDPOINT, MAX_ENDPOINTS_PER_NODE, MAX_PORTS_PER_ENDPOINT};
+use clustermesh_api::limits::{
+    MAX_ADDRESSES_PER_ENDPOINT, MAX_ENDPOINTS_PER_NODE, MAX_PORTS_PER_ENDPOINT,
+};
 use clustermesh_api::manifest::StoredWorkload;
 use clustermesh_api::records::{IpExtension, IpIdentityPair, Node, PortReadiness, Readiness};
 use clustermesh_api::v1::{DeleteEndpoint, ReportReadiness, SyncEndpoints, UpsertEndpoint};
@@ -33,18 +35,34 @@ pub fn plan_upsert(
     upsert(&mut draft, &record, claim)?;
     // The node's pod CIDRs are what the claim was judged by.
     draft.guard(keys::node(&settings.name, node));
-    Ok(Plan { txn: draft.into_txn(), result: () })
+    Ok(Plan {
+        txn: draft.into_txn(),
+        result: (),
+    })
 }
 
-fn upsert(draft: &mut Draft<'_>, node: &Node, claim: &UpsertEndpoint) -> Result<Vec<IpAddr>, ClaimError> {
+fn upsert(
+    draft: &mut Draft<'_>,
+    node: &Node,
+    claim: &UpsertEndpoint,
+) -> Result<Vec<IpAddr>, ClaimError> {
     let (namespace, name) = (&claim.namespace, &claim.name);
     let object = format!("endpoint {namespace}/{name} of node {}", node.name);
-    let addresses = parse_all(&object, "addresses", &claim.addresses, MAX_ADDRESSES_PER_ENDPOINT)?;
+    let addresses = parse_all(
+        &object,
+        "addresses",
+        &claim.addresses,
+        MAX_ADDRESSES_PER_ENDPOINT,
+    )?;
     for address in &addresses {
         check_owned(node, *address)?;
     }
     let held = Holders::read(draft, namespace, name);
-    if let Some(holder) = held.0.keys().find(|holder| **holder != node.name && node::is_connected(draft, holder)) {
+    if let Some(holder) = held
+        .0
+        .keys()
+        .find(|holder| **holder != node.name && node::is_connected(draft, holder))
+    {
         return Err(ClaimError::NameTaken {
             namespace: namespace.clone(),
             name: name.clone(),
@@ -54,10 +72,16 @@ fn upsert(draft: &mut Draft<'_>, node: &Node, claim: &UpsertEndpoint) -> Result<
     let workload_key = keys::workload(namespace, name);
     let Some(kv) = draft.get(&workload_key) else {
         // The Workload was deleted while its endpoint lives: what is stored stays, nothing new is.
-        if addresses.iter().all(|address| is_stored(draft, node, claim, *address)) {
+        if addresses
+            .iter()
+            .all(|address| is_stored(draft, node, claim, *address))
+        {
             return Ok(addresses);
         }
-        return Err(ClaimError::UnknownWorkload { namespace: namespace.clone(), name: name.clone() });
+        return Err(ClaimError::UnknownWorkload {
+            namespace: namespace.clone(),
+            name: name.clone(),
+        });
     };
     let workload = StoredWorkload::decode(&kv.value).map_err(|error| ClaimError::Damaged {
         object: format!("Workload {namespace}/{name}"),
@@ -68,15 +92,26 @@ fn upsert(draft: &mut Draft<'_>, node: &Node, claim: &UpsertEndpoint) -> Result<
     for &address in &addresses {
         let key = keys::address(address);
         draft.guard(key.clone());
-        if let Some(old) = draft.get(&key).and_then(|kv| IpIdentityPair::decode(&kv.value).ok())
+        if let Some(old) = draft
+            .get(&key)
+            .and_then(|kv| IpIdentityPair::decode(&kv.value).ok())
             && (&old.k8s_namespace, &old.k8s_pod_name) != (namespace, name)
         {
-            Holders::remove(draft, &old.k8s_namespace, &old.k8s_pod_name, &node.name, address);
+            Holders::remove(
+                draft,
+                &old.k8s_namespace,
+                &old.k8s_pod_name,
+                &node.name,
+                address,
+            );
             draft.delete(keys::readiness(&node.name, address));
         }
         draft.put(key, pair(node, &workload, address).encode());
     }
-    let all_known = held.0.get(&node.name).is_some_and(|known| addresses.iter().all(|address| known.contains(address)));
+    let all_known = held
+        .0
+        .get(&node.name)
+        .is_some_and(|known| addresses.iter().all(|address| known.contains(address)));
     if !all_known {
         Holders::add(draft, namespace, name, &node.name, &addresses);
     }
@@ -86,35 +121,59 @@ fn upsert(draft: &mut Draft<'_>, node: &Node, claim: &UpsertEndpoint) -> Result<
 fn pair(node: &Node, workload: &StoredWorkload, address: IpAddr) -> IpIdentityPair {
     let metadata = &workload.object.metadata;
     // The tunnel takes either family inside, so a node with one underlay family serves both.
-    let host_ip =
-        node.tunnel_endpoint(address.is_ipv4()).or_else(|| node.tunnel_endpoint(!address.is_ipv4()));
+    let host_ip = node
+        .tunnel_endpoint(address.is_ipv4())
+        .or_else(|| node.tunnel_endpoint(!address.is_ipv4()));
     IpIdentityPair {
         k8s_namespace: metadata.namespace.clone(),
         k8s_pod_name: metadata.name.clone(),
-        k8s_service_account: workload.object.spec.service_account.clone().unwrap_or_default(),
-        extension: Some(IpExtension { node: node.name.clone() }),
+        k8s_service_account: workload
+            .object
+            .spec
+            .service_account
+            .clone()
+            .unwrap_or_default(),
+        extension: Some(IpExtension {
+            node: node.name.clone(),
+        }),
         ..IpIdentityPair::new(address, workload.status.identity, host_ip)
     }
 }
 
 fn is_stored(view: &dyn View, node: &Node, claim: &UpsertEndpoint, address: IpAddr) -> bool {
-    view.get(&keys::address(address)).and_then(|kv| IpIdentityPair::decode(&kv.value).ok()).is_some_and(|pair| {
-        pair.node() == Some(&node.name) && pair.k8s_namespace == claim.namespace && pair.k8s_pod_name == claim.name
-    })
+    view.get(&keys::address(address))
+        .and_then(|kv| IpIdentityPair::decode(&kv.value).ok())
+        .is_some_and(|pair| {
+            pair.node() == Some(&node.name)
+                && pair.k8s_namespace == claim.namespace
+                && pair.k8s_pod_name == claim.name
+        })
 }
 
 fn check_owned(node: &Node, address: IpAddr) -> Result<(), ClaimError> {
-    let Some(cidr) = node.pod_cidrs().map(|cidr| cidr.0).find(|cidr| cidr.contains(address)) else {
+    let Some(cidr) = node
+        .pod_cidrs()
+        .map(|cidr| cidr.0)
+        .find(|cidr| cidr.contains(address))
+    else {
         return Err(ClaimError::NotOwned {
             node: node.name.clone(),
             address,
-            cidrs: node.pod_cidrs().map(|cidr| cidr.to_string()).collect::<Vec<_>>().join(", "),
+            cidrs: node
+                .pod_cidrs()
+                .map(|cidr| cidr.to_string())
+                .collect::<Vec<_>>()
+                .join(", "),
         });
     };
     let (first, last) = bounds(cidr);
     let at = number(address);
     if at - first < FIRST_POD_INDEX || (address.is_ipv4() && at == last) {
-        return Err(ClaimError::ReservedAddress { node: node.name.clone(), address, cidr });
+        return Err(ClaimError::ReservedAddress {
+            node: node.name.clone(),
+            address,
+            cidr,
+        });
     }
     Ok(())
 }
@@ -123,21 +182,37 @@ fn check_owned(node: &Node, address: IpAddr) -> Result<(), ClaimError> {
 ///
 /// # Errors
 /// An address is malformed or held by another node.
-pub fn plan_delete_endpoint(view: &dyn View, node: &str, claim: &DeleteEndpoint) -> Result<Plan<()>, ClaimError> {
+pub fn plan_delete_endpoint(
+    view: &dyn View,
+    node: &str,
+    claim: &DeleteEndpoint,
+) -> Result<Plan<()>, ClaimError> {
     let object = format!("endpoint of node {node}");
-    let addresses = parse_all(&object, "addresses", &claim.addresses, MAX_ADDRESSES_PER_ENDPOINT)?;
+    let addresses = parse_all(
+        &object,
+        "addresses",
+        &claim.addresses,
+        MAX_ADDRESSES_PER_ENDPOINT,
+    )?;
     let mut draft = Draft::new(view);
     for address in addresses {
         delete(&mut draft, node, address)?;
     }
-    Ok(Plan { txn: draft.into_txn(), result: () })
+    Ok(Plan {
+        txn: draft.into_txn(),
+        result: (),
+    })
 }
 
 fn delete(draft: &mut Draft<'_>, node: &str, address: IpAddr) -> Result<(), ClaimError> {
     let key = keys::address(address);
-    let Some(kv) = draft.get(&key) else { return Ok(()) };
-    let pair = IpIdentityPair::decode(&kv.value)
-        .map_err(|error| ClaimError::Damaged { object: format!("address {address}"), reason: error.to_string() })?;
+    let Some(kv) = draft.get(&key) else {
+        return Ok(());
+    };
+    let pair = IpIdentityPair::decode(&kv.value).map_err(|error| ClaimError::Damaged {
+        object: format!("address {address}"),
+        reason: error.to_string(),
+    })?;
     if pair.node() != Some(node) {
         return Err(ClaimError::HeldByOther {
             node: node.to_owned(),
@@ -148,7 +223,13 @@ fn delete(draft: &mut Draft<'_>, node: &str, address: IpAddr) -> Result<(), Clai
     draft.guard(key.clone());
     draft.delete(key);
     draft.delete(keys::readiness(node, address));
-    Holders::remove(draft, &pair.k8s_namespace, &pair.k8s_pod_name, node, address);
+    Holders::remove(
+        draft,
+        &pair.k8s_namespace,
+        &pair.k8s_pod_name,
+        node,
+        address,
+    );
     Ok(())
 }
 
@@ -184,7 +265,9 @@ pub fn plan_sync(
     }
     let mut surplus = BTreeMap::new();
     for kv in view.list(keys::OWN_ADDRESSES_PREFIX.as_bytes()) {
-        let Ok(pair) = IpIdentityPair::decode(&kv.value) else { continue };
+        let Ok(pair) = IpIdentityPair::decode(&kv.value) else {
+            continue;
+        };
         if pair.node() == Some(node) && !kept.contains(&pair.ip) {
             surplus.insert(pair.ip, kv.key);
         }
@@ -195,33 +278,57 @@ pub fn plan_sync(
     // Readiness of addresses that went while the server did not hear of it.
     let prefix = format!("{READINESS_PREFIX}{node}/");
     for kv in view.list(prefix.as_bytes()) {
-        let address = std::str::from_utf8(&kv.key[prefix.len()..]).ok().and_then(|text| text.parse::<IpAddr>().ok());
+        let address = std::str::from_utf8(&kv.key[prefix.len()..])
+            .ok()
+            .and_then(|text| text.parse::<IpAddr>().ok());
         if address.is_none_or(|address| !kept.contains(&address)) {
             draft.delete(kv.key);
         }
     }
-    Ok(Plan { txn: draft.into_txn(), result: refused })
+    Ok(Plan {
+        txn: draft.into_txn(),
+        result: refused,
+    })
 }
 
 /// Plans the readiness records of a machine's endpoints; each replaces the one before.
 ///
 /// # Errors
 /// An address is malformed, is not one of the node's endpoints, or has too many ports.
-pub fn plan_readiness(view: &dyn View, node: &str, report: &ReportReadiness) -> Result<Plan<()>, ClaimError> {
+pub fn plan_readiness(
+    view: &dyn View,
+    node: &str,
+    report: &ReportReadiness,
+) -> Result<Plan<()>, ClaimError> {
     let mut draft = Draft::new(view);
     for endpoint in &report.endpoints {
         let object = format!("readiness of {} on node {node}", endpoint.address);
-        let [address] = parse_all(&object, "addresses", std::slice::from_ref(&endpoint.address), 1)?[..] else {
+        let [address] = parse_all(
+            &object,
+            "addresses",
+            std::slice::from_ref(&endpoint.address),
+            1,
+        )?[..] else {
             continue;
         };
         let count = endpoint.ports.len();
         if count > MAX_PORTS_PER_ENDPOINT {
-            return Err(ClaimError::Count { object, what: "ports", count, limit: MAX_PORTS_PER_ENDPOINT });
+            return Err(ClaimError::Count {
+                object,
+                what: "ports",
+                count,
+                limit: MAX_PORTS_PER_ENDPOINT,
+            });
         }
         let key = keys::address(address);
-        let pair = view.get(&key).and_then(|kv| IpIdentityPair::decode(&kv.value).ok());
+        let pair = view
+            .get(&key)
+            .and_then(|kv| IpIdentityPair::decode(&kv.value).ok());
         if pair.is_none_or(|pair| pair.node() != Some(node)) {
-            return Err(ClaimError::NoEndpoint { node: node.to_owned(), address });
+            return Err(ClaimError::NoEndpoint {
+                node: node.to_owned(),
+                address,
+            });
         }
         // A report must not outlive its endpoint.
         draft.guard(key);
@@ -230,11 +337,18 @@ pub fn plan_readiness(view: &dyn View, node: &str, report: &ReportReadiness) -> 
             .iter()
             .filter_map(|port| {
                 let number = u16::try_from(port.port).ok()?;
-                Some(PortReadiness { port: number, protocol: port.protocol.clone(), ready: port.ready })
+                Some(PortReadiness {
+                    port: number,
+                    protocol: port.protocol.clone(),
+                    ready: port.ready,
+                })
             })
             .collect();
         ports.sort();
         draft.put(keys::readiness(node, address), Readiness { ports }.encode());
     }
-    Ok(Plan { txn: draft.into_txn(), result: () })
+    Ok(Plan {
+        txn: draft.into_txn(),
+        result: (),
+    })
 }

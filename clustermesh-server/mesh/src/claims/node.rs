@@ -40,13 +40,23 @@ pub fn plan_hello(
     let node = &hello.node;
     check_dns_subdomain(node).map_err(|error| ClaimError::Name(error.to_string()))?;
     let object = format!("node {node}");
-    let underlay = parse_all(&object, "underlay addresses", &hello.underlay_addresses, MAX_UNDERLAY_ADDRESSES)?;
+    let underlay = parse_all(
+        &object,
+        "underlay addresses",
+        &hello.underlay_addresses,
+        MAX_UNDERLAY_ADDRESSES,
+    )?;
     check_underlay(view, settings, node, &underlay)?;
     let held = hello
         .pod_cidrs_held
         .iter()
         .take(MAX_CIDRS_HELD)
-        .map(|text| parse_cidr(text).map_err(|source| ClaimError::Address { object: object.clone(), source }))
+        .map(|text| {
+            parse_cidr(text).map_err(|source| ClaimError::Address {
+                object: object.clone(),
+                source,
+            })
+        })
         .collect::<Result<Vec<_>, _>>()?;
 
     let mut draft = Draft::new(view);
@@ -56,7 +66,10 @@ pub fn plan_hello(
     let key = keys::node(&settings.name, node);
     draft.guard(key.clone());
     draft.put(key, record(settings, hello, &underlay, cidrs).encode());
-    Ok(Plan { txn: draft.into_txn(), result: cidrs })
+    Ok(Plan {
+        txn: draft.into_txn(),
+        result: cidrs,
+    })
 }
 
 fn check_underlay(
@@ -67,11 +80,18 @@ fn check_underlay(
 ) -> Result<(), ClaimError> {
     for &address in underlay {
         if address.is_loopback() || address.is_unspecified() || address.is_multicast() {
-            return Err(ClaimError::UnusableUnderlay { node: node.to_owned(), address });
+            return Err(ClaimError::UnusableUnderlay {
+                node: node.to_owned(),
+                address,
+            });
         }
         let ranges = settings.pod_cidrs.iter().chain(&settings.service_cidrs);
         if let Some(range) = ranges.copied().find(|range| range.contains(address)) {
-            return Err(ClaimError::UnderlayInRange { node: node.to_owned(), address, range });
+            return Err(ClaimError::UnderlayInRange {
+                node: node.to_owned(),
+                address,
+                range,
+            });
         }
     }
     for kv in view.list(Kind::Nodes.state_prefix(&settings.name).as_bytes()) {
@@ -79,9 +99,15 @@ fn check_underlay(
         if other.name == node {
             continue;
         }
-        let taken = other.addresses_of(&AddressType::InternalIP).find(|address| underlay.contains(address));
+        let taken = other
+            .addresses_of(&AddressType::InternalIP)
+            .find(|address| underlay.contains(address));
         if let Some(address) = taken {
-            return Err(ClaimError::UnderlayTaken { node: node.to_owned(), address, holder: other.name.clone() });
+            return Err(ClaimError::UnderlayTaken {
+                node: node.to_owned(),
+                address,
+                holder: other.name.clone(),
+            });
         }
     }
     Ok(())
@@ -95,17 +121,34 @@ fn decode(kv: &Kv) -> Result<Node, ClaimError> {
 }
 
 /// The node's record, which its claims are judged by.
-pub(super) fn stored(view: &dyn View, settings: &ClusterSettings, node: &str) -> Result<Node, ClaimError> {
-    let kv = view.get(&keys::node(&settings.name, node)).ok_or_else(|| ClaimError::UnknownNode(node.to_owned()))?;
+pub(super) fn stored(
+    view: &dyn View,
+    settings: &ClusterSettings,
+    node: &str,
+) -> Result<Node, ClaimError> {
+    let kv = view
+        .get(&keys::node(&settings.name, node))
+        .ok_or_else(|| ClaimError::UnknownNode(node.to_owned()))?;
     decode(&kv)
 }
 
-fn record(settings: &ClusterSettings, hello: &Hello, underlay: &[IpAddr], cidrs: NodePodCidrs) -> Node {
-    let internal = underlay.iter().map(|ip| NodeAddress { address_type: AddressType::InternalIP, ip: *ip });
+fn record(
+    settings: &ClusterSettings,
+    hello: &Hello,
+    underlay: &[IpAddr],
+    cidrs: NodePodCidrs,
+) -> Node {
+    let internal = underlay.iter().map(|ip| NodeAddress {
+        address_type: AddressType::InternalIP,
+        ip: *ip,
+    });
     let router = cidrs
         .iter()
         .filter_map(|cidr| nth(cidr, ROUTER_INDEX))
-        .map(|ip| NodeAddress { address_type: AddressType::CiliumInternalIP, ip });
+        .map(|ip| NodeAddress {
+            address_type: AddressType::CiliumInternalIP,
+            ip,
+        });
     let health = |family| cidrs.of(family).and_then(|cidr| nth(cidr, HEALTH_INDEX));
     Node {
         name: hello.node.clone(),
@@ -119,23 +162,41 @@ fn record(settings: &ClusterSettings, hello: &Hello, underlay: &[IpAddr], cidrs:
         source: SOURCE.to_owned(),
         labels: hello.labels.clone(),
         boot_id: hello.boot_id.clone(),
-        extension: Some(NodeExtension { agent_version: hello.agent_version.clone(), ..Default::default() }),
+        extension: Some(NodeExtension {
+            agent_version: hello.agent_version.clone(),
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }
 
 /// Plans a change of a node's session state. Losing a session changes this record and deletes nothing.
 #[must_use]
-pub fn plan_session(view: &dyn View, node: &str, state: SessionState, instance_id: &str, now_unix_ms: i64) -> Plan<()> {
+pub fn plan_session(
+    view: &dyn View,
+    node: &str,
+    state: SessionState,
+    instance_id: &str,
+    now_unix_ms: i64,
+) -> Plan<()> {
     let mut draft = Draft::new(view);
     let key = keys::session(node);
-    let known = view.get(&key).and_then(|kv| Session::decode(&kv.value).ok());
+    let known = view
+        .get(&key)
+        .and_then(|kv| Session::decode(&kv.value).ok());
     if known.is_none_or(|known| known.state != state || known.instance_id != instance_id) {
-        let session = Session { state, since_unix_ms: now_unix_ms, instance_id: instance_id.to_owned() };
+        let session = Session {
+            state,
+            since_unix_ms: now_unix_ms,
+            instance_id: instance_id.to_owned(),
+        };
         draft.guard(key.clone());
         draft.put(key, session.encode());
     }
-    Plan { txn: draft.into_txn(), result: () }
+    Plan {
+        txn: draft.into_txn(),
+        result: (),
+    }
 }
 
 /// Whether a session of the node is open.
@@ -149,7 +210,11 @@ pub(super) fn is_connected(view: &dyn View, node: &str) -> bool {
 ///
 /// # Errors
 /// The node is connected, or bookkeeping is damaged.
-pub fn remove_node(draft: &mut Draft<'_>, settings: &ClusterSettings, node: &str) -> Result<bool, ClaimError> {
+pub fn remove_node(
+    draft: &mut Draft<'_>,
+    settings: &ClusterSettings,
+    node: &str,
+) -> Result<bool, ClaimError> {
     if is_connected(draft, node) {
         return Err(ClaimError::Connected(node.to_owned()));
     }
@@ -157,11 +222,19 @@ pub fn remove_node(draft: &mut Draft<'_>, settings: &ClusterSettings, node: &str
     draft.guard(session.clone());
     draft.delete(session);
     for kv in draft.list(keys::OWN_ADDRESSES_PREFIX.as_bytes()) {
-        let Ok(pair) = IpIdentityPair::decode(&kv.value) else { continue };
+        let Ok(pair) = IpIdentityPair::decode(&kv.value) else {
+            continue;
+        };
         if pair.node() == Some(node) {
             draft.guard(kv.key.clone());
             draft.delete(kv.key);
-            Holders::remove(draft, &pair.k8s_namespace, &pair.k8s_pod_name, node, pair.ip);
+            Holders::remove(
+                draft,
+                &pair.k8s_namespace,
+                &pair.k8s_pod_name,
+                node,
+                pair.ip,
+            );
         }
     }
     for kv in draft.list(format!("{READINESS_PREFIX}{node}/").as_bytes()) {
@@ -184,5 +257,8 @@ pub fn plan_remove_node(
 ) -> Result<Plan<bool>, ClaimError> {
     let mut draft = Draft::new(view);
     let existed = remove_node(&mut draft, settings, node)?;
-    Ok(Plan { txn: draft.into_txn(), result: existed })
+    Ok(Plan {
+        txn: draft.into_txn(),
+        result: existed,
+    })
 }

@@ -8,14 +8,19 @@ use crate::view::View;
 
 fn lab() -> Lab {
     let mut lab = Lab::new();
-    lab.apply(&[workload("cart-0", &[("app", "cart")]), workload("cart-1", &[("app", "cart")])]);
+    lab.apply(&[
+        workload("cart-0", &[("app", "cart")]),
+        workload("cart-1", &[("app", "cart")]),
+    ]);
     lab.node("n1", "192.0.2.1");
     lab.node("n2", "192.0.2.2");
     lab
 }
 
 fn pair(lab: &Lab, address: &str) -> Option<IpIdentityPair> {
-    let kv = lab.view.get(format!("cilium/state/ip/v1/default/{address}").as_bytes())?;
+    let kv = lab
+        .view
+        .get(format!("cilium/state/ip/v1/default/{address}").as_bytes())?;
     Some(IpIdentityPair::decode(&kv.value).unwrap())
 }
 
@@ -27,9 +32,20 @@ fn hello_writes_a_node_record_with_router_and_health_addresses() {
     assert_eq!(node.ipv4_alloc_cidr.unwrap().to_string(), "10.1.0.0/24");
     assert_eq!(node.ipv6_alloc_cidr.unwrap().to_string(), "fd01::/64");
     assert_eq!(node.ipv4_health_ip, Some("10.1.0.2".parse().unwrap()));
-    assert_eq!(node.tunnel_endpoint(true), Some("192.0.2.1".parse().unwrap()));
-    let router: Vec<_> = node.addresses_of(&clustermesh_api::records::AddressType::CiliumInternalIP).collect();
-    assert_eq!(router, ["10.1.0.1".parse::<IpAddr>().unwrap(), "fd01::1".parse().unwrap()]);
+    assert_eq!(
+        node.tunnel_endpoint(true),
+        Some("192.0.2.1".parse().unwrap())
+    );
+    let router: Vec<_> = node
+        .addresses_of(&clustermesh_api::records::AddressType::CiliumInternalIP)
+        .collect();
+    assert_eq!(
+        router,
+        [
+            "10.1.0.1".parse::<IpAddr>().unwrap(),
+            "fd01::1".parse().unwrap()
+        ]
+    );
 }
 
 #[test]
@@ -45,7 +61,10 @@ fn an_underlay_address_of_another_node_is_refused_with_both_named() {
     let lab = lab();
     let error = plan_hello(&lab.view, &lab.settings, &hello("n3", "192.0.2.1")).unwrap_err();
     assert_eq!(error.reason(), Reason::Conflict);
-    assert!(error.to_string().contains("n3") && error.to_string().contains("n1"), "{error}");
+    assert!(
+        error.to_string().contains("n3") && error.to_string().contains("n1"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -78,10 +97,19 @@ fn a_claim_writes_the_record_with_the_workloads_identity() {
     lab.endpoint("n1", "cart-0", "10.1.0.4");
     let pair = pair(&lab, "10.1.0.4").unwrap();
     assert_eq!(pair.host_ip, Some("192.0.2.1".parse().unwrap()));
-    assert_eq!((pair.k8s_namespace.as_str(), pair.k8s_pod_name.as_str()), ("shop", "cart-0"));
+    assert_eq!(
+        (pair.k8s_namespace.as_str(), pair.k8s_pod_name.as_str()),
+        ("shop", "cart-0")
+    );
     assert_eq!(pair.node(), Some("n1"));
     assert_eq!(pair.id, 65537);
-    let again = plan_upsert(&lab.view, &lab.settings, "n1", &claim("cart-0", &["10.1.0.4"])).unwrap();
+    let again = plan_upsert(
+        &lab.view,
+        &lab.settings,
+        "n1",
+        &claim("cart-0", &["10.1.0.4"]),
+    )
+    .unwrap();
     assert!(again.txn.is_empty());
 }
 
@@ -100,12 +128,21 @@ fn claims_outside_the_nodes_right_are_refused() {
         ("n9", "cart-0", &["10.1.0.4"], Reason::NotOwned),
     ];
     for (node, name, addresses, reason) in cases {
-        let error = plan_upsert(&lab.view, &lab.settings, node, &claim(name, addresses)).unwrap_err();
+        let error =
+            plan_upsert(&lab.view, &lab.settings, node, &claim(name, addresses)).unwrap_err();
         assert_eq!(error.reason(), reason, "{addresses:?}: {error}");
     }
     lab.endpoint("n1", "cart-0", "10.1.0.4");
-    let foreign = DeleteEndpoint { request_id: 0, addresses: vec!["10.1.0.4".to_owned()] };
-    assert_eq!(plan_delete_endpoint(&lab.view, "n2", &foreign).unwrap_err().reason(), Reason::NotOwned);
+    let foreign = DeleteEndpoint {
+        request_id: 0,
+        addresses: vec!["10.1.0.4".to_owned()],
+    };
+    assert_eq!(
+        plan_delete_endpoint(&lab.view, "n2", &foreign)
+            .unwrap_err()
+            .reason(),
+        Reason::NotOwned
+    );
 }
 
 #[test]
@@ -114,18 +151,33 @@ fn a_name_on_another_live_node_is_refused_until_that_node_is_stale() {
     lab.endpoint("n1", "cart-0", "10.1.0.4");
     let plan = plan_session(&lab.view, "n1", SessionState::Connected, "i", 1);
     commit(&mut lab.view, plan);
-    let error = plan_upsert(&lab.view, &lab.settings, "n2", &claim("cart-0", &["10.1.1.4"])).unwrap_err();
+    let error = plan_upsert(
+        &lab.view,
+        &lab.settings,
+        "n2",
+        &claim("cart-0", &["10.1.1.4"]),
+    )
+    .unwrap_err();
     assert_eq!(error.reason(), Reason::Conflict);
     let plan = plan_session(&lab.view, "n1", SessionState::Stale, "i", 2);
     commit(&mut lab.view, plan);
     lab.endpoint("n2", "cart-0", "10.1.1.4");
-    assert!(pair(&lab, "10.1.0.4").is_some(), "a stale node's records stay");
+    assert!(
+        pair(&lab, "10.1.0.4").is_some(),
+        "a stale node's records stay"
+    );
 }
 
 #[test]
 fn an_apply_between_plan_and_commit_voids_the_claim() {
     let mut lab = lab();
-    let plan = plan_upsert(&lab.view, &lab.settings, "n1", &claim("cart-0", &["10.1.0.4"])).unwrap();
+    let plan = plan_upsert(
+        &lab.view,
+        &lab.settings,
+        "n1",
+        &claim("cart-0", &["10.1.0.4"]),
+    )
+    .unwrap();
     lab.apply(&[workload("cart-0", &[("app", "other")])]);
     assert!(!plan.txn.holds(&lab.view));
 }
@@ -135,13 +187,21 @@ fn delete_takes_readiness_along_and_may_come_twice() {
     let mut lab = lab();
     lab.endpoint("n1", "cart-0", "10.1.0.4");
     lab.ready("n1", "10.1.0.4", true);
-    let delete = DeleteEndpoint { request_id: 0, addresses: vec!["10.1.0.4".to_owned()] };
+    let delete = DeleteEndpoint {
+        request_id: 0,
+        addresses: vec!["10.1.0.4".to_owned()],
+    };
     let plan = plan_delete_endpoint(&lab.view, "n1", &delete).unwrap();
     commit(&mut lab.view, plan);
     assert!(pair(&lab, "10.1.0.4").is_none());
     assert!(lab.view.list(b"clustermesh.io/readiness/").is_empty());
     assert!(lab.view.list(b"clustermesh.io/alloc/endpoints/").is_empty());
-    assert!(plan_delete_endpoint(&lab.view, "n1", &delete).unwrap().txn.is_empty());
+    assert!(
+        plan_delete_endpoint(&lab.view, "n1", &delete)
+            .unwrap()
+            .txn
+            .is_empty()
+    );
 }
 
 #[test]
@@ -152,13 +212,20 @@ fn sync_deletes_what_is_not_in_the_set_and_only_of_that_node() {
     lab.endpoint("n2", "cart-1", "10.1.1.4");
     let sync = SyncEndpoints {
         request_id: 1,
-        endpoints: vec![claim("cart-0", &["10.1.0.9"]), claim("unknown", &["10.1.0.10"])],
+        endpoints: vec![
+            claim("cart-0", &["10.1.0.9"]),
+            claim("unknown", &["10.1.0.10"]),
+        ],
     };
     let plan = plan_sync(&lab.view, &lab.settings, "n1", &sync).unwrap();
     let refused = commit(&mut lab.view, plan);
     assert_eq!(refused.len(), 1);
     assert_eq!(refused[0].reason(), Reason::UnknownWorkload);
-    assert!(pair(&lab, "10.1.0.4").is_none() && pair(&lab, "10.1.0.9").is_some() && pair(&lab, "10.1.1.4").is_some());
+    assert!(
+        pair(&lab, "10.1.0.4").is_none()
+            && pair(&lab, "10.1.0.9").is_some()
+            && pair(&lab, "10.1.1.4").is_some()
+    );
     assert!(lab.view.list(b"clustermesh.io/readiness/").is_empty());
 }
 
@@ -167,7 +234,10 @@ fn an_endpoint_survives_the_deletion_of_its_workload() {
     let mut lab = lab();
     lab.endpoint("n1", "cart-0", "10.1.0.4");
     lab.view.delete(b"clustermesh.io/workloads/v1/shop/cart-0");
-    let sync = SyncEndpoints { request_id: 1, endpoints: vec![claim("cart-0", &["10.1.0.4"])] };
+    let sync = SyncEndpoints {
+        request_id: 1,
+        endpoints: vec![claim("cart-0", &["10.1.0.4"])],
+    };
     let plan = plan_sync(&lab.view, &lab.settings, "n1", &sync).unwrap();
     assert!(commit(&mut lab.view, plan).is_empty());
     assert!(pair(&lab, "10.1.0.4").is_some());
@@ -180,8 +250,16 @@ fn a_reused_address_leaves_its_old_name() {
     lab.ready("n1", "10.1.0.4", true);
     lab.endpoint("n1", "cart-1", "10.1.0.4");
     assert_eq!(pair(&lab, "10.1.0.4").unwrap().k8s_pod_name, "cart-1");
-    assert!(lab.view.list(b"clustermesh.io/readiness/").is_empty(), "readiness was the old endpoint's");
-    assert_eq!(lab.view.list(b"clustermesh.io/alloc/endpoints/shop/cart-0").len(), 0);
+    assert!(
+        lab.view.list(b"clustermesh.io/readiness/").is_empty(),
+        "readiness was the old endpoint's"
+    );
+    assert_eq!(
+        lab.view
+            .list(b"clustermesh.io/alloc/endpoints/shop/cart-0")
+            .len(),
+        0
+    );
 }
 
 #[test]
@@ -189,13 +267,27 @@ fn readiness_is_taken_for_own_endpoints_only() {
     let mut lab = lab();
     lab.endpoint("n1", "cart-0", "10.1.0.4");
     lab.ready("n1", "10.1.0.4", true);
-    let kv = lab.view.get(b"clustermesh.io/readiness/v1/n1/10.1.0.4").unwrap();
-    assert_eq!(Readiness::decode(&kv.value).unwrap().is_ready(8080, "TCP"), Some(true));
+    let kv = lab
+        .view
+        .get(b"clustermesh.io/readiness/v1/n1/10.1.0.4")
+        .unwrap();
+    assert_eq!(
+        Readiness::decode(&kv.value).unwrap().is_ready(8080, "TCP"),
+        Some(true)
+    );
     let report = ReportReadiness {
         request_id: 0,
-        endpoints: vec![EndpointReadiness { address: "10.1.0.4".to_owned(), ports: vec![] }],
+        endpoints: vec![EndpointReadiness {
+            address: "10.1.0.4".to_owned(),
+            ports: vec![],
+        }],
     };
-    assert_eq!(plan_readiness(&lab.view, "n2", &report).unwrap_err().reason(), Reason::NotOwned);
+    assert_eq!(
+        plan_readiness(&lab.view, "n2", &report)
+            .unwrap_err()
+            .reason(),
+        Reason::NotOwned
+    );
 }
 
 #[test]
@@ -205,13 +297,21 @@ fn removing_a_node_frees_all_that_it_had_unless_it_is_connected() {
     lab.ready("n1", "10.1.0.4", true);
     let plan = plan_session(&lab.view, "n1", SessionState::Connected, "i", 1);
     commit(&mut lab.view, plan);
-    assert_eq!(plan_remove_node(&lab.view, &lab.settings, "n1").unwrap_err(), ClaimError::Connected("n1".to_owned()));
+    assert_eq!(
+        plan_remove_node(&lab.view, &lab.settings, "n1").unwrap_err(),
+        ClaimError::Connected("n1".to_owned())
+    );
     let plan = plan_session(&lab.view, "n1", SessionState::Stale, "i", 2);
     commit(&mut lab.view, plan);
     let plan = plan_remove_node(&lab.view, &lab.settings, "n1").unwrap();
     assert!(commit(&mut lab.view, plan));
     assert!(pair(&lab, "10.1.0.4").is_none());
-    for prefix in ["cilium/state/nodes/v1/c1/n1", "clustermesh.io/sessions/", "clustermesh.io/readiness/", "clustermesh.io/alloc/podcidrs/10.1.0."] {
+    for prefix in [
+        "cilium/state/nodes/v1/c1/n1",
+        "clustermesh.io/sessions/",
+        "clustermesh.io/readiness/",
+        "clustermesh.io/alloc/podcidrs/10.1.0.",
+    ] {
         assert!(lab.view.list(prefix.as_bytes()).is_empty(), "{prefix}");
     }
     lab.node("n3", "192.0.2.1");

@@ -8,30 +8,55 @@ fn actions(outcomes: &[ObjectOutcome]) -> Vec<Action> {
 #[test]
 fn apply_says_created_configured_unchanged() {
     let mut lab = Lab::new();
-    let list = [workload("a", &[("app", "x")]), service("s", &[("app", "x")], &[])];
-    assert_eq!(actions(&lab.apply(&list)), [Action::Created, Action::Created]);
+    let list = [
+        workload("a", &[("app", "x")]),
+        service("s", &[("app", "x")], &[]),
+    ];
+    assert_eq!(
+        actions(&lab.apply(&list)),
+        [Action::Created, Action::Created]
+    );
     let revision = lab.view.revision();
-    assert_eq!(actions(&lab.apply(&list)), [Action::Unchanged, Action::Unchanged]);
+    assert_eq!(
+        actions(&lab.apply(&list)),
+        [Action::Unchanged, Action::Unchanged]
+    );
     assert_eq!(lab.view.revision(), revision, "nothing to propose");
-    let changed = [workload("a", &[("app", "y")]), service("s", &[("app", "y")], &[])];
-    assert_eq!(actions(&lab.apply(&changed)), [Action::Configured, Action::Configured]);
+    let changed = [
+        workload("a", &[("app", "y")]),
+        service("s", &[("app", "y")], &[]),
+    ];
+    assert_eq!(
+        actions(&lab.apply(&changed)),
+        [Action::Configured, Action::Configured]
+    );
 }
 
 #[test]
 fn one_label_set_has_one_identity_within_a_list_too() {
     let mut lab = Lab::new();
-    let outcomes = lab.apply(&[workload("a", &[("app", "x")]), workload("b", &[("app", "x")]), workload("c", &[])]);
+    let outcomes = lab.apply(&[
+        workload("a", &[("app", "x")]),
+        workload("b", &[("app", "x")]),
+        workload("c", &[]),
+    ]);
     assert_eq!(outcomes[0].identity, outcomes[1].identity);
     assert_ne!(outcomes[0].identity, outcomes[2].identity);
     let key = format!("cilium/state/identities/v1/id/{}", outcomes[0].identity);
     let labels = lab.view.get(key.as_bytes()).unwrap().value;
-    assert_eq!(labels, "k8s:app=x;k8s:io.cilium.k8s.policy.cluster=c1;k8s:io.kubernetes.pod.namespace=shop;");
+    assert_eq!(
+        labels,
+        "k8s:app=x;k8s:io.cilium.k8s.policy.cluster=c1;k8s:io.kubernetes.pod.namespace=shop;"
+    );
 }
 
 #[test]
 fn services_get_an_address_of_each_family_and_keep_it() {
     let mut lab = Lab::new();
-    let first = lab.apply(&[service("s", &[("app", "x")], &[]), service("t", &[("app", "x")], &[])]);
+    let first = lab.apply(&[
+        service("s", &[("app", "x")], &[]),
+        service("t", &[("app", "x")], &[]),
+    ]);
     assert_eq!(first[0].addresses, ["10.96.1.1", "fd00:96:1::1"]);
     assert_eq!(first[1].addresses, ["10.96.1.2", "fd00:96:1::2"]);
     let again = lab.apply(&[service("s", &[("app", "z")], &[])]);
@@ -41,11 +66,19 @@ fn services_get_an_address_of_each_family_and_keep_it() {
 #[test]
 fn one_bad_manifest_stops_the_list_and_every_fault_is_told() {
     let lab = Lab::new();
-    let list = [workload("a", &[]), "{".into(), workload("a", &[]), service("S!", &[("app", "x")], &[])];
+    let list = [
+        workload("a", &[]),
+        "{".into(),
+        workload("a", &[]),
+        service("S!", &[("app", "x")], &[]),
+    ];
     let errors = plan_apply(&lab.view, &lab.settings, &list, 0).unwrap_err();
     let texts: Vec<_> = errors.iter().map(ToString::to_string).collect();
     assert_eq!(texts.len(), 3, "{texts:?}");
-    assert!(texts[0].starts_with("object 1:") && texts[1].contains("Workload shop/a occurs twice"), "{texts:?}");
+    assert!(
+        texts[0].starts_with("object 1:") && texts[1].contains("Workload shop/a occurs twice"),
+        "{texts:?}"
+    );
 }
 
 #[test]
@@ -54,12 +87,29 @@ fn changed_labels_rewrite_the_addresses_in_the_same_plan() {
     let old = lab.apply(&[workload("a", &[("app", "x")])])[0].identity;
     lab.node("n1", "192.0.2.1");
     lab.endpoint("n1", "a", "10.1.0.4");
-    let plan = plan_apply(&lab.view, &lab.settings, &[workload("a", &[("app", "y")])], 0).unwrap();
-    let keys: Vec<_> = plan.txn.writes().keys().map(|key| String::from_utf8_lossy(key).into_owned()).collect();
-    assert!(keys.contains(&"cilium/state/ip/v1/default/10.1.0.4".to_owned()), "{keys:?}");
+    let plan = plan_apply(
+        &lab.view,
+        &lab.settings,
+        &[workload("a", &[("app", "y")])],
+        0,
+    )
+    .unwrap();
+    let keys: Vec<_> = plan
+        .txn
+        .writes()
+        .keys()
+        .map(|key| String::from_utf8_lossy(key).into_owned())
+        .collect();
+    assert!(
+        keys.contains(&"cilium/state/ip/v1/default/10.1.0.4".to_owned()),
+        "{keys:?}"
+    );
     let new = commit(&mut lab.view, plan)[0].identity;
     assert_ne!(new, old);
-    let pair = lab.view.get(b"cilium/state/ip/v1/default/10.1.0.4").unwrap();
+    let pair = lab
+        .view
+        .get(b"cilium/state/ip/v1/default/10.1.0.4")
+        .unwrap();
     assert_eq!(IpIdentityPair::decode(&pair.value).unwrap().id, new);
 }
 
@@ -72,10 +122,17 @@ fn delete_reports_what_was_there() {
         namespace: "shop".to_owned(),
         name: name.to_owned(),
     };
-    let list = [reference("Workload", "a"), reference("Service", "s"), reference("Service", "none")];
+    let list = [
+        reference("Workload", "a"),
+        reference("Service", "s"),
+        reference("Service", "none"),
+    ];
     let plan = plan_delete(&lab.view, &lab.settings, &list, 5).unwrap();
     let outcomes = commit(&mut lab.view, plan);
-    assert_eq!(actions(&outcomes), [Action::Deleted, Action::Deleted, Action::NotFound]);
+    assert_eq!(
+        actions(&outcomes),
+        [Action::Deleted, Action::Deleted, Action::NotFound]
+    );
     assert!(lab.view.list(b"clustermesh.io/services/").is_empty());
     let bad = plan_delete(&lab.view, &lab.settings, &[reference("Pod", "a")], 5).unwrap_err();
     assert!(bad[0].to_string().contains("Pod shop/a"));
@@ -85,7 +142,11 @@ fn delete_reports_what_was_there() {
 fn a_freed_address_is_not_given_to_another_service_for_a_while() {
     let mut lab = Lab::new();
     lab.apply(&[service("s", &[("app", "x")], &[])]);
-    let gone = ObjectRef { kind: "Service".into(), namespace: "shop".into(), name: "s".into() };
+    let gone = ObjectRef {
+        kind: "Service".into(),
+        namespace: "shop".into(),
+        name: "s".into(),
+    };
     let plan = plan_delete(&lab.view, &lab.settings, &[gone], lab.now_unix_ms).unwrap();
     commit(&mut lab.view, plan);
     // 254 usable IPv4 addresses, one in quarantine.
@@ -93,9 +154,21 @@ fn a_freed_address_is_not_given_to_another_service_for_a_while() {
         let outcome = lab.apply(&[service(&format!("f{index}"), &[("app", "x")], &[])]);
         assert_ne!(outcome[0].addresses[0], "10.96.1.1");
     }
-    let full = plan_apply(&lab.view, &lab.settings, &[service("late", &[("a", "b")], &[])], lab.now_unix_ms);
+    let full = plan_apply(
+        &lab.view,
+        &lab.settings,
+        &[service("late", &[("a", "b")], &[])],
+        lab.now_unix_ms,
+    );
     let text = full.unwrap_err()[0].to_string();
-    assert!(text.contains("no free IPv4 address for Service shop/late") && text.contains("10.96.1.0/24"), "{text}");
+    assert!(
+        text.contains("no free IPv4 address for Service shop/late")
+            && text.contains("10.96.1.0/24"),
+        "{text}"
+    );
     lab.now_unix_ms += crate::allocate::VIRTUAL_ADDRESS_QUARANTINE_MS;
-    assert_eq!(lab.apply(&[service("late", &[("a", "b")], &[])])[0].addresses[0], "10.96.1.1");
+    assert_eq!(
+        lab.apply(&[service("late", &[("a", "b")], &[])])[0].addresses[0],
+        "10.96.1.1"
+    );
 }

@@ -73,7 +73,11 @@ impl PeerCopyState {
     /// Takes up a copy that stands in the store. Nodes that are no longer acceptable (our settings changed) are
     /// deleted by the changes.
     #[must_use]
-    pub fn restore(peer: Peer, owners: &mut CidrOwners, view: &dyn View) -> (Self, Vec<PeerChange>) {
+    pub fn restore(
+        peer: Peer,
+        owners: &mut CidrOwners,
+        view: &dyn View,
+    ) -> (Self, Vec<PeerChange>) {
         let mut state = Self::new(peer);
         let mut changes = Vec::new();
         for kv in view.list(Kind::Nodes.cache_prefix(&state.peer().cluster).as_bytes()) {
@@ -81,7 +85,10 @@ impl PeerCopyState {
                 .map_err(|error| Refusal::Malformed(error.to_string()))
                 .and_then(|key| state.rules.accept(owners, &key, &kv.value));
             if accepted.is_err() {
-                changes.push(PeerChange { key: kv.key, value: None });
+                changes.push(PeerChange {
+                    key: kv.key,
+                    value: None,
+                });
             }
         }
         state.looked_at = owners.releases();
@@ -114,7 +121,8 @@ impl PeerCopyState {
     /// only a new listing of the peer can tell whether they are acceptable now.
     #[must_use]
     pub fn needs_relist(&self, owners: &CidrOwners) -> bool {
-        self.forgotten_at.is_some_and(|then| then != owners.releases())
+        self.forgotten_at
+            .is_some_and(|then| then != owners.releases())
     }
 
     /// Kinds whose initial list is complete at the peer, as its canaries say.
@@ -123,11 +131,17 @@ impl PeerCopyState {
     }
 
     fn is_complete(&self, kind: Kind) -> bool {
-        !self.peer().synced_canaries || !self.peer().exports(kind) || self.canaries.contains_key(&kind)
+        !self.peer().synced_canaries
+            || !self.peer().exports(kind)
+            || self.canaries.contains_key(&kind)
     }
 
     /// Takes live events of the peer, in order: `None` deletes. A deletion applies at once: it is the owner's own.
-    pub fn ingest(&mut self, owners: &mut CidrOwners, events: &[(Bytes, Option<Bytes>)]) -> Ingested {
+    pub fn ingest(
+        &mut self,
+        owners: &mut CidrOwners,
+        events: &[(Bytes, Option<Bytes>)],
+    ) -> Ingested {
         let mut outcome = Ingested::default();
         let mut latest: BTreeMap<RecordKey, Option<&Bytes>> = BTreeMap::new();
         for (key, value) in events {
@@ -136,7 +150,9 @@ impl PeerCopyState {
                     latest.insert(key, value.as_ref());
                 }
                 // Kinds that we do not know are the business of newer versions.
-                Err(error) if value.is_some() => outcome.refused.push(Refusal::Malformed(error.to_string())),
+                Err(error) if value.is_some() => {
+                    outcome.refused.push(Refusal::Malformed(error.to_string()))
+                }
                 Err(_) => {}
             }
         }
@@ -147,7 +163,12 @@ impl PeerCopyState {
         let mut nodes_changed = false;
         for (key, value) in ordered {
             nodes_changed |= key.kind() == Some(Kind::Nodes);
-            if let RecordKey::Synced { cluster, tree, kind } = &key {
+            if let RecordKey::Synced {
+                cluster,
+                tree,
+                kind,
+            } = &key
+            {
                 if *cluster == self.peer().cluster && *tree == self.peer().source_tree() {
                     let kind = *kind;
                     match value {
@@ -208,8 +229,13 @@ impl PeerCopyState {
         if complete {
             // First what is gone, so that what it owned is free for what is new.
             for kv in &existing {
-                let source = RecordKey::parse(&kv.key).ok().and_then(|key| self.peer().source_key(&key));
-                if source.as_ref().is_none_or(|source| !listed.contains_key(source)) {
+                let source = RecordKey::parse(&kv.key)
+                    .ok()
+                    .and_then(|key| self.peer().source_key(&key));
+                if source
+                    .as_ref()
+                    .is_none_or(|source| !listed.contains_key(source))
+                {
                     changes.insert(kv.key.clone(), None);
                     if let Some(source) = source {
                         self.take(owners, source, None, &mut changes, &mut outcome.refused);
@@ -234,7 +260,8 @@ impl PeerCopyState {
         }
         let stored: BTreeMap<_, _> = existing.into_iter().map(|kv| (kv.key, kv.value)).collect();
         changes.retain(|key, value| {
-            let other_kind = !key.starts_with(kind.cache_prefix(&self.rules.peer.cluster).as_bytes());
+            let other_kind =
+                !key.starts_with(kind.cache_prefix(&self.rules.peer.cluster).as_bytes());
             other_kind || stored.get(key) != value.as_ref()
         });
         if complete {
@@ -262,7 +289,9 @@ impl PeerCopyState {
         changes: &mut BTreeMap<Bytes, Option<Bytes>>,
         refused: &mut Vec<Refusal>,
     ) {
-        let Some(copy) = self.peer().cache_key(&key) else { return };
+        let Some(copy) = self.peer().cache_key(&key) else {
+            return;
+        };
         let copy = keys::bytes(&copy);
         let known = self.forget_refused(&key);
         let Some(value) = value else {
@@ -291,12 +320,20 @@ impl PeerCopyState {
         }
     }
 
-    fn look_again(&mut self, owners: &mut CidrOwners, changes: &mut BTreeMap<Bytes, Option<Bytes>>) {
+    fn look_again(
+        &mut self,
+        owners: &mut CidrOwners,
+        changes: &mut BTreeMap<Bytes, Option<Bytes>>,
+    ) {
         let mut candidates: Vec<_> = self.refused.keys().cloned().collect();
         candidates.sort_by_key(rank);
         for key in candidates {
-            let Some(value) = self.refused.get(&key).map(|kept| kept.value.clone()) else { continue };
-            let Some(copy) = self.peer().cache_key(&key) else { continue };
+            let Some(value) = self.refused.get(&key).map(|kept| kept.value.clone()) else {
+                continue;
+            };
+            let Some(copy) = self.peer().cache_key(&key) else {
+                continue;
+            };
             match self.rules.accept(owners, &key, &value) {
                 Ok(()) => {
                     self.forget_refused(&key);
@@ -319,7 +356,13 @@ impl PeerCopyState {
             return;
         }
         self.refused_bytes = bytes;
-        self.refused.insert(key, Kept { value: value.clone(), refusal });
+        self.refused.insert(
+            key,
+            Kept {
+                value: value.clone(),
+                refusal,
+            },
+        );
     }
 
     fn forget_refused(&mut self, key: &RecordKey) -> Option<Refusal> {
@@ -338,7 +381,10 @@ fn rank(key: &RecordKey) -> u8 {
 }
 
 fn into_changes(changes: BTreeMap<Bytes, Option<Bytes>>) -> Vec<PeerChange> {
-    changes.into_iter().map(|(key, value)| PeerChange { key, value }).collect()
+    changes
+        .into_iter()
+        .map(|(key, value)| PeerChange { key, value })
+        .collect()
 }
 
 /// Deletes all that is copied of a cluster that is no peer any more: canaries first, so that no reader takes the
@@ -349,17 +395,25 @@ pub fn forget(cluster: &str, owners: &mut CidrOwners, view: &dyn View) -> Vec<Pe
     let mut seen = BTreeSet::new();
     let prefixes = Kind::ALL.into_iter().map(|kind| kind.cache_prefix(cluster));
     let synced = format!("{}{cluster}/", clustermesh_api::keys::SYNCED_PREFIX);
-    let config = keys::bytes(&RecordKey::ClusterConfig { cluster: cluster.to_owned() });
+    let config = keys::bytes(&RecordKey::ClusterConfig {
+        cluster: cluster.to_owned(),
+    });
     let mut changes = Vec::new();
     for prefix in std::iter::once(synced).chain(prefixes) {
         for kv in view.list(prefix.as_bytes()) {
             if seen.insert(kv.key.clone()) {
-                changes.push(PeerChange { key: kv.key, value: None });
+                changes.push(PeerChange {
+                    key: kv.key,
+                    value: None,
+                });
             }
         }
     }
     if view.get(&config).is_some() {
-        changes.push(PeerChange { key: config, value: None });
+        changes.push(PeerChange {
+            key: config,
+            value: None,
+        });
     }
     changes
 }

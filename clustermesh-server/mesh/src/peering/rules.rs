@@ -47,7 +47,9 @@ pub enum Refusal {
         range: IpNetwork,
     },
     /// An address outside what was accepted from the peer.
-    #[error("{object}: {address} is in no pod CIDR and of no node that was accepted from cluster {cluster}")]
+    #[error(
+        "{object}: {address} is in no pod CIDR and of no node that was accepted from cluster {cluster}"
+    )]
     NotOwned {
         /// The record's key.
         object: String,
@@ -67,7 +69,9 @@ pub enum Refusal {
         cluster: String,
     },
     /// A reserved identity on an address that does not have it.
-    #[error("{object}: reserved identity {identity} is only taken on the addresses of nodes that have that role")]
+    #[error(
+        "{object}: reserved identity {identity} is only taken on the addresses of nodes that have that role"
+    )]
     ReservedIdentity {
         /// The record's key.
         object: String,
@@ -141,23 +145,36 @@ pub(super) struct Rules {
 
 impl Rules {
     pub(super) fn new(peer: Peer) -> Self {
-        Self { peer, nodes: NodeAddresses::default() }
+        Self {
+            peer,
+            nodes: NodeAddresses::default(),
+        }
     }
 
     /// Judges one record. A node that is accepted owns its ranges from then on.
-    pub(super) fn accept(&mut self, owners: &mut CidrOwners, key: &RecordKey, value: &[u8]) -> Result<(), Refusal> {
-        let record = Record::decode(key, value).map_err(|error| Refusal::Malformed(error.to_string()))?;
-        let claimant =
-            Claimant { cluster: &self.peer.cluster, cluster_id: self.peer.cluster_id, split: self.peer.split };
+    pub(super) fn accept(
+        &mut self,
+        owners: &mut CidrOwners,
+        key: &RecordKey,
+        value: &[u8],
+    ) -> Result<(), Refusal> {
+        let record =
+            Record::decode(key, value).map_err(|error| Refusal::Malformed(error.to_string()))?;
+        let claimant = Claimant {
+            cluster: &self.peer.cluster,
+            cluster_id: self.peer.cluster_id,
+            split: self.peer.split,
+        };
         claimant.check(key, &record)?;
         match record {
             Record::Node(node) => self.accept_node(owners, key, &node),
             Record::Ip(pair) => self.check_ip(owners, key, &pair),
-            Record::Service(service) => {
-                self.check_backends(owners, key, service.backends.keys())
-            }
+            Record::Service(service) => self.check_backends(owners, key, service.backends.keys()),
             Record::EndpointSlice(slice) => {
-                let addresses = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+                let addresses = slice
+                    .endpoints
+                    .iter()
+                    .flat_map(|endpoint| &endpoint.addresses);
                 self.check_backends(owners, key, addresses)
             }
             _ => Ok(()),
@@ -170,25 +187,51 @@ impl Rules {
         self.nodes.set(node, Vec::new());
     }
 
-    fn accept_node(&mut self, owners: &mut CidrOwners, key: &RecordKey, node: &Node) -> Result<(), Refusal> {
+    fn accept_node(
+        &mut self,
+        owners: &mut CidrOwners,
+        key: &RecordKey,
+        node: &Node,
+    ) -> Result<(), Refusal> {
         let object = key.to_string();
-        let role = |addresses: [Option<IpAddr>; 2], role| addresses.into_iter().flatten().map(move |ip| (ip, role));
+        let role = |addresses: [Option<IpAddr>; 2], role| {
+            addresses.into_iter().flatten().map(move |ip| (ip, role))
+        };
         let addresses: Vec<_> = node
             .ip_addresses
             .iter()
             .map(|address| (address.ip, Role::Node))
-            .chain(role([node.ipv4_health_ip, node.ipv6_health_ip], Role::Health))
-            .chain(role([node.ipv4_ingress_ip, node.ipv6_ingress_ip], Role::Ingress))
+            .chain(role(
+                [node.ipv4_health_ip, node.ipv6_health_ip],
+                Role::Health,
+            ))
+            .chain(role(
+                [node.ipv4_ingress_ip, node.ipv6_ingress_ip],
+                Role::Ingress,
+            ))
             .collect();
         // What a node holds on the underlay is its own too: nobody else may speak for that address. ExternalIPs may be
         // shared behind NAT.
-        let underlay = node.addresses_of(&AddressType::InternalIP).map(IpNetwork::from);
-        let ranges: Vec<IpNetwork> = node.pod_cidrs().map(|cidr| cidr.0).chain(underlay).collect();
+        let underlay = node
+            .addresses_of(&AddressType::InternalIP)
+            .map(IpNetwork::from);
+        let ranges: Vec<IpNetwork> = node
+            .pod_cidrs()
+            .map(|cidr| cidr.0)
+            .chain(underlay)
+            .collect();
         let single = addresses.iter().map(|(ip, _)| IpNetwork::from(*ip));
-        if let Some(range) = ranges.iter().copied().chain(single.clone()).find(|range| !usable(*range)) {
+        if let Some(range) = ranges
+            .iter()
+            .copied()
+            .chain(single.clone())
+            .find(|range| !usable(*range))
+        {
             return Err(Refusal::UnusableRange { object, range });
         }
-        let taken = single.clone().find_map(|range| owners.conflict(&self.peer.cluster, range));
+        let taken = single
+            .clone()
+            .find_map(|range| owners.conflict(&self.peer.cluster, range));
         if let Some(conflict) = taken {
             return Err(Refusal::Conflict { object, conflict });
         }
@@ -199,7 +242,12 @@ impl Rules {
         Ok(())
     }
 
-    fn check_ip(&self, owners: &CidrOwners, key: &RecordKey, pair: &IpIdentityPair) -> Result<(), Refusal> {
+    fn check_ip(
+        &self,
+        owners: &CidrOwners,
+        key: &RecordKey,
+        pair: &IpIdentityPair,
+    ) -> Result<(), Refusal> {
         let object = || key.to_string();
         let network = pair.address_or_prefix().network();
         let cluster = &self.peer.cluster;
@@ -212,16 +260,25 @@ impl Rules {
                 _ => false,
             };
             if !allowed {
-                return Err(Refusal::ReservedIdentity { object: object(), identity: pair.id });
+                return Err(Refusal::ReservedIdentity {
+                    object: object(),
+                    identity: pair.id,
+                });
             }
         } else if !owners.holds(cluster, network) {
             let address = pair.address_or_prefix().to_string();
-            return Err(Refusal::NotOwned { object: object(), address, cluster: cluster.clone() });
+            return Err(Refusal::NotOwned {
+                object: object(),
+                address,
+                cluster: cluster.clone(),
+            });
         }
         match pair.host_ip {
-            Some(host) if !self.nodes.has(host, Role::Node) => {
-                Err(Refusal::UnknownHost { object: object(), host, cluster: cluster.clone() })
-            }
+            Some(host) if !self.nodes.has(host, Role::Node) => Err(Refusal::UnknownHost {
+                object: object(),
+                host,
+                cluster: cluster.clone(),
+            }),
             _ => Ok(()),
         }
     }
@@ -234,10 +291,14 @@ impl Rules {
     ) -> Result<(), Refusal> {
         for text in addresses {
             let object = key.to_string();
-            let address =
-                parse_address(text).map_err(|error| Refusal::Malformed(format!("{object}: {error}")))?;
+            let address = parse_address(text)
+                .map_err(|error| Refusal::Malformed(format!("{object}: {error}")))?;
             if !owners.holds(&self.peer.cluster, address.into()) {
-                return Err(Refusal::NotOwned { object, address: text.clone(), cluster: self.peer.cluster.clone() });
+                return Err(Refusal::NotOwned {
+                    object,
+                    address: text.clone(),
+                    cluster: self.peer.cluster.clone(),
+                });
             }
         }
         Ok(())
@@ -248,8 +309,20 @@ impl Rules {
 fn usable(range: IpNetwork) -> bool {
     let family = Family::of(range.ip());
     let (first, last) = bounds(range);
-    let small = MAX_CIDR_HOST_BITS.iter().all(|(limited, bits)| *limited != family || (last - first) >> bits == 0);
-    let special = ["127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "0.0.0.0/8", "::/127", "fe80::/10", "ff00::/8"];
-    let special = special.iter().filter_map(|text| text.parse::<IpNetwork>().ok());
+    let small = MAX_CIDR_HOST_BITS
+        .iter()
+        .all(|(limited, bits)| *limited != family || (last - first) >> bits == 0);
+    let special = [
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "224.0.0.0/4",
+        "0.0.0.0/8",
+        "::/127",
+        "fe80::/10",
+        "ff00::/8",
+    ];
+    let special = special
+        .iter()
+        .filter_map(|text| text.parse::<IpNetwork>().ok());
     small && !special.into_iter().any(|special| overlaps(special, range))
 }

@@ -5,7 +5,10 @@ use std::net::IpAddr;
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
-use clustermesh_api::keys::{Kind, LOCAL_SLICES_PREFIX, Origin, READINESS_PREFIX, RecordKey, STORED_SERVICES_PREFIX, Tree, WORKLOADS_PREFIX};
+use clustermesh_api::keys::{
+    Kind, LOCAL_SLICES_PREFIX, Origin, READINESS_PREFIX, RecordKey, STORED_SERVICES_PREFIX, Tree,
+    WORKLOADS_PREFIX,
+};
 use clustermesh_api::manifest::StoredService;
 use clustermesh_api::records::{EndpointSlice, Readiness, Record};
 
@@ -110,26 +113,38 @@ impl ServiceJoin {
                 ControlFlow::Continue(())
             });
         }
-        for prefix in [Kind::EndpointSlices.state_prefix(&cluster), LOCAL_SLICES_PREFIX.to_owned()] {
+        for prefix in [
+            Kind::EndpointSlices.state_prefix(&cluster),
+            LOCAL_SLICES_PREFIX.to_owned(),
+        ] {
             view.scan(prefix.as_bytes(), &mut |kv| {
                 join.adopt_slice(kv.key, kv.value);
                 ControlFlow::Continue(())
             });
         }
-        view.scan(Kind::Services.state_prefix(&cluster).as_bytes(), &mut |kv| {
-            if let Ok(RecordKey::Service { namespace, name, .. }) = RecordKey::parse(&kv.key) {
-                let service = (namespace, name);
-                join.dirty_records.insert(service.clone());
-                join.records.insert(service, (Published::Value(kv.value), i64::MIN));
-            }
-            ControlFlow::Continue(())
-        });
+        view.scan(
+            Kind::Services.state_prefix(&cluster).as_bytes(),
+            &mut |kv| {
+                if let Ok(RecordKey::Service {
+                    namespace, name, ..
+                }) = RecordKey::parse(&kv.key)
+                {
+                    let service = (namespace, name);
+                    join.dirty_records.insert(service.clone());
+                    join.records
+                        .insert(service, (Published::Value(kv.value), i64::MIN));
+                }
+                ControlFlow::Continue(())
+            },
+        );
         join
     }
 
     fn adopt_slice(&mut self, key: Bytes, value: Bytes) {
-        let Ok(RecordKey::EndpointSlice { namespace, .. } | RecordKey::LocalEndpointSlice { namespace, .. }) =
-            RecordKey::parse(&key)
+        let Ok(
+            RecordKey::EndpointSlice { namespace, .. }
+            | RecordKey::LocalEndpointSlice { namespace, .. },
+        ) = RecordKey::parse(&key)
         else {
             return;
         };
@@ -140,13 +155,18 @@ impl ServiceJoin {
             .unwrap_or_default();
         let service = (namespace, name);
         self.dirty_slices.insert(service.clone());
-        self.slices.entry(service).or_default().insert(key, Published::Value(value));
+        self.slices
+            .entry(service)
+            .or_default()
+            .insert(key, Published::Value(value));
     }
 
     /// Takes one change of the store; `None` means deleted. Keys that do not matter are ignored, and a value that
     /// cannot be read counts as absent. Session states do not matter: a lost session says nothing about a backend.
     pub fn handle(&mut self, key: &[u8], value: Option<&[u8]>) {
-        let Ok(key) = RecordKey::parse(key) else { return };
+        let Ok(key) = RecordKey::parse(key) else {
+            return;
+        };
         let record = value.and_then(|value| Record::decode(&key, value).ok());
         match (key, record) {
             (RecordKey::StoredService { namespace, name }, record) => {
@@ -163,7 +183,13 @@ impl ServiceJoin {
                 };
                 self.set_workload((namespace, name), labels);
             }
-            (RecordKey::Ip { origin: Origin::Own, address }, record) if address.prefix_bits.is_none() => {
+            (
+                RecordKey::Ip {
+                    origin: Origin::Own,
+                    address,
+                },
+                record,
+            ) if address.prefix_bits.is_none() => {
                 let holder = match record {
                     Some(Record::Ip(pair)) if !pair.k8s_pod_name.is_empty() => Some(Holder {
                         node: pair.node().unwrap_or_default().to_owned(),
@@ -175,12 +201,21 @@ impl ServiceJoin {
             }
             (RecordKey::Readiness { node, address }, record) => {
                 match record {
-                    Some(Record::Readiness(readiness)) => self.readiness.insert((address, node), readiness),
+                    Some(Record::Readiness(readiness)) => {
+                        self.readiness.insert((address, node), readiness)
+                    }
                     _ => self.readiness.remove(&(address, node)),
                 };
                 self.touch_address(address);
             }
-            (RecordKey::Node { tree: Tree::State, cluster, name }, record) if cluster == self.settings.name => {
+            (
+                RecordKey::Node {
+                    tree: Tree::State,
+                    cluster,
+                    name,
+                },
+                record,
+            ) if cluster == self.settings.name => {
                 let zone = match record {
                     Some(Record::Node(mut node)) => node.labels.remove(ZONE_LABEL),
                     _ => None,
@@ -212,7 +247,10 @@ impl ServiceJoin {
         let Some(service) = service else { return };
         if let Some((key, value)) = service.object.spec.selector.first_key_value() {
             let entry = (name.0.clone(), key.clone(), value.clone());
-            self.selectors.entry(entry).or_default().insert(name.1.clone());
+            self.selectors
+                .entry(entry)
+                .or_default()
+                .insert(name.1.clone());
         }
         let selector = &service.object.spec.selector;
         let first = (name.0.clone(), String::new());
@@ -224,7 +262,10 @@ impl ServiceJoin {
             .map(|(workload, _)| workload.clone())
             .collect();
         for workload in &members {
-            self.backs.entry(workload.clone()).or_default().insert(name.clone());
+            self.backs
+                .entry(workload.clone())
+                .or_default()
+                .insert(name.clone());
         }
         self.members.insert(name.clone(), members);
         self.services.insert(name, service);
@@ -243,16 +284,28 @@ impl ServiceJoin {
         };
         let mut backs = BTreeSet::new();
         for (key, value) in &labels {
-            let Some(services) = self.selectors.get(&(name.0.clone(), key.clone(), value.clone())) else { continue };
+            let Some(services) = self
+                .selectors
+                .get(&(name.0.clone(), key.clone(), value.clone()))
+            else {
+                continue;
+            };
             for service in services {
                 let service = (name.0.clone(), service.clone());
-                if self.services.get(&service).is_some_and(|found| selects(&found.object.spec.selector, &labels)) {
+                if self
+                    .services
+                    .get(&service)
+                    .is_some_and(|found| selects(&found.object.spec.selector, &labels))
+                {
                     backs.insert(service);
                 }
             }
         }
         for service in &backs {
-            self.members.entry(service.clone()).or_default().insert(name.clone());
+            self.members
+                .entry(service.clone())
+                .or_default()
+                .insert(name.clone());
             self.touch(service.clone());
         }
         self.workloads.insert(name.clone(), labels);
@@ -266,8 +319,14 @@ impl ServiceJoin {
             remove_from(&mut self.on_node, &old.node, address);
         }
         if let Some(holder) = holder {
-            self.addresses.entry(holder.workload.clone()).or_default().insert(address);
-            self.on_node.entry(holder.node.clone()).or_default().insert(address);
+            self.addresses
+                .entry(holder.workload.clone())
+                .or_default()
+                .insert(address);
+            self.on_node
+                .entry(holder.node.clone())
+                .or_default()
+                .insert(address);
             self.holders.insert(address, holder);
             self.touch_address(address);
         }
@@ -287,8 +346,15 @@ impl ServiceJoin {
     }
 
     fn touch_address(&mut self, address: IpAddr) {
-        let Some(holder) = self.holders.get(&address) else { return };
-        for service in self.backs.get(&holder.workload).cloned().unwrap_or_default() {
+        let Some(holder) = self.holders.get(&address) else {
+            return;
+        };
+        for service in self
+            .backs
+            .get(&holder.workload)
+            .cloned()
+            .unwrap_or_default()
+        {
             self.touch(service);
         }
     }
@@ -301,8 +367,11 @@ impl ServiceJoin {
     /// Endpoints of a service in the order of their addresses.
     fn backends(&self, name: &Name, service: &StoredService) -> Vec<Backend> {
         let members = self.members.get(name).into_iter().flatten();
-        let addresses: BTreeSet<IpAddr> =
-            members.filter_map(|workload| self.addresses.get(workload)).flatten().copied().collect();
+        let addresses: BTreeSet<IpAddr> = members
+            .filter_map(|workload| self.addresses.get(workload))
+            .flatten()
+            .copied()
+            .collect();
         addresses
             .into_iter()
             .filter_map(|address| {
@@ -326,19 +395,30 @@ impl ServiceJoin {
             let wanted = self
                 .services
                 .get(&name)
-                .map(|service| render::slices(&self.settings, service, &self.backends(&name, service)))
+                .map(|service| {
+                    render::slices(&self.settings, service, &self.backends(&name, service))
+                })
                 .unwrap_or_default();
             let published = self.slices.remove(&name).unwrap_or_default();
             for key in published.keys().filter(|key| !wanted.contains_key(*key)) {
-                changes.push(Change { key: key.clone(), value: None });
+                changes.push(Change {
+                    key: key.clone(),
+                    value: None,
+                });
             }
             for (key, value) in &wanted {
                 if published.get(key) != Some(&Published::Value(value.clone())) {
-                    changes.push(Change { key: key.clone(), value: Some(value.clone()) });
+                    changes.push(Change {
+                        key: key.clone(),
+                        value: Some(value.clone()),
+                    });
                 }
             }
             if !wanted.is_empty() {
-                let now = wanted.into_iter().map(|(key, value)| (key, Published::Value(value))).collect();
+                let now = wanted
+                    .into_iter()
+                    .map(|(key, value)| (key, Published::Value(value)))
+                    .collect();
                 self.slices.insert(name, now);
             }
         }
@@ -355,7 +435,8 @@ impl ServiceJoin {
                 continue;
             }
             let wanted = self.services.get(&name).and_then(|service| {
-                render::service(&self.settings, service, &self.backends(&name, service)).map(|record| record.encode())
+                render::service(&self.settings, service, &self.backends(&name, service))
+                    .map(|record| record.encode())
             });
             let published = self.records.get(&name).map(|(published, _)| published);
             if published == wanted.clone().map(Published::Value).as_ref() {
@@ -376,7 +457,10 @@ impl ServiceJoin {
     /// When [`ServiceJoin::take_services`] has something to do next, on the clock given to it; `None`: nothing waits.
     #[must_use]
     pub fn services_due_ms(&self) -> Option<i64> {
-        self.dirty_records.iter().map(|name| self.due_ms(name)).min()
+        self.dirty_records
+            .iter()
+            .map(|name| self.due_ms(name))
+            .min()
     }
 
     /// True when [`ServiceJoin::take_slices`] has something to look at.
@@ -386,24 +470,34 @@ impl ServiceJoin {
     }
 
     fn due_ms(&self, name: &Name) -> i64 {
-        self.records.get(name).map_or(i64::MIN, |(_, written)| written.saturating_add(SERVICE_RECORD_INTERVAL_MS))
+        self.records.get(name).map_or(i64::MIN, |(_, written)| {
+            written.saturating_add(SERVICE_RECORD_INTERVAL_MS)
+        })
     }
 
     /// Gives back changes that were not written: they are made again, from what is true then.
     pub fn failed(&mut self, changes: &[Change]) {
         for change in changes {
             match RecordKey::parse(&change.key) {
-                Ok(RecordKey::Service { namespace, name, .. }) => {
+                Ok(RecordKey::Service {
+                    namespace, name, ..
+                }) => {
                     let service = (namespace, name);
-                    self.records.insert(service.clone(), (Published::Unknown, i64::MIN));
+                    self.records
+                        .insert(service.clone(), (Published::Unknown, i64::MIN));
                     self.dirty_records.insert(service);
                 }
                 Ok(
-                    RecordKey::EndpointSlice { namespace, name, .. }
+                    RecordKey::EndpointSlice {
+                        namespace, name, ..
+                    }
                     | RecordKey::LocalEndpointSlice { namespace, name },
                 ) => {
                     let service = (namespace, service_of_slice(&name).to_owned());
-                    self.slices.entry(service.clone()).or_default().insert(change.key.clone(), Published::Unknown);
+                    self.slices
+                        .entry(service.clone())
+                        .or_default()
+                        .insert(change.key.clone(), Published::Unknown);
                     self.dirty_slices.insert(service);
                 }
                 _ => {}
@@ -419,10 +513,17 @@ fn service_of_slice(slice: &str) -> &str {
 }
 
 fn selects(selector: &BTreeMap<String, String>, labels: &BTreeMap<String, String>) -> bool {
-    !selector.is_empty() && selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+    !selector.is_empty()
+        && selector
+            .iter()
+            .all(|(key, value)| labels.get(key) == Some(value))
 }
 
-fn remove_from<K: Ord + Clone>(index: &mut BTreeMap<K, BTreeSet<IpAddr>>, key: &K, address: IpAddr) {
+fn remove_from<K: Ord + Clone>(
+    index: &mut BTreeMap<K, BTreeSet<IpAddr>>,
+    key: &K,
+    address: IpAddr,
+) {
     if let Some(addresses) = index.get_mut(key) {
         addresses.remove(&address);
         if addresses.is_empty() {

@@ -5,11 +5,13 @@ use std::net::IpAddr;
 
 use bytes::Bytes;
 use clustermesh_api::keys::{RecordKey, Tree};
-use clustermesh_api::limits::{ENDPOINTS_PER_SLICE, MAX_BACKENDS_PER_SERVICE, MAX_FRONTENDS_PER_SERVICE};
+use clustermesh_api::limits::{
+    ENDPOINTS_PER_SLICE, MAX_BACKENDS_PER_SERVICE, MAX_FRONTENDS_PER_SERVICE,
+};
 use clustermesh_api::manifest::{Protocol, ServicePort, StoredService};
 use clustermesh_api::records::{
-    BackendZone, ClusterService, Endpoint, EndpointConditions, EndpointPort, EndpointSlice, PortMap, Readiness,
-    SERVICE_NAME_LABEL, ServicePortNumber,
+    BackendZone, ClusterService, Endpoint, EndpointConditions, EndpointPort, EndpointSlice,
+    PortMap, Readiness, SERVICE_NAME_LABEL, ServicePortNumber,
 };
 
 use crate::address::{FAMILIES, Family};
@@ -46,26 +48,46 @@ pub(super) fn is_ready(ports: &[ServicePort], readiness: Option<&Readiness>) -> 
 ///
 /// Slices of a service that is not shared stand where no peer looks, and under names of their own, so that a service
 /// that becomes shared replaces them without two records of one name.
-pub(super) fn slices(settings: &ClusterSettings, service: &StoredService, backends: &[Backend]) -> BTreeMap<Bytes, Bytes> {
+pub(super) fn slices(
+    settings: &ClusterSettings,
+    service: &StoredService,
+    backends: &[Backend],
+) -> BTreeMap<Bytes, Bytes> {
     let metadata = &service.object.metadata;
     let shared = service.object.service_annotations().shared;
     let annotations: BTreeMap<_, _> = metadata
         .annotations
         .iter()
-        .filter(|(key, _)| PUBLISHED_ANNOTATIONS.iter().any(|prefix| key.starts_with(prefix)))
+        .filter(|(key, _)| {
+            PUBLISHED_ANNOTATIONS
+                .iter()
+                .any(|prefix| key.starts_with(prefix))
+        })
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     let ports: Vec<_> = service.object.spec.ports.iter().map(slice_port).collect();
     let mut slices = BTreeMap::new();
     for family in FAMILIES {
-        if !service.status.cluster_ips.iter().any(|address| Family::of(*address) == family) {
+        if !service
+            .status
+            .cluster_ips
+            .iter()
+            .any(|address| Family::of(*address) == family)
+        {
             continue;
         }
-        let of_family: Vec<_> = backends.iter().filter(|backend| Family::of(backend.address) == family).collect();
+        let of_family: Vec<_> = backends
+            .iter()
+            .filter(|backend| Family::of(backend.address) == family)
+            .collect();
         for (index, chunk) in of_family.chunks(ENDPOINTS_PER_SLICE).enumerate() {
             // No service has a dot in its name, so no two services have a slice of one name.
             let place = if shared { "" } else { ".local" };
-            let name = format!("{}{place}-{}-{index}", metadata.name, family.name().to_lowercase());
+            let name = format!(
+                "{}{place}-{}-{index}",
+                metadata.name,
+                family.name().to_lowercase()
+            );
             let key = slice_key(settings, shared, &metadata.namespace, &name);
             let slice = EndpointSlice {
                 cluster: settings.name.clone(),
@@ -87,7 +109,12 @@ pub(super) fn slices(settings: &ClusterSettings, service: &StoredService, backen
 fn slice_key(settings: &ClusterSettings, shared: bool, namespace: &str, name: &str) -> Bytes {
     let (namespace, name) = (namespace.to_owned(), name.to_owned());
     keys::bytes(&if shared {
-        RecordKey::EndpointSlice { tree: Tree::State, cluster: settings.name.clone(), namespace, name }
+        RecordKey::EndpointSlice {
+            tree: Tree::State,
+            cluster: settings.name.clone(),
+            namespace,
+            name,
+        }
     } else {
         RecordKey::LocalEndpointSlice { namespace, name }
     })
@@ -118,7 +145,11 @@ fn endpoint(backend: &Backend) -> Endpoint {
 
 /// The `services/v1` record of a service that is shared with other clusters; `None` for all others.
 /// It has no conditions, so only endpoints that are ready are in it.
-pub(super) fn service(settings: &ClusterSettings, service: &StoredService, backends: &[Backend]) -> Option<ClusterService> {
+pub(super) fn service(
+    settings: &ClusterSettings,
+    service: &StoredService,
+    backends: &[Backend],
+) -> Option<ClusterService> {
     if !service.object.service_annotations().shared {
         return None;
     }
@@ -128,21 +159,43 @@ pub(super) fn service(settings: &ClusterSettings, service: &StoredService, backe
             protocol: port.protocol.name().to_owned(),
             port: number(port),
         };
-        service.object.spec.ports.iter().map(|port| (port.name.clone(), number(port))).collect()
+        service
+            .object
+            .spec
+            .ports
+            .iter()
+            .map(|port| (port.name.clone(), number(port)))
+            .collect()
     };
     let (frontend_ports, backend_ports) = (ports(|port| port.port), ports(ServicePort::target));
-    let ready = || backends.iter().filter(|backend| backend.ready).take(MAX_BACKENDS_PER_SERVICE);
-    let frontends = service.status.cluster_ips.iter().take(MAX_FRONTENDS_PER_SERVICE);
+    let ready = || {
+        backends
+            .iter()
+            .filter(|backend| backend.ready)
+            .take(MAX_BACKENDS_PER_SERVICE)
+    };
+    let frontends = service
+        .status
+        .cluster_ips
+        .iter()
+        .take(MAX_FRONTENDS_PER_SERVICE);
     Some(ClusterService {
         cluster: settings.name.clone(),
         namespace: metadata.namespace.clone(),
         name: metadata.name.clone(),
-        frontends: frontends.map(|address| (address.to_string(), frontend_ports.clone())).collect(),
-        backends: ready().map(|backend| (backend.address.to_string(), backend_ports.clone())).collect(),
+        frontends: frontends
+            .map(|address| (address.to_string(), frontend_ports.clone()))
+            .collect(),
+        backends: ready()
+            .map(|backend| (backend.address.to_string(), backend_ports.clone()))
+            .collect(),
         hostnames: BTreeMap::new(),
         zones: ready()
             .filter_map(|backend| {
-                let zone = BackendZone { zone: backend.zone.clone()?, for_zones: Vec::new() };
+                let zone = BackendZone {
+                    zone: backend.zone.clone()?,
+                    for_zones: Vec::new(),
+                };
                 Some((backend.address.to_string(), zone))
             })
             .collect(),

@@ -19,7 +19,10 @@ fn peer(cluster: &str, cluster_id: u32) -> Peer {
 }
 
 fn c2() -> (PeerCopyState, CidrOwners) {
-    (PeerCopyState::new(peer("c2", 2)), CidrOwners::new(&example()))
+    (
+        PeerCopyState::new(peer("c2", 2)),
+        CidrOwners::new(&example()),
+    )
 }
 
 type Event = (Bytes, Option<Bytes>);
@@ -47,7 +50,10 @@ fn node(name: &str, underlay: &str, cidr: &str) -> Event {
 }
 
 fn ip(address: &str, id: u32, host: &str) -> Event {
-    put(&format!("cilium/state/ip/v1/default/{address}"), json!({"IP": address, "HostIP": host, "ID": id}))
+    put(
+        &format!("cilium/state/ip/v1/default/{address}"),
+        json!({"IP": address, "HostIP": host, "ID": id}),
+    )
 }
 
 fn service(cluster: &str, backend: &str) -> Event {
@@ -59,11 +65,22 @@ fn service(cluster: &str, backend: &str) -> Event {
 }
 
 fn keys_of(changes: &[PeerChange]) -> Vec<(String, bool)> {
-    changes.iter().map(|c| (String::from_utf8(c.key.to_vec()).unwrap(), c.value.is_some())).collect()
+    changes
+        .iter()
+        .map(|c| {
+            (
+                String::from_utf8(c.key.to_vec()).unwrap(),
+                c.value.is_some(),
+            )
+        })
+        .collect()
 }
 
 fn reasons(state: &PeerCopyState) -> Vec<&'static str> {
-    state.refused().map(|(_, refusal)| refusal.reason()).collect()
+    state
+        .refused()
+        .map(|(_, refusal)| refusal.reason())
+        .collect()
 }
 
 const ID: u32 = (2 << 16) + 1;
@@ -71,7 +88,11 @@ const ID: u32 = (2 << 16) + 1;
 #[test]
 fn accepted_records_are_copied_byte_for_byte() {
     let (mut state, mut owners) = c2();
-    let events = [ip("10.2.0.4", ID, "192.0.2.21"), node("n1", "192.0.2.21", "10.2.0.0/24"), service("c2", "10.2.0.4")];
+    let events = [
+        ip("10.2.0.4", ID, "192.0.2.21"),
+        node("n1", "192.0.2.21", "10.2.0.0/24"),
+        service("c2", "10.2.0.4"),
+    ];
     let outcome = state.ingest(&mut owners, &events);
     assert_eq!(reasons(&state), [""; 0]);
     assert_eq!(
@@ -89,7 +110,10 @@ fn accepted_records_are_copied_byte_for_byte() {
 fn claims_beyond_the_peers_right_are_refused() {
     let label = |cluster: &str| format!("k8s:io.cilium.k8s.policy.cluster={cluster};");
     let identity = |id: u32, cluster: &str| -> Event {
-        (format!("cilium/state/identities/v1/id/{id}").into(), Some(label(cluster).into()))
+        (
+            format!("cilium/state/identities/v1/id/{id}").into(),
+            Some(label(cluster).into()),
+        )
     };
     let cases: Vec<(Event, &str)> = vec![
         (identity(65_537, "c2"), "identity-range"),
@@ -109,18 +133,37 @@ fn claims_beyond_the_peers_right_are_refused() {
         (node("n2", "10.1.0.1", "10.2.1.0/24"), "overlap"),
         (node("n2", "127.0.0.1", "10.2.1.0/24"), "unusable-range"),
         (node("n2", "192.0.2.22", "127.1.0.0/24"), "unusable-range"),
-        (put("cilium/state/nodes/v1/c2/n2", json!({"Name": "n3", "Cluster": "c2", "ClusterID": 2})), "key-mismatch"),
-        (put("cilium/state/nodes/v1/c2/n2", json!({"Name": "n2", "Cluster": "c2", "ClusterID": 9})), "cluster-id"),
+        (
+            put(
+                "cilium/state/nodes/v1/c2/n2",
+                json!({"Name": "n3", "Cluster": "c2", "ClusterID": 2}),
+            ),
+            "key-mismatch",
+        ),
+        (
+            put(
+                "cilium/state/nodes/v1/c2/n2",
+                json!({"Name": "n2", "Cluster": "c2", "ClusterID": 9}),
+            ),
+            "cluster-id",
+        ),
         (put("cilium/state/nodes/v1/c2/n2", json!([])), "malformed"),
     ];
     for (event, reason) in cases {
         let (mut state, mut owners) = c2();
         state.ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24")]);
-        let outcome = state.ingest(&mut owners, &[event.clone()]);
+        let outcome = state.ingest(&mut owners, std::slice::from_ref(&event));
         assert_eq!(reasons(&state), [reason], "{event:?}");
-        assert!(outcome.changes.iter().all(|change| change.value.is_none()), "{event:?}");
+        assert!(
+            outcome.changes.iter().all(|change| change.value.is_none()),
+            "{event:?}"
+        );
         let name = String::from_utf8_lossy(&event.0).into_owned();
-        assert!(outcome.refused[0].to_string().contains(&name), "{}", outcome.refused[0]);
+        assert!(
+            outcome.refused[0].to_string().contains(&name),
+            "{}",
+            outcome.refused[0]
+        );
         // Told once, not at every repetition.
         assert!(state.ingest(&mut owners, &[event]).refused.is_empty());
     }
@@ -130,7 +173,10 @@ fn claims_beyond_the_peers_right_are_refused() {
 fn reserved_identities_are_taken_on_the_addresses_of_their_role() {
     let (mut state, mut owners) = c2();
     state.ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24")]);
-    let events = [ip("192.0.2.21", 1, "192.0.2.21"), ip("10.2.0.2", 4, "192.0.2.21")];
+    let events = [
+        ip("192.0.2.21", 1, "192.0.2.21"),
+        ip("10.2.0.2", 4, "192.0.2.21"),
+    ];
     assert_eq!(state.ingest(&mut owners, &events).changes.len(), 2);
     assert_eq!(reasons(&state), [""; 0]);
 }
@@ -138,15 +184,27 @@ fn reserved_identities_are_taken_on_the_addresses_of_their_role() {
 #[test]
 fn a_refused_update_withdraws_what_was_accepted_before() {
     let (mut state, mut owners) = c2();
-    state.ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24"), ip("10.2.0.4", ID, "192.0.2.21")]);
+    state.ingest(
+        &mut owners,
+        &[
+            node("n1", "192.0.2.21", "10.2.0.0/24"),
+            ip("10.2.0.4", ID, "192.0.2.21"),
+        ],
+    );
     let outcome = state.ingest(&mut owners, &[ip("10.2.0.4", 65_537, "192.0.2.21")]);
-    assert_eq!(keys_of(&outcome.changes), [("cilium/cache/ip/v1/c2/10.2.0.4".to_owned(), false)]);
+    assert_eq!(
+        keys_of(&outcome.changes),
+        [("cilium/cache/ip/v1/c2/10.2.0.4".to_owned(), false)]
+    );
 }
 
 #[test]
 fn refused_records_are_taken_when_the_conflict_is_gone() {
     let mut owners = CidrOwners::new(&example());
-    let (mut first, mut second) = (PeerCopyState::new(peer("c2", 2)), PeerCopyState::new(peer("c3", 3)));
+    let (mut first, mut second) = (
+        PeerCopyState::new(peer("c2", 2)),
+        PeerCopyState::new(peer("c3", 3)),
+    );
     first.ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24")]);
     let claims = [
         node_of("c3", 3, "n1", "192.0.2.31", "10.2.0.0/24"),
@@ -154,12 +212,20 @@ fn refused_records_are_taken_when_the_conflict_is_gone() {
     ];
     let outcome = second.ingest(&mut owners, &claims);
     assert_eq!(outcome.refused.len(), 2);
-    assert!(outcome.refused.iter().any(|refusal| refusal.to_string().contains("of cluster c2")));
+    assert!(
+        outcome
+            .refused
+            .iter()
+            .any(|refusal| refusal.to_string().contains("of cluster c2"))
+    );
     assert!(second.reconsider(&mut owners).is_empty());
     first.ingest(&mut owners, &[gone("cilium/state/nodes/v1/c2/n1")]);
     assert_eq!(
         keys_of(&second.reconsider(&mut owners)),
-        [("cilium/cache/ip/v1/c3/10.2.0.9".to_owned(), true), ("cilium/cache/nodes/v1/c3/n1".to_owned(), true)]
+        [
+            ("cilium/cache/ip/v1/c3/10.2.0.9".to_owned(), true),
+            ("cilium/cache/nodes/v1/c3/n1".to_owned(), true)
+        ]
     );
     assert_eq!(second.refused().count(), 0);
 }
@@ -168,12 +234,20 @@ fn refused_records_are_taken_when_the_conflict_is_gone() {
 fn refused_records_are_bounded_and_the_rest_asks_for_a_listing() {
     let (mut state, mut owners) = c2();
     let events: Vec<_> = (0..=MAX_REFUSED_RECORDS)
-        .map(|index| ip(&format!("10.3.{}.{}", index / 256, index % 256), ID, "192.0.2.21"))
+        .map(|index| {
+            ip(
+                &format!("10.3.{}.{}", index / 256, index % 256),
+                ID,
+                "192.0.2.21",
+            )
+        })
         .collect();
     state.ingest(&mut owners, &events);
     assert_eq!(state.refused().count(), MAX_REFUSED_RECORDS);
     assert!(!state.needs_relist(&owners));
-    owners.claim("c9", "n", &["10.3.0.0/24".parse().unwrap()]).unwrap();
+    owners
+        .claim("c9", "n", &["10.3.0.0/24".parse().unwrap()])
+        .unwrap();
     owners.release("c9", "n");
     assert!(state.needs_relist(&owners));
     state.begin_listing();
@@ -181,11 +255,18 @@ fn refused_records_are_bounded_and_the_rest_asks_for_a_listing() {
 }
 
 fn listing(events: &[Event]) -> Vec<(Bytes, Bytes)> {
-    events.iter().filter_map(|(key, value)| Some((key.clone(), value.clone()?))).collect()
+    events
+        .iter()
+        .filter_map(|(key, value)| Some((key.clone(), value.clone()?)))
+        .collect()
 }
 
 fn write(view: &mut MapView, changes: &[PeerChange]) {
-    view.apply(changes.iter().map(|change| (change.key.clone(), change.value.clone())));
+    view.apply(
+        changes
+            .iter()
+            .map(|change| (change.key.clone(), change.value.clone())),
+    );
 }
 
 const CANARY: &str = "cilium/synced/c2/cilium/state/nodes/v1";
@@ -194,7 +275,10 @@ const CANARY: &str = "cilium/synced/c2/cilium/state/nodes/v1";
 fn absence_deletes_only_after_the_peers_canary() {
     let (mut state, mut owners) = c2();
     let mut view = MapView::new();
-    let full = [node("n1", "192.0.2.21", "10.2.0.0/24"), node("n2", "192.0.2.22", "10.2.1.0/24")];
+    let full = [
+        node("n1", "192.0.2.21", "10.2.0.0/24"),
+        node("n2", "192.0.2.22", "10.2.1.0/24"),
+    ];
     let outcome = state.replace(&mut owners, Kind::Nodes, &listing(&full), &view, 0);
     assert_eq!(outcome.changes.len(), 2, "no canary of ours yet");
     write(&mut view, &outcome.changes);
@@ -206,16 +290,29 @@ fn absence_deletes_only_after_the_peers_canary() {
     let outcome = state.replace(&mut owners, Kind::Nodes, &listing(&full[..1]), &view, 0);
     assert_eq!(
         keys_of(&outcome.changes),
-        [("cilium/cache/nodes/v1/c2/n2".to_owned(), false), ("cilium/synced/c2/cilium/cache/nodes/v1".to_owned(), true)]
+        [
+            ("cilium/cache/nodes/v1/c2/n2".to_owned(), false),
+            ("cilium/synced/c2/cilium/cache/nodes/v1".to_owned(), true)
+        ]
     );
     write(&mut view, &outcome.changes);
-    assert_eq!(state.replace(&mut owners, Kind::Nodes, &listing(&full[..1]), &view, 0).changes, []);
-    owners.claim("c3", "n", &["10.2.1.0/24".parse().unwrap()]).unwrap();
+    assert_eq!(
+        state
+            .replace(&mut owners, Kind::Nodes, &listing(&full[..1]), &view, 0)
+            .changes,
+        []
+    );
+    owners
+        .claim("c3", "n", &["10.2.1.0/24".parse().unwrap()])
+        .unwrap();
 }
 
 #[test]
 fn a_kind_that_the_peer_does_not_export_is_drained_and_complete() {
-    let mut state = PeerCopyState::new(Peer { endpoint_slices: false, ..peer("c2", 2) });
+    let mut state = PeerCopyState::new(Peer {
+        endpoint_slices: false,
+        ..peer("c2", 2)
+    });
     let mut owners = CidrOwners::new(&example());
     let mut view = MapView::new();
     view.put("cilium/cache/endpointslices/v1/c2/shop/old", "x");
@@ -223,8 +320,14 @@ fn a_kind_that_the_peer_does_not_export_is_drained_and_complete() {
     assert_eq!(
         keys_of(&outcome.changes),
         [
-            ("cilium/cache/endpointslices/v1/c2/shop/old".to_owned(), false),
-            ("cilium/synced/c2/cilium/cache/endpointslices/v1".to_owned(), true),
+            (
+                "cilium/cache/endpointslices/v1/c2/shop/old".to_owned(),
+                false
+            ),
+            (
+                "cilium/synced/c2/cilium/cache/endpointslices/v1".to_owned(),
+                true
+            ),
         ]
     );
 }
@@ -233,7 +336,9 @@ fn a_kind_that_the_peer_does_not_export_is_drained_and_complete() {
 fn a_restored_copy_knows_its_nodes() {
     let (mut state, mut owners) = c2();
     let mut view = MapView::new();
-    let changes = state.ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24")]).changes;
+    let changes = state
+        .ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24")])
+        .changes;
     write(&mut view, &changes);
     let mut owners = CidrOwners::new(&example());
     let (mut state, changes) = PeerCopyState::restore(peer("c2", 2), &mut owners, &view);
@@ -246,7 +351,9 @@ fn a_restored_copy_knows_its_nodes() {
 fn a_forgotten_peer_leaves_nothing() {
     let (mut state, mut owners) = c2();
     let mut view = MapView::new();
-    let changes = state.ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24")]).changes;
+    let changes = state
+        .ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24")])
+        .changes;
     write(&mut view, &changes);
     view.put("cilium/cluster-config/c2", "{}");
     view.put("cilium/synced/c2/cilium/cache/nodes/v1", "t");

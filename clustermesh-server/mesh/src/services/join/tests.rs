@@ -7,11 +7,18 @@ use super::*;
 use crate::test_support::{Lab, service, workload};
 use crate::view::MapView;
 
-const SHARED: &[(&str, &str)] = &[("service.cilium.io/global", "true"), ("service.cilium.io/affinity", "local"), ("other", "x")];
+const SHARED: &[(&str, &str)] = &[
+    ("service.cilium.io/global", "true"),
+    ("service.cilium.io/affinity", "local"),
+    ("other", "x"),
+];
 
 fn lab() -> Lab {
     let mut lab = Lab::new();
-    lab.apply(&[workload("cart-0", &[("app", "cart")]), service("cart", &[("app", "cart")], SHARED)]);
+    lab.apply(&[
+        workload("cart-0", &[("app", "cart")]),
+        service("cart", &[("app", "cart")], SHARED),
+    ]);
     lab.node("n1", "192.0.2.1");
     lab.endpoint("n1", "cart-0", "10.1.0.4");
     lab
@@ -21,12 +28,19 @@ fn lab() -> Lab {
 fn publish(lab: &mut Lab) -> (Vec<Change>, Vec<Change>) {
     let mut join = ServiceJoin::from_view(lab.settings.clone(), &lab.view);
     let changes = (join.take_slices(), join.take_services(0));
-    lab.view.apply(changes.0.iter().chain(&changes.1).map(|change| (change.key.clone(), change.value.clone())));
+    lab.view.apply(
+        changes
+            .0
+            .iter()
+            .chain(&changes.1)
+            .map(|change| (change.key.clone(), change.value.clone())),
+    );
     changes
 }
 
 fn slice(view: &MapView, key: &str) -> Option<EndpointSlice> {
-    view.get(key.as_bytes()).map(|kv| EndpointSlice::decode(&kv.value).unwrap())
+    view.get(key.as_bytes())
+        .map(|kv| EndpointSlice::decode(&kv.value).unwrap())
 }
 
 const SLICE: &str = "cilium/state/endpointslices/v1/c1/shop/cart-ipv4-0";
@@ -34,7 +48,8 @@ const LOCAL_SLICE: &str = "clustermesh.io/endpointslices/v1/shop/cart.local-ipv4
 const RECORD: &str = "cilium/state/services/v1/c1/shop/cart";
 
 fn record(view: &MapView) -> Option<ClusterService> {
-    view.get(RECORD.as_bytes()).map(|kv| ClusterService::decode(&kv.value).unwrap())
+    view.get(RECORD.as_bytes())
+        .map(|kv| ClusterService::decode(&kv.value).unwrap())
 }
 
 #[test]
@@ -46,7 +61,12 @@ fn an_endpoint_takes_traffic_only_after_its_first_good_probe() {
     assert_eq!(found.endpoints[0].addresses, ["10.1.0.4"]);
     assert_eq!(found.endpoints[0].node_name.as_deref(), Some("n1"));
     assert_eq!(found.ports[0].port, Some(8080));
-    assert_eq!(found.annotations.len(), 2, "only the mesh's annotations: {:?}", found.annotations);
+    assert_eq!(
+        found.annotations.len(),
+        2,
+        "only the mesh's annotations: {:?}",
+        found.annotations
+    );
     assert!(!found.endpoints[0].is_ready());
     assert!(record(&lab.view).unwrap().backends.is_empty());
 
@@ -66,7 +86,13 @@ fn an_endpoint_takes_traffic_only_after_its_first_good_probe() {
 
 #[test]
 fn a_service_that_is_not_shared_stays_out_of_the_exported_tree() {
-    for annotations in [&[][..], &[("service.cilium.io/global", "true"), ("service.cilium.io/shared", "false")]] {
+    for annotations in [
+        &[][..],
+        &[
+            ("service.cilium.io/global", "true"),
+            ("service.cilium.io/shared", "false"),
+        ],
+    ] {
         let mut lab = lab();
         publish(&mut lab);
         lab.apply(&[service("cart", &[("app", "cart")], annotations)]);
@@ -91,7 +117,16 @@ fn slices_hold_at_most_a_hundred_endpoints() {
     }
     publish(&mut lab);
     assert_eq!(slice(&lab.view, SLICE).unwrap().endpoints.len(), 100);
-    assert_eq!(slice(&lab.view, "cilium/state/endpointslices/v1/c1/shop/cart-ipv4-1").unwrap().endpoints.len(), 57);
+    assert_eq!(
+        slice(
+            &lab.view,
+            "cilium/state/endpointslices/v1/c1/shop/cart-ipv4-1"
+        )
+        .unwrap()
+        .endpoints
+        .len(),
+        57
+    );
 }
 
 #[test]
@@ -101,7 +136,10 @@ fn service_records_wait_for_their_interval_and_slices_do_not() {
     join.take_slices();
     assert_eq!(join.take_services(10_000).len(), 1);
     lab.ready("n1", "10.1.0.4", true);
-    let readiness = lab.view.get(b"clustermesh.io/readiness/v1/n1/10.1.0.4").unwrap();
+    let readiness = lab
+        .view
+        .get(b"clustermesh.io/readiness/v1/n1/10.1.0.4")
+        .unwrap();
     join.handle(&readiness.key, Some(&readiness.value));
     assert_eq!(join.take_slices().len(), 1);
     assert_eq!(join.take_services(10_999), []);
@@ -128,7 +166,13 @@ fn slices_of_nobody_are_deleted() {
     lab.view.put(SLICE, "garbage");
     lab.view.put("cilium/state/services/v1/c1/shop/gone", "{}");
     let (slices, services) = publish(&mut lab);
-    assert_eq!(slices, [Change { key: SLICE.into(), value: None }]);
+    assert_eq!(
+        slices,
+        [Change {
+            key: SLICE.into(),
+            value: None
+        }]
+    );
     assert_eq!(services[0].value, None);
 }
 
@@ -146,9 +190,11 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         (0_u8..4, 0_u8..3, 0_u8..3).prop_map(|(w, a, b)| Step::Workload(w, a, b)),
-        (0_u8..3, 0_u8..3, prop::option::of(0_u8..3), any::<bool>()).prop_map(|(s, a, b, g)| Step::Service(s, a, b, g)),
+        (0_u8..3, 0_u8..3, prop::option::of(0_u8..3), any::<bool>())
+            .prop_map(|(s, a, b, g)| Step::Service(s, a, b, g)),
         (4_u8..9, 0_u8..4, 0_u8..2).prop_map(|(i, w, n)| Step::Address(i, w, n)),
-        (4_u8..9, 0_u8..2, prop::option::of(any::<bool>())).prop_map(|(i, n, r)| Step::Readiness(i, n, r)),
+        (4_u8..9, 0_u8..2, prop::option::of(any::<bool>()))
+            .prop_map(|(i, n, r)| Step::Readiness(i, n, r)),
         (0_u8..2, prop::option::of(0_u8..2)).prop_map(|(n, z)| Step::Zone(n, z)),
         (0_u8..3, 0_u8..9).prop_map(|(k, i)| Step::Delete(k, i)),
     ]
@@ -159,36 +205,48 @@ fn change(step: &Step) -> (String, Option<Vec<u8>>) {
     match *step {
         Step::Workload(w, a, b) => (
             format!("clustermesh.io/workloads/v1/shop/w{w}"),
-            json(serde_json::json!({"apiVersion": "clustermesh.io/v1", "kind": "Workload",
+            json(
+                serde_json::json!({"apiVersion": "clustermesh.io/v1", "kind": "Workload",
                 "metadata": {"name": format!("w{w}"), "namespace": "shop", "labels": {"a": a.to_string(), "b": b.to_string()}},
-                "spec": {}, "status": {"identity": 65537}})),
+                "spec": {}, "status": {"identity": 65537}}),
+            ),
         ),
         Step::Service(s, a, b, global) => {
             let mut selector = BTreeMap::from([("a", a.to_string())]);
             selector.extend(b.map(|b| ("b", b.to_string())));
             (
                 format!("clustermesh.io/services/v1/shop/s{s}"),
-                json(serde_json::json!({"apiVersion": "clustermesh.io/v1", "kind": "Service",
+                json(
+                    serde_json::json!({"apiVersion": "clustermesh.io/v1", "kind": "Service",
                     "metadata": {"name": format!("s{s}"), "namespace": "shop",
                         "annotations": {"service.cilium.io/global": global.to_string()}},
                     "spec": {"selector": selector, "ports": [{"port": 80}]},
-                    "status": {"clusterIPs": ["10.96.1.1"]}})),
+                    "status": {"clusterIPs": ["10.96.1.1"]}}),
+                ),
             )
         }
         Step::Address(i, w, n) => (
             format!("cilium/state/ip/v1/default/10.1.0.{i}"),
-            json(serde_json::json!({"IP": format!("10.1.0.{i}"), "ID": 65537, "K8sNamespace": "shop",
-                "K8sPodName": format!("w{w}"), "clustermesh.io": {"node": format!("n{n}")}})),
+            json(
+                serde_json::json!({"IP": format!("10.1.0.{i}"), "ID": 65537, "K8sNamespace": "shop",
+                "K8sPodName": format!("w{w}"), "clustermesh.io": {"node": format!("n{n}")}}),
+            ),
         ),
         Step::Readiness(i, n, ready) => (
             format!("clustermesh.io/readiness/v1/n{n}/10.1.0.{i}"),
-            ready.and_then(|ready| json(serde_json::json!({"ports": [{"port": 80, "protocol": "TCP", "ready": ready}]}))),
+            ready.and_then(|ready| {
+                json(
+                    serde_json::json!({"ports": [{"port": 80, "protocol": "TCP", "ready": ready}]}),
+                )
+            }),
         ),
         Step::Zone(n, zone) => (
             format!("cilium/state/nodes/v1/c1/n{n}"),
             zone.and_then(|zone| {
-                json(serde_json::json!({"Name": format!("n{n}"), "Cluster": "c1", "ClusterID": 1,
-                    "Labels": {"topology.kubernetes.io/zone": zone.to_string()}}))
+                json(
+                    serde_json::json!({"Name": format!("n{n}"), "Cluster": "c1", "ClusterID": 1,
+                    "Labels": {"topology.kubernetes.io/zone": zone.to_string()}}),
+                )
             }),
         ),
         Step::Delete(0, i) => (format!("clustermesh.io/workloads/v1/shop/w{i}"), None),
@@ -198,11 +256,15 @@ fn change(step: &Step) -> (String, Option<Vec<u8>>) {
 }
 
 fn outputs(view: &MapView) -> BTreeMap<Bytes, Bytes> {
-    ["cilium/state/endpointslices/", "cilium/state/services/", "clustermesh.io/endpointslices/"]
-        .iter()
-        .flat_map(|prefix| view.list(prefix.as_bytes()))
-        .map(|kv| (kv.key, kv.value))
-        .collect()
+    [
+        "cilium/state/endpointslices/",
+        "cilium/state/services/",
+        "clustermesh.io/endpointslices/",
+    ]
+    .iter()
+    .flat_map(|prefix| view.list(prefix.as_bytes()))
+    .map(|kv| (kv.key, kv.value))
+    .collect()
 }
 
 proptest! {
