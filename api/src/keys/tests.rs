@@ -82,6 +82,8 @@ fn any_key() -> impl Strategy<Value = RecordKey> {
             .prop_map(|(namespace, name)| RecordKey::Workload { namespace, name }),
         (any_part(), any_part())
             .prop_map(|(namespace, name)| RecordKey::StoredService { namespace, name }),
+        (any_part(), any_part())
+            .prop_map(|(namespace, name)| RecordKey::LocalEndpointSlice { namespace, name }),
         (any_part(), any_address())
             .prop_map(|(node, address)| RecordKey::Readiness { node, address }),
         any_part().prop_map(|node| RecordKey::Session { node }),
