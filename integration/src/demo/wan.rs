@@ -88,7 +88,7 @@ pub async fn healed(scene: &mut Scene) -> Result<String> {
     scene.lab.wan().heal();
     result?;
     // The identity was made during the cut, in cluster a.
-    let identity = scene.lab.cluster(1).identity_labelled("k8s:app=late").await?;
+    let identity = scene.lab.cluster(1).identity_labelled("app=late").await?;
     Ok(format!(
         "converged {ms} ms after healing, with identity {identity} made during the cut"
     ))

@@ -150,60 +150,28 @@ impl Cluster {
         Ok(self.folder.parent().context("lab folder")?.join("pki"))
     }
 
-    /// Makes the lab's certificate authority (once) and this cluster's certificates.
-    pub(super) async fn issue_certificates(&mut self, all: &[Peer]) -> Result<()> {
+    /// Makes the lab's certificate authority (once) and this cluster's certificates, in a folder of its own.
+    pub(super) async fn issue_certificates(&mut self) -> Result<()> {
         let pki = self.pki()?;
-        let pki = pki.to_str().context("folder name")?;
-        self.dev_ca(&["init", "--dir", pki]).await?;
+        let authority = pki.to_str().context("folder name")?.to_owned();
+        self.dev_ca(&["init", "--dir", &authority]).await?;
         let address = self.as_peer().server_address();
-        self.dev_ca(&[
-            "issue",
-            "server",
-            &format!("{}-server", self.name),
-            "--cluster",
-            &self.name,
-            "--san",
-            &address,
-            "--san",
-            "127.0.0.1",
-            "--san",
-            &format!("{}.mesh.clustermesh.io", self.name),
-            "--dir",
-            pki,
-        ])
-        .await?;
-        let admin = format!("admin-{}", self.name);
-        self.dev_ca(&[
-            "issue", "operator", &admin, "--cluster", &self.name, "--dir", pki,
-        ])
-        .await?;
-        for peer in all.iter().filter(|peer| peer.id != self.id) {
-            // The certificate with which this cluster reads that peer.
-            let name = format!("remote-{}-at-{}", self.name, peer.name);
-            self.dev_ca(&[
-                "issue",
-                "peer",
-                &name,
-                "--cluster",
-                &self.name,
-                "--dir",
-                pki,
-            ])
-            .await?;
-        }
+        let server = ["--san", address.as_str(), "--san", "127.0.0.1"];
+        self.issue(&authority, "server", "server", &server).await?;
+        self.issue(&authority, "operator", "admin", &[]).await?;
+        self.issue(&authority, "peer", "remote", &[]).await?;
         for node in &self.nodes {
-            self.dev_ca(&[
-                "issue",
-                "node",
-                node.name(),
-                "--cluster",
-                &self.name,
-                "--dir",
-                pki,
-            ])
-            .await?;
+            self.issue(&authority, "node", node.name(), &[]).await?;
         }
         Ok(())
+    }
+
+    async fn issue(&self, authority: &str, role: &str, name: &str, more: &[&str]) -> Result<()> {
+        let out = format!("{authority}/{}", self.name);
+        let mut arguments = vec!["issue", role, name, "--cluster", &self.name];
+        arguments.extend(["--dir", authority, "--out", &out]);
+        arguments.extend(more);
+        self.dev_ca(&arguments).await
     }
 
     async fn dev_ca(&self, arguments: &[&str]) -> Result<()> {
@@ -232,8 +200,8 @@ service_cidr_v6 = "fd60:{id}::/112"
 
 [tls]
 ca = "{pki}/ca.crt"
-cert = "{pki}/{name}-server.crt"
-key = "{pki}/{name}-server.key"
+cert = "{pki}/{name}/server.crt"
+key = "{pki}/{name}/server.key"
 "#,
             data = self.folder.join("server").display(),
         );
@@ -244,8 +212,8 @@ key = "{pki}/{name}-server.key"
 [[peers]]
 name = "{peer_name}"
 endpoints = ["https://{address}:2379"]
-cert = "{pki}/remote-{name}-at-{peer_name}.crt"
-key = "{pki}/remote-{name}-at-{peer_name}.key"
+cert = "{pki}/{name}/remote.crt"
+key = "{pki}/{name}/remote.key"
 "#,
                 peer_name = peer.name,
                 address = peer.server_address(),
@@ -354,9 +322,9 @@ key = "{pki}/remote-{name}-at-{peer_name}.key"
             .arg("--ca")
             .arg(pki.join("ca.crt"))
             .arg("--cert")
-            .arg(pki.join(format!("admin-{}.crt", self.name)))
+            .arg(pki.join(&self.name).join("admin.crt"))
             .arg("--key")
-            .arg(pki.join(format!("admin-{}.key", self.name)))
+            .arg(pki.join(&self.name).join("admin.key"))
             .args(arguments);
         Ok(command)
     }

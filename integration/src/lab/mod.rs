@@ -52,8 +52,10 @@ pub enum RoutingMode {
 pub struct LabConfig {
     /// Cluster names; ids are 1, 2, …
     pub clusters: Vec<String>,
-    /// Nodes in each.
+    /// Machines in each.
     pub nodes_per_cluster: usize,
+    /// How many of them run an agent; the others are bare machines, for comparison.
+    pub agents_per_cluster: usize,
     /// How programs are attached.
     pub attach_mode: AttachMode,
     /// How packets travel.
@@ -73,6 +75,7 @@ impl LabConfig {
         Ok(Self {
             clusters: vec!["a".to_owned(), "b".to_owned()],
             nodes_per_cluster: 2,
+            agents_per_cluster: 2,
             attach_mode: AttachMode::Tcx,
             routing_mode: RoutingMode::Tunnel,
             underlay_v6: false,
@@ -171,13 +174,13 @@ impl Lab {
     pub async fn start(&mut self) -> Result<()> {
         let all: Vec<_> = self.clusters.iter().map(Cluster::as_peer).collect();
         for cluster in &mut self.clusters {
-            cluster.issue_certificates(&all).await?;
+            cluster.issue_certificates().await?;
         }
         for cluster in &mut self.clusters {
             cluster.start_server(&all).await?;
         }
         for cluster in &mut self.clusters {
-            for node in cluster.nodes_mut() {
+            for node in cluster.nodes_mut().iter_mut().take(self.config.agents_per_cluster) {
                 node.start_agent().await?;
             }
         }

@@ -72,8 +72,8 @@ probe_interval_ms = 200
 
 [tls]
 ca = "{pki}/ca.crt"
-cert = "{pki}/{name}.{cluster}.crt"
-key = "{pki}/{name}.{cluster}.key"
+cert = "{pki}/{cluster}/{name}.crt"
+key = "{pki}/{cluster}/{name}.key"
 "#,
             cluster = cluster.name(),
             endpoint = cluster.server_endpoint(),

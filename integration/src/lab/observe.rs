@@ -101,7 +101,7 @@ impl Cluster {
             .with_context(|| format!("no endpoint {namespace}/{name} in {}", self.name()))
     }
 
-    /// The identity that bears the label `key=value`, wherever it was made.
+    /// The identity with a label that ends in `label`, wherever it was made.
     ///
     /// # Errors
     /// When none does.
@@ -112,7 +112,7 @@ impl Cluster {
             .find(|identity| {
                 identity["labels"]
                     .as_array()
-                    .is_some_and(|labels| labels.iter().any(|l| l == label))
+                    .is_some_and(|labels| labels.iter().any(|l| l.as_str().is_some_and(|l| l.ends_with(label))))
             })
             .and_then(|identity| identity["id"].as_u64())
             .with_context(|| format!("no identity with {label} is known to {}", self.name()))
