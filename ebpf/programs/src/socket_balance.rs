@@ -114,6 +114,22 @@ pub fn remember(named: &SocketAddress, chosen: &SocketAddress) -> SocketChoice {
     }
 }
 
+/// Copies a choice to the socket's storage.
+///
+/// # Safety
+///
+/// `to` must be in a storage that is there.
+#[inline(always)]
+pub unsafe fn store(to: *mut SocketChoice, choice: &SocketChoice) {
+    const WORDS: usize = size_of::<SocketChoice>() / size_of::<u32>();
+    let (to, from) = (to.cast::<u32>(), core::ptr::from_ref(choice).cast::<u32>());
+    for i in 0..WORDS {
+        // SAFETY: both are choices, aligned to words. Volatile: else the compiler calls its memmove, which goes
+        // byte by byte.
+        unsafe { to.add(i).write_volatile(from.add(i).read()) };
+    }
+}
+
 /// The address that the application named.
 #[inline(always)]
 pub fn virtual_of(choice: &SocketChoice) -> SocketAddress {

@@ -5,7 +5,9 @@ use aya_ebpf::programs::SockAddrContext;
 
 use crate::maps::SOCKET_CHOICES;
 use crate::socket_address::{Family, V4, V6, protocol, socket};
-use crate::socket_balance::{ALLOW, TCP, UDP, choose, frontend, frontend_key, refuse, remember};
+use crate::socket_balance::{
+    ALLOW, TCP, UDP, choose, frontend, frontend_key, refuse, remember, store,
+};
 
 #[cgroup_sock_addr(connect4)]
 pub fn socket_connect4(ctx: SockAddrContext) -> i32 {
@@ -44,7 +46,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     if !stored.is_null() {
         // An older choice is left as it is by the call above.
         // SAFETY: checked; the storage lives as long as the socket.
-        unsafe { *stored = choice };
+        unsafe { store(stored, &choice) };
     }
     ALLOW
 }

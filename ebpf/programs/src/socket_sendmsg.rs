@@ -2,12 +2,13 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use clustermesh_ebpf_abi::{FrontendKey, FrontendValue, UDP_CHOICES_PER_SOCKET_MAX, UdpChoice};
+use clustermesh_ebpf_abi::{FrontendKey, FrontendValue, UDP_CHOICES_PER_SOCKET_MAX};
 
 use crate::maps::UDP_CHOICES;
 use crate::socket_address::{Family, SocketAddress, V4, V6};
 use crate::socket_balance::{
-    ALLOW, UDP, backend_of, choose, contains, frontend, frontend_key, refuse, remember, virtual_of,
+    ALLOW, UDP, backend_of, choose, contains, frontend, frontend_key, refuse, remember, store,
+    virtual_of,
 };
 
 #[cgroup_sock_addr(sendmsg4)]
@@ -74,9 +75,9 @@ fn kept_or_chosen(
         place = storage.next as usize;
         storage.next = storage.next.wrapping_add(1);
     }
-    storage.choices[place % UDP_CHOICES_PER_SOCKET_MAX] = UdpChoice {
-        choice: remember(named, &chosen),
-        list_id,
-    };
+    let entry = &mut storage.choices[place % UDP_CHOICES_PER_SOCKET_MAX];
+    // SAFETY: the entry is in the storage.
+    unsafe { store(&raw mut entry.choice, &remember(named, &chosen)) };
+    entry.list_id = list_id;
     Some(chosen)
 }
