@@ -1,0 +1,284 @@
+//! Commands, flags and their help.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed: no connection, refused by the server, a file that cannot be read,
+     or `status --wait` ran out of time
+  2  wrong usage";
+
+/// Operate a mesh of clusters.
+#[derive(Debug, Parser)]
+#[command(name = "clustermesh", version, after_help = EXIT_CODES, propagate_version = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: GlobalArgs,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Where the server is, who we are, and how to print.
+#[derive(Debug, Clone, Args)]
+pub struct GlobalArgs {
+    /// Server of the cluster, https://HOST:PORT; several: separated by commas
+    #[arg(
+        long,
+        global = true,
+        env = "CLUSTERMESH_ENDPOINT",
+        value_name = "URL",
+        value_delimiter = ',',
+        default_value = "https://127.0.0.1:2379"
+    )]
+    pub endpoint: Vec<String>,
+    /// Certificate of the CA that signed the server's certificate
+    #[arg(long, global = true, env = "CLUSTERMESH_CA", value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Own certificate
+    #[arg(long, global = true, env = "CLUSTERMESH_CERT", value_name = "FILE")]
+    pub cert: Option<PathBuf>,
+    /// Own private key
+    #[arg(
+        long,
+        global = true,
+        env = "CLUSTERMESH_KEY",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    pub key: Option<PathBuf>,
+    /// Name in the server's certificate, when it is not the endpoint's host
+    #[arg(
+        long,
+        global = true,
+        env = "CLUSTERMESH_SERVER_NAME",
+        value_name = "NAME"
+    )]
+    pub server_name: Option<String>,
+    /// What to print
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+}
+
+/// Form of the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs; fields are only ever added.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show the cluster, its peers and nodes, and what every node has applied
+    #[command(after_help = "\
+Examples:
+  clustermesh status
+  clustermesh status --wait --timeout 30s
+  clustermesh status -o json | jq '.nodes[].applied'")]
+    Status(StatusArgs),
+    /// List records of this cluster and of the copies of its peers
+    #[command(after_help = "\
+Examples:
+  clustermesh get nodes
+  clustermesh get endpoints -n shop --cluster c2
+  clustermesh get identities -o json")]
+    Get(GetArgs),
+    /// Store manifests; all or none
+    #[command(after_help = "\
+Examples:
+  clustermesh apply -f shop.yaml
+  clustermesh apply -f - < shop.yaml
+  clustermesh apply -f shop.yaml --dry-run")]
+    Apply(ApplyArgs),
+    /// Delete stored manifests; what is not there is reported and no failure
+    #[command(after_help = "\
+Examples:
+  clustermesh delete -f shop.yaml
+  clustermesh delete service shop/cart
+  clustermesh delete workload vm-1")]
+    Delete(DeleteArgs),
+    /// Make a certificate authority and certificates for tests and development
+    #[command(after_help = "\
+Examples:
+  clustermesh dev-ca init --dir pki
+  clustermesh dev-ca issue server c1-server --cluster c1 --san 127.0.0.1 --dir pki
+  clustermesh dev-ca issue node w1 --cluster c1 --dir pki
+  clustermesh dev-ca issue operator admin --cluster c1 --dir pki")]
+    DevCa(DevCaArgs),
+    /// Print a completion script
+    #[command(after_help = "\
+Examples:
+  clustermesh completion bash > /etc/bash_completion.d/clustermesh")]
+    Completion {
+        /// Shell
+        shell: clap_complete::Shell,
+    },
+    /// Write a man page for every command
+    #[command(after_help = "\
+Examples:
+  clustermesh man /usr/local/share/man/man1")]
+    Man {
+        /// Folder for the pages; made when it does not exist
+        directory: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Wait until every node of this cluster has applied the revision that each source cluster has now
+    #[arg(long)]
+    pub wait: bool,
+    /// Longest wait: a number with ms, s or m
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = parse_duration, requires = "wait")]
+    pub timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct GetArgs {
+    /// Kind of records
+    #[arg(value_enum)]
+    pub kind: GetKind,
+    /// Only of this cluster
+    #[arg(long, value_name = "NAME")]
+    pub cluster: Option<String>,
+    /// Only of this namespace (endpoints, services, identities)
+    #[arg(short, long, value_name = "NAME")]
+    pub namespace: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GetKind {
+    /// Machines
+    #[value(alias = "node")]
+    Nodes,
+    /// Addresses of workloads
+    #[value(alias = "endpoint")]
+    Endpoints,
+    /// Services: own ones, and those that peers share
+    #[value(alias = "service")]
+    Services,
+    /// Identities and their labels
+    #[value(alias = "identity")]
+    Identities,
+}
+
+#[derive(Debug, Args)]
+pub struct ApplyArgs {
+    /// YAML (several documents) or JSON; - reads standard input
+    #[arg(short, long, value_name = "FILE")]
+    pub file: PathBuf,
+    /// Let the server check, store nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct DeleteArgs {
+    /// Delete what these manifests name; - reads standard input
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["kind", "object"])]
+    pub file: Option<PathBuf>,
+    /// Kind of the object
+    #[arg(value_enum, required_unless_present = "file", requires = "object")]
+    pub kind: Option<ObjectKind>,
+    /// NAMESPACE/NAME, or NAME in namespace default
+    pub object: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ObjectKind {
+    /// A Service
+    #[value(aliases = ["services", "Service"])]
+    Service,
+    /// A Workload
+    #[value(aliases = ["workloads", "Workload"])]
+    Workload,
+}
+
+#[derive(Debug, Args)]
+pub struct DevCaArgs {
+    #[command(subcommand)]
+    pub command: DevCaCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DevCaCommand {
+    /// Make the authority: ca.crt and ca.key
+    Init {
+        /// Folder of the authority; made when it does not exist
+        #[arg(long, value_name = "DIR", default_value = "pki")]
+        dir: PathBuf,
+        /// Replace what is there; every certificate must then be issued again
+        #[arg(long)]
+        force: bool,
+    },
+    /// Issue NAME.crt and NAME.key
+    Issue(IssueArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct IssueArgs {
+    /// What the holder may do
+    #[arg(value_enum)]
+    pub role: Role,
+    /// Node name, server name, or name of the peer or operator; also the files' name
+    pub name: String,
+    /// Cluster that the holder belongs to
+    #[arg(long, value_name = "NAME")]
+    pub cluster: String,
+    /// Host name or address of a server; can be repeated
+    #[arg(long = "san", value_name = "NAME")]
+    pub sans: Vec<String>,
+    /// Folder of the authority
+    #[arg(long, value_name = "DIR", default_value = "pki")]
+    pub dir: PathBuf,
+    /// Folder for the files [default: that of the authority]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Days until the certificate expires
+    #[arg(long, default_value_t = 365, value_parser = clap::value_parser!(u16).range(1..=3650))]
+    pub days: u16,
+    /// Replace what is there
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// A server of the cluster
+    Server,
+    /// The agent of a machine
+    Node,
+    /// Another cluster's server, which reads what this one publishes
+    Peer,
+    /// A person or tool that may do everything
+    Operator,
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let split = text
+        .find(|character: char| !character.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let factor_ms = match unit {
+        "ms" => 1,
+        "s" | "" => 1000,
+        "m" => 60_000,
+        _ => return Err(format!("unit {unit:?} is not ms, s or m")),
+    };
+    let number: u64 = number
+        .parse()
+        .map_err(|_| "expected a number and a unit, for example 30s".to_owned())?;
+    let ms = number.checked_mul(factor_ms).ok_or("too long")?;
+    let max_ms = u64::from(clustermesh_api::limits::WAIT_MAX_MS);
+    if ms == 0 || ms > max_ms {
+        return Err(format!("must be 1 ms to {} s", max_ms / 1000));
+    }
+    Ok(Duration::from_millis(ms))
+}
+
+#[cfg(test)]
+mod tests;

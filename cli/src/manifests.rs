@@ -1,0 +1,153 @@
+//! Reading manifests from YAML or JSON.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::Path,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use clustermesh_api::{
+    limits::{MAX_MANIFEST_BYTES, MAX_MANIFESTS_PER_APPLY},
+    manifest::Manifest,
+};
+use serde_json::Value;
+
+/// Largest file: the largest manifests, some of them.
+const MAX_FILE_BYTES: u64 = 16 * MAX_MANIFEST_BYTES as u64;
+
+/// Reads a file, or standard input for `-`.
+pub fn read(path: &Path) -> Result<Vec<Manifest>> {
+    let stdin = path == Path::new("-");
+    let name = if stdin {
+        "standard input".to_owned()
+    } else {
+        path.display().to_string()
+    };
+    let source: Box<dyn Read> = if stdin {
+        Box::new(io::stdin())
+    } else {
+        Box::new(File::open(path).with_context(|| format!("cannot open {name}"))?)
+    };
+    let mut text = String::new();
+    source
+        .take(MAX_FILE_BYTES + 1)
+        .read_to_string(&mut text)
+        .with_context(|| format!("cannot read {name}"))?;
+    ensure!(
+        text.len() as u64 <= MAX_FILE_BYTES,
+        "{name} is larger than {MAX_FILE_BYTES} bytes"
+    );
+    parse(&text).with_context(|| name)
+}
+
+/// Reads and checks every document; JSON is YAML too.
+pub fn parse(text: &str) -> Result<Vec<Manifest>> {
+    let documents: Vec<Value> = serde_saphyr::from_multiple(text)?;
+    let documents: Vec<Value> = documents
+        .into_iter()
+        .filter(|document| !document.is_null())
+        .collect();
+    if documents.is_empty() {
+        bail!("there is no manifest in it");
+    }
+    ensure!(
+        documents.len() <= MAX_MANIFESTS_PER_APPLY,
+        "{} manifests, at most {MAX_MANIFESTS_PER_APPLY} go at once",
+        documents.len()
+    );
+    let read = |(index, document): (usize, &Value)| {
+        let json = serde_json::to_vec(document)?;
+        Manifest::from_json(&json).with_context(|| format!("document {}", index + 1))
+    };
+    documents.iter().enumerate().map(read).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TWO: &str = "\
+# a comment
+apiVersion: clustermesh.io/v1
+kind: Service
+metadata:
+  name: cart
+  namespace: shop
+  annotations:
+    service.cilium.io/global: \"true\"
+spec:
+  selector: {app: cart}
+  ports:
+  - {name: http, port: 80, targetPort: 8080}
+---
+apiVersion: clustermesh.io/v1
+kind: Workload
+metadata: {name: cart-0, namespace: shop, labels: {app: cart}}
+spec: {}
+---
+";
+
+    #[test]
+    fn documents_of_one_file_are_read_in_order() {
+        let manifests = parse(TWO).unwrap();
+        let kinds: Vec<&str> = manifests.iter().map(Manifest::kind).collect();
+        assert_eq!(kinds, ["Service", "Workload"]);
+        assert_eq!(manifests[0].metadata().name, "cart");
+    }
+
+    #[test]
+    fn json_is_read_too() {
+        let json = parse(TWO).unwrap()[0].to_json();
+        assert_eq!(
+            parse(std::str::from_utf8(&json).unwrap()).unwrap()[0],
+            parse(TWO).unwrap()[0]
+        );
+    }
+
+    #[test]
+    fn errors_say_which_document_and_field() {
+        let error = format!(
+            "{:#}",
+            parse(&TWO.replace("spec: {}", "spec: {acount: a}")).unwrap_err()
+        );
+        assert_eq!(
+            error,
+            "document 2: Workload shop/cart-0: unknown field spec.acount"
+        );
+        let error = format!("{:#}", parse(&TWO.replace("\"true\"", "true")).unwrap_err());
+        assert!(
+            error.starts_with("document 1: Service shop/cart: invalid type: boolean"),
+            "{error}"
+        );
+        assert!(parse("a: [").is_err());
+        assert!(
+            parse("---\n---\n")
+                .unwrap_err()
+                .to_string()
+                .contains("no manifest")
+        );
+    }
+
+    #[test]
+    fn a_yaml_bomb_is_refused() {
+        let mut text = "a: &a [x,x,x,x,x,x,x,x,x]\n".to_owned();
+        for (name, previous) in ('b'..='k').zip('a'..) {
+            let items = vec![format!("*{previous}"); 9].join(",");
+            text.push_str(&format!("{name}: &{name} [{items}]\n"));
+        }
+        assert!(parse(&text).is_err());
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_named() {
+        let error = format!(
+            "{:#}",
+            read(Path::new("/nonexistent/shop.yaml")).unwrap_err()
+        );
+        assert!(
+            error.starts_with("cannot open /nonexistent/shop.yaml: "),
+            "{error}"
+        );
+    }
+}
