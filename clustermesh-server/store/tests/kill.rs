@@ -34,7 +34,7 @@ fn payload(index: u64) -> Vec<u8> {
     let bytes = if index.is_multiple_of(97) {
         250_000
     } else {
-        300 + usize::try_from(index % 500).unwrap()
+        300 + usize::try_from(index % 500).unwrap_or(0)
     };
     index
         .to_le_bytes()
@@ -79,14 +79,14 @@ fn child() {
             }
             for (index, acknowledged) in durable {
                 acknowledged.await.unwrap().unwrap();
-                out.write_all(&[b'i']).unwrap();
+                out.write_all(b"i").unwrap();
                 out.write_all(&index.to_le_bytes()).unwrap();
             }
             if next.is_multiple_of(5) {
                 RaftLogStorage::<C>::save_vote(&mut log, &Vote::new(next, 1))
                     .await
                     .unwrap();
-                out.write_all(&[b'v']).unwrap();
+                out.write_all(b"v").unwrap();
                 out.write_all(&next.to_le_bytes()).unwrap();
             }
             if next.is_multiple_of(11) && next > WINDOW {
@@ -130,30 +130,23 @@ fn nothing_acknowledged_is_lost_by_kill_9() {
             .spawn()
             .unwrap();
         let mut stdout = child.stdout.take().unwrap();
-        // The test harness writes lines of its own first.
         let life = Duration::from_millis(120 + u64::from(rand_like(round) % 250));
-        let reader = std::thread::spawn(move || {
-            let mut written = Vec::new();
-            let mut buffer = [0; 4096];
-            let mut started = None;
-            loop {
-                match stdout.read(&mut buffer) {
-                    Ok(0) | Err(_) => return written,
-                    Ok(count) => {
-                        written.extend_from_slice(&buffer[..count]);
-                        let started = *started.get_or_insert_with(Instant::now);
-                        if started.elapsed() > life {
-                            child.kill().unwrap();
-                            child.wait().unwrap();
-                            // What is left in the pipe was acknowledged too.
-                            stdout.read_to_end(&mut written).unwrap();
-                            return written;
-                        }
-                    }
-                }
+        let mut written = Vec::new();
+        let mut buffer = [0; 4096];
+        let mut started = None;
+        loop {
+            let count = stdout.read(&mut buffer).unwrap();
+            assert_ne!(count, 0, "the child ended by itself");
+            written.extend_from_slice(&buffer[..count]);
+            if started.get_or_insert_with(Instant::now).elapsed() > life {
+                break;
             }
-        });
-        let written = reader.join().unwrap();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // What is left in the pipe was acknowledged too.
+        stdout.read_to_end(&mut written).unwrap();
+        // The test harness writes a line of its own first.
         let marker = b"running 1 test\n";
         let begin = written
             .windows(marker.len())

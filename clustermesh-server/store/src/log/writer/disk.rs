@@ -40,7 +40,10 @@ pub(in crate::log) struct Disk {
     file: fs::File,
 }
 
-fn key(first_index: u64, part: u16) -> [u8; 10] {
+/// First index of a record and number of a part, both big-endian.
+type Key = [u8; 10];
+
+fn key(first_index: u64, part: u16) -> Key {
     let mut key = [0; 10];
     key[..8].copy_from_slice(&first_index.to_be_bytes());
     key[8..].copy_from_slice(&part.to_be_bytes());
@@ -234,7 +237,7 @@ impl Disk {
         Ok(())
     }
 
-    fn parts(&self, entries: &[Entry]) -> Result<Vec<([u8; 10], Vec<u8>)>, StoreError> {
+    fn parts(&self, entries: &[Entry]) -> Result<Vec<(Key, Vec<u8>)>, StoreError> {
         let Some(first) = entries.first() else {
             return Ok(Vec::new());
         };
