@@ -5,7 +5,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clustermesh_api::limits::{MAX_CLUSTER_NAME_BYTES, MAX_PEERS, MAX_TXN_OPS, MAX_VALUE_BYTES};
+use clustermesh_api::IdentitySplit;
+use clustermesh_api::identity_split::NumberingError;
+use clustermesh_api::limits::MAX_PEERS;
+use clustermesh_api::validate::{ClusterError, check_cluster_name};
+use clustermesh_mesh::{ClusterSettings, SettingsError};
 use clustermesh_process::TlsPaths;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use serde::Deserialize;
@@ -110,10 +114,6 @@ pub struct PeerConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LimitsConfig {
-    /// A request has at most so many bytes (etcd's `--max-request-bytes`).
-    pub max_request_bytes: usize,
-    /// A transaction has at most so many operations on each branch (etcd's `--max-txn-ops`).
-    pub max_txn_ops: usize,
     /// Connections on the client port.
     pub max_connections: usize,
     /// HTTP/2 streams of one connection.
@@ -123,8 +123,6 @@ pub struct LimitsConfig {
 impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
-            max_request_bytes: MAX_VALUE_BYTES,
-            max_txn_ops: MAX_TXN_OPS,
             max_connections: 16_384,
             max_streams_per_connection: 1_024,
         }
@@ -149,7 +147,9 @@ impl CompactionConfig {
 
 impl Default for CompactionConfig {
     fn default() -> Self {
-        Self { retention_seconds: 3_600 }
+        Self {
+            retention_seconds: 3_600,
+        }
     }
 }
 
@@ -163,7 +163,9 @@ pub struct LogConfig {
 
 impl Default for LogConfig {
     fn default() -> Self {
-        Self { format: "text".to_owned() }
+        Self {
+            format: "text".to_owned(),
+        }
     }
 }
 
@@ -237,20 +239,26 @@ impl Config {
             path: shown.clone(),
             reason,
         };
-        let size = std::fs::metadata(path).map_err(|error| read(error.to_string()))?.len();
+        let size = std::fs::metadata(path)
+            .map_err(|error| read(error.to_string()))?
+            .len();
         if size > MAX_CONFIG_FILE_BYTES {
-            return Err(read(format!("{size} bytes is more than {MAX_CONFIG_FILE_BYTES}")));
+            return Err(read(format!(
+                "{size} bytes is more than {MAX_CONFIG_FILE_BYTES}"
+            )));
         }
         let text = std::fs::read_to_string(path).map_err(|error| read(error.to_string()))?;
         let mut config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
             path: shown.clone(),
             source: Box::new(source),
         })?;
-        config.check().map_err(|(key, reason)| ConfigError::Invalid {
-            path: shown,
-            key,
-            reason,
-        })?;
+        config
+            .check()
+            .map_err(|(key, reason)| ConfigError::Invalid {
+                path: shown,
+                key,
+                reason,
+            })?;
         config.resolve(path.parent().unwrap_or(Path::new("")));
         Ok(config)
     }
@@ -293,7 +301,10 @@ impl Config {
         if !self.listen_admin.ip().is_loopback() {
             return Err(fault(
                 "listen_admin",
-                format!("{} is not loopback; metrics and health are in clear there (the client port serves them over TLS)", self.listen_admin),
+                format!(
+                    "{} is not loopback; metrics and health are in clear there (the client port serves them over TLS)",
+                    self.listen_admin
+                ),
             ));
         }
         self.log
@@ -304,7 +315,10 @@ impl Config {
         match &self.cluster {
             Some(cluster) => cluster.check()?,
             None if !self.peers.is_empty() => {
-                return Err(fault("peers", "a server without [cluster] is a plain store and has no peers; add [cluster]"));
+                return Err(fault(
+                    "peers",
+                    "a server without [cluster] is a plain store and has no peers; add [cluster]",
+                ));
             }
             None => {}
         }
@@ -313,20 +327,33 @@ impl Config {
 
     fn check_peers(&self) -> Result<(), (String, String)> {
         if self.peers.len() > MAX_PEERS {
-            return Err(fault("peers", format!("{} peers; the limit is {MAX_PEERS}", self.peers.len())));
+            return Err(fault(
+                "peers",
+                format!("{} peers; the limit is {MAX_PEERS}", self.peers.len()),
+            ));
         }
         let mut names = BTreeSet::new();
         for (index, peer) in self.peers.iter().enumerate() {
             let key = |field: &str| format!("peers[{index}].{field}");
-            check_cluster_name(&peer.name).map_err(|reason| (key("name"), reason))?;
-            if self.cluster.as_ref().is_some_and(|cluster| cluster.name == peer.name) {
-                return Err((key("name"), format!("{:?} is this cluster's own name", peer.name)));
+            check_cluster_name(&peer.name).map_err(|error| (key("name"), error.to_string()))?;
+            if self
+                .cluster
+                .as_ref()
+                .is_some_and(|cluster| cluster.name == peer.name)
+            {
+                return Err((
+                    key("name"),
+                    format!("{:?} is this cluster's own name", peer.name),
+                ));
             }
             if !names.insert(peer.name.as_str()) {
                 return Err((key("name"), format!("{:?} is listed twice", peer.name)));
             }
             if peer.endpoints.is_empty() || peer.endpoints.len() > MAX_ENDPOINTS_PER_PEER {
-                return Err((key("endpoints"), format!("give 1 to {MAX_ENDPOINTS_PER_PEER} host:port")));
+                return Err((
+                    key("endpoints"),
+                    format!("give 1 to {MAX_ENDPOINTS_PER_PEER} host:port"),
+                ));
             }
             for endpoint in &peer.endpoints {
                 check_endpoint(endpoint).map_err(|reason| (key("endpoints"), reason))?;
@@ -348,8 +375,6 @@ impl LimitsConfig {
                 Err(fault(key, format!("{value} is outside {low} to {high}")))
             }
         };
-        inside("limits.max_request_bytes", self.max_request_bytes, 64 << 10, 16 << 20)?;
-        inside("limits.max_txn_ops", self.max_txn_ops, 1, 4_096)?;
         inside("limits.max_connections", self.max_connections, 16, 1 << 20)?;
         inside(
             "limits.max_streams_per_connection",
@@ -361,54 +386,39 @@ impl LimitsConfig {
 }
 
 impl ClusterConfig {
+    /// The settings that the planners work with.
+    ///
+    /// # Errors
+    /// When they contradict each other.
+    pub fn settings(&self) -> Result<ClusterSettings, SettingsError> {
+        ClusterSettings {
+            name: self.name.clone(),
+            id: self.id,
+            split: IdentitySplit::try_from(self.max_connected_clusters)
+                .map_err(ClusterError::from)?,
+            pod_cidrs: self.pod_cidrs().collect(),
+            node_mask_v4: self.node_mask_size_v4,
+            node_mask_v6: self.node_mask_size_v6,
+            service_cidrs: self.service_cidrs().collect(),
+        }
+        .checked()
+    }
+
     fn check(&self) -> Result<(), (String, String)> {
-        check_cluster_name(&self.name).map_err(|reason| fault("cluster.name", reason))?;
-        if ![255, 511].contains(&self.max_connected_clusters) {
-            return Err(fault(
-                "cluster.max_connected_clusters",
-                format!("{} must be 255 or 511", self.max_connected_clusters),
-            ));
-        }
-        if self.id == 0 || self.id > self.max_connected_clusters {
-            return Err(fault(
-                "cluster.id",
-                format!("{} is outside 1 to {}", self.id, self.max_connected_clusters),
-            ));
-        }
-        let services: Vec<_> = self.service_cidrs().collect();
-        for (key, network) in [
-            ("cluster.pod_cidr_v4", self.pod_cidr_v4.map(IpNetwork::V4)),
-            ("cluster.pod_cidr_v6", self.pod_cidr_v6.map(IpNetwork::V6)),
-            ("cluster.service_cidr_v4", self.service_cidr_v4.map(IpNetwork::V4)),
-            ("cluster.service_cidr_v6", self.service_cidr_v6.map(IpNetwork::V6)),
-        ] {
-            if let Some(network) = network.filter(|network| network.network() != network.ip()) {
-                return Err(fault(
-                    key,
-                    format!("{network} has host bits set; write {}/{}", network.network(), network.prefix()),
-                ));
-            }
-        }
-        for pod in self.pod_cidrs() {
-            let (mask, family, longest) = if pod.is_ipv4() {
-                (self.node_mask_size_v4, "v4", 28)
-            } else {
-                (self.node_mask_size_v6, "v6", 120)
-            };
-            if let Some(service) = services.iter().find(|service| overlap(&pod, service)) {
-                return Err(fault(
-                    &format!("cluster.service_cidr_{family}"),
-                    format!("{service} overlaps the pod CIDR {pod}"),
-                ));
-            }
-            if mask < pod.prefix() || mask > longest {
-                return Err(fault(
-                    &format!("cluster.node_mask_size_{family}"),
-                    format!("/{mask} must lie between the cluster's {pod} and /{longest}"),
-                ));
-            }
-        }
-        Ok(())
+        let Err(error) = self.settings() else {
+            return Ok(());
+        };
+        let key = match &error {
+            SettingsError::Cluster(ClusterError::Name(_)) => "cluster.name",
+            SettingsError::Cluster(ClusterError::Number(NumberingError::MaxConnectedClusters(
+                _,
+            ))) => "cluster.max_connected_clusters",
+            SettingsError::Cluster(ClusterError::Number(_)) => "cluster.id",
+            SettingsError::Overlap(..) | SettingsError::TooMany(_) => "cluster.service_cidr",
+            SettingsError::NodeMask { cidr, .. } if cidr.is_ipv4() => "cluster.node_mask_size_v4",
+            SettingsError::NodeMask { .. } => "cluster.node_mask_size_v6",
+        };
+        Err(fault(key, error.to_string()))
     }
 
     /// The cluster's pod CIDRs, IPv4 first.
@@ -420,31 +430,13 @@ impl ClusterConfig {
     /// The ranges of services' virtual addresses, IPv4 first.
     pub fn service_cidrs(&self) -> impl Iterator<Item = IpNetwork> + use<> {
         let v4 = self.service_cidr_v4.map(IpNetwork::V4);
-        v4.into_iter().chain(self.service_cidr_v6.map(IpNetwork::V6))
+        v4.into_iter()
+            .chain(self.service_cidr_v6.map(IpNetwork::V6))
     }
 }
 
 fn fault(key: &str, reason: impl Into<String>) -> (String, String) {
     (key.to_owned(), reason.into())
-}
-
-fn overlap(a: &IpNetwork, b: &IpNetwork) -> bool {
-    a.contains(b.network()) || b.contains(a.network())
-}
-
-fn check_cluster_name(name: &str) -> Result<(), String> {
-    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    let edge = |byte: Option<&u8>| byte.is_some_and(|byte| *byte != b'-');
-    let bytes = name.as_bytes();
-    if bytes.len() > MAX_CLUSTER_NAME_BYTES || !bytes.iter().copied().all(inner) || !edge(bytes.first()) || !edge(bytes.last()) {
-        return Err(format!(
-            "{name:?} must be 1 to {MAX_CLUSTER_NAME_BYTES} lower-case letters, digits and '-', with a letter or digit at both ends"
-        ));
-    }
-    if name == "default" {
-        return Err("\"default\" is reserved; choose another name".to_owned());
-    }
-    Ok(())
 }
 
 fn check_endpoint(endpoint: &str) -> Result<(), String> {
@@ -453,7 +445,9 @@ fn check_endpoint(endpoint: &str) -> Result<(), String> {
         .parse()
         .map_err(|_| format!("{endpoint:?} is not host:port"))?;
     if authority.port_u16().is_none() || authority.host().is_empty() {
-        return Err(format!("{endpoint:?} needs a host and a port, as in \"c2.example.net:2379\""));
+        return Err(format!(
+            "{endpoint:?} needs a host and a port, as in \"c2.example.net:2379\""
+        ));
     }
     Ok(())
 }

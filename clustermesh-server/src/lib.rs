@@ -1,3 +1,16 @@
 //! The server process: etcd v3 and mesh services on one port, sessions, peering, controllers.
 
+pub mod agents;
+pub mod auth;
 pub mod config;
+pub mod controllers;
+pub mod etcd;
+pub mod mesh_api;
+pub mod metrics;
+pub mod peering;
+pub mod planner;
+pub mod serve;
+pub mod server;
+pub mod store;
+pub mod version;
+pub mod view;

@@ -1,2 +1,133 @@
-//! Entry point.
-fn main() {}
+//! `clustermesh-server`: the control plane of one cluster.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use clustermesh_process::{
+    EXIT_BAD_CONFIGURATION, LogFormat, logging, notify_ready, notify_stopping, shutdown_signal,
+};
+use clustermesh_server::config::Config;
+use clustermesh_server::server::Server;
+use tracing::{error, warn};
+
+const EXAMPLES: &str = "\
+Examples:
+  clustermesh-server --config /etc/clustermesh/server.toml
+  clustermesh-server --config server.toml --check-config
+
+A small configuration:
+  data_dir = \"/var/lib/clustermesh/server\"
+  listen_client = \"0.0.0.0:2379\"
+
+  [cluster]
+  name = \"c1\"
+  id = 1
+  pod_cidr_v4 = \"10.1.0.0/16\"
+  service_cidr_v4 = \"10.101.0.0/16\"
+
+  [tls]
+  ca = \"ca.crt\"
+  cert = \"c1-server.crt\"
+  key = \"c1-server.key\"
+
+  [[peers]]
+  name = \"c2\"
+  endpoints = [\"https://c2.example.net:2379\"]
+  cert = \"remote.crt\"
+  key = \"remote.key\"
+
+Environment:
+  CLUSTERMESH_LOG   log filter, for example \"info\" or \"clustermesh_server=debug\"
+
+Exit codes: 0 ended in order, 1 failed, 64 bad configuration.";
+
+/// Control plane of one cluster: replicated store with etcd's API, node sessions, peering.
+#[derive(Debug, Parser)]
+#[command(name = "clustermesh-server", version, about, after_help = EXAMPLES)]
+struct Arguments {
+    /// Configuration file (TOML).
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Check the configuration and the certificates, print what was found, and exit.
+    #[arg(long)]
+    check_config: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let config = match load(&arguments) {
+        Ok(config) => config,
+        Err(reason) => {
+            eprintln!("clustermesh-server: {reason}");
+            return ExitCode::from(EXIT_BAD_CONFIGURATION);
+        }
+    };
+    if arguments.check_config {
+        println!("{}: the configuration is good", arguments.config.display());
+        return ExitCode::SUCCESS;
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(reason) => {
+            eprintln!("clustermesh-server: no runtime: {reason}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(run(&config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            error!("{reason:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(arguments: &Arguments) -> Result<Config, String> {
+    let config = Config::load(&arguments.config).map_err(|error| error.to_string())?;
+    let format: LogFormat = config
+        .log
+        .format
+        .parse()
+        .map_err(|error| format!("{error}"))?;
+    logging::init(format).map_err(|error| error.to_string())?;
+    clustermesh_process::install_crypto_provider();
+    let tls = config
+        .peers
+        .iter()
+        .map(|peer| config.peer_tls_paths(peer))
+        .chain([config.server_tls_paths()]);
+    for paths in tls {
+        // Both roles are made of the same files, so one check finds what is wrong with them.
+        clustermesh_process::ServerTls::load(paths).map_err(|error| error.to_string())?;
+    }
+    Ok(config)
+}
+
+async fn run(config: &Config) -> anyhow::Result<()> {
+    // Before the start, so that a signal during it is not lost.
+    let mut signal = tokio::spawn(shutdown_signal());
+    let server = tokio::select! {
+        server = Server::start(config) => server?,
+        _ = &mut signal => return Ok(()),
+    };
+    if let Err(error) = notify_ready() {
+        warn!(%error, "the service manager was not told that the server is ready");
+    }
+    let failed = tokio::select! {
+        signal = &mut signal => {
+            signal??;
+            false
+        }
+        () = server.failed() => true,
+    };
+    if let Err(error) = notify_stopping() {
+        warn!(%error, "the service manager was not told that the server ends");
+    }
+    server.shutdown().await;
+    anyhow::ensure!(!failed, "the replica stopped by itself; its log says why");
+    Ok(())
+}

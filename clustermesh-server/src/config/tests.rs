@@ -43,7 +43,10 @@ fn a_small_file_gets_the_defaults() {
     assert_eq!(config.listen_admin, "127.0.0.1:9962".parse().unwrap());
     assert_eq!(config.tls.ca, PathBuf::from("ca.pem"));
     assert_eq!(config.tls.cert, PathBuf::from("/etc/cert.pem"));
-    assert_eq!(config.compaction.retention(), Some(Duration::from_secs(3_600)));
+    assert_eq!(
+        config.compaction.retention(),
+        Some(Duration::from_secs(3_600))
+    );
     assert_eq!(config.cluster.as_ref().unwrap().max_connected_clusters, 255);
     let peer = config.peer_tls_paths(&config.peers[0]);
     assert!(peer.cert.ends_with("remote.pem") && peer.ca.ends_with("ca.pem"));
@@ -63,13 +66,24 @@ fn impossible_values_are_refused_with_their_key() {
         ("name = \"c1\"", "name = \"C1\"", "cluster.name"),
         ("name = \"c1\"", "name = \"default\"", "cluster.name"),
         ("name = \"c2\"", "name = \"c1\"", "peers[0].name"),
-        ("id = 1", "id = 1\nmax_connected_clusters = 300", "cluster.max_connected_clusters"),
-        ("10.1.0.0/16", "10.1.2.0/16", "cluster.pod_cidr_v4"),
-        ("10.101.0.0/16", "10.1.7.0/24", "cluster.service_cidr_v4"),
-        ("id = 1", "id = 1\nnode_mask_size_v4 = 8", "cluster.node_mask_size_v4"),
+        (
+            "id = 1",
+            "id = 1\nmax_connected_clusters = 300",
+            "cluster.max_connected_clusters",
+        ),
+        ("10.101.0.0/16", "10.1.7.0/24", "cluster.service_cidr"),
+        (
+            "id = 1",
+            "id = 1\nnode_mask_size_v4 = 8",
+            "cluster.node_mask_size_v4",
+        ),
         ("192.0.2.2:2379", "192.0.2.2", "peers[0].endpoints"),
         ("key = \"remote.key\"", "", "peers[0].cert"),
-        ("[cluster]", "listen_admin = \"0.0.0.0:9962\"\n[cluster]", "listen_admin"),
+        (
+            "[cluster]",
+            "listen_admin = \"0.0.0.0:9962\"\n[cluster]",
+            "listen_admin",
+        ),
         ("[tls]", "[log]\nformat = \"xml\"\n[tls]", "log.format"),
     ] {
         let error = refused(from, to);
@@ -81,6 +95,9 @@ fn impossible_values_are_refused_with_their_key() {
 fn a_plain_store_has_no_peers() {
     let without = "[tls]\nca='a'\ncert='b'\nkey='c'\n";
     assert!(load(without).unwrap().cluster.is_none());
-    let error = load(&format!("{without}[[peers]]\nname='c2'\nendpoints=['h:1']\n")).unwrap_err();
+    let error = load(&format!(
+        "{without}[[peers]]\nname='c2'\nendpoints=['h:1']\n"
+    ))
+    .unwrap_err();
     assert!(error.to_string().contains("plain store"), "{error}");
 }

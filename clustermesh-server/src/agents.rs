@@ -1,0 +1,6 @@
+//! What agents speak: their stream and their sessions.
+
+pub mod listing;
+pub mod registry;
+pub mod session;
+pub mod stream;

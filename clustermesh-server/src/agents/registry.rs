@@ -1,0 +1,278 @@
+//! The sessions of this replica, in memory: who is connected, and what each kernel holds.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clustermesh_api::limits::MAX_SESSIONS;
+use clustermesh_api::v1::SourceRevision;
+use parking_lot::Mutex;
+use tokio::sync::{oneshot, watch};
+
+/// All sessions; clones share them.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    nodes: Mutex<BTreeMap<String, Entry>>,
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    serial: u64,
+    instance_id: String,
+    /// Dropping it ends the session's task.
+    replaced: Option<oneshot::Sender<()>>,
+    report: Report,
+}
+
+/// What is known of one connected node.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// Version of the agent.
+    pub agent_version: String,
+    /// Layout of its pinned maps.
+    pub map_layout_version: u32,
+    /// Its addresses on the underlay.
+    pub underlay_addresses: Vec<String>,
+    /// Of each source cluster, what its kernel holds.
+    pub applied: Vec<SourceRevision>,
+    /// When it last said so.
+    pub reported: Option<Instant>,
+    /// Records that the agent could not take, by reason.
+    pub refused_records: BTreeMap<String, u64>,
+}
+
+impl Report {
+    /// Whether the kernel holds `target` of its cluster. Another store id is no statement about this one.
+    #[must_use]
+    pub fn has_applied(&self, target: &SourceRevision) -> bool {
+        self.applied.iter().any(|source| {
+            source.cluster == target.cluster
+                && source.store_id == target.store_id
+                && source.revision >= target.revision
+        })
+    }
+
+    /// Time since the last report.
+    #[must_use]
+    pub fn age(&self) -> Option<Duration> {
+        self.reported.map(|reported| reported.elapsed())
+    }
+}
+
+/// Why a session cannot be opened.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum OpenError {
+    /// Another run of the agent holds the name.
+    #[error(
+        "node {node}: a session of agent instance {holder} is open; stop that agent, or give this machine its own node name and certificate"
+    )]
+    Held {
+        /// The node.
+        node: String,
+        /// Who holds it.
+        holder: String,
+    },
+    /// Too many nodes.
+    #[error("{MAX_SESSIONS} sessions are open, which is the limit of one server")]
+    Limit,
+}
+
+/// An open session; dropping it ends it.
+#[derive(Debug)]
+pub struct OpenSession {
+    registry: Registry,
+    node: String,
+    serial: u64,
+    /// Resolves when the same instance has opened a newer session.
+    pub replaced: oneshot::Receiver<()>,
+}
+
+impl Default for Registry {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Registry {
+    /// No session.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                nodes: Mutex::new(BTreeMap::new()),
+                changed: watch::Sender::new(0),
+            }),
+        }
+    }
+
+    /// Opens a session of `node`. The same instance replaces its own older one (its connection may have died unseen).
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(
+        &self,
+        node: &str,
+        instance_id: &str,
+        report: Report,
+    ) -> Result<OpenSession, OpenError> {
+        let (keep, replaced) = oneshot::channel();
+        let mut nodes = self.inner.nodes.lock();
+        let mut serial = 0;
+        match nodes.get(node) {
+            Some(entry) if entry.instance_id != instance_id => {
+                return Err(OpenError::Held {
+                    node: node.to_owned(),
+                    holder: entry.instance_id.clone(),
+                });
+            }
+            Some(entry) => serial = entry.serial + 1,
+            None if nodes.len() >= MAX_SESSIONS => return Err(OpenError::Limit),
+            None => {}
+        }
+        nodes.insert(
+            node.to_owned(),
+            Entry {
+                serial,
+                instance_id: instance_id.to_owned(),
+                replaced: Some(keep),
+                report,
+            },
+        );
+        drop(nodes);
+        self.bump();
+        Ok(OpenSession {
+            registry: self.clone(),
+            node: node.to_owned(),
+            serial,
+            replaced,
+        })
+    }
+
+    /// Whether a session of `node` is open.
+    #[must_use]
+    pub fn is_open(&self, node: &str) -> bool {
+        self.inner.nodes.lock().contains_key(node)
+    }
+
+    /// What is known of `node`, if it is connected.
+    #[must_use]
+    pub fn report(&self, node: &str) -> Option<Report> {
+        self.inner
+            .nodes
+            .lock()
+            .get(node)
+            .map(|entry| entry.report.clone())
+    }
+
+    /// Fires at each opening, end and report.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changed.subscribe()
+    }
+
+    fn bump(&self) {
+        self.inner
+            .changed
+            .send_modify(|count| *count = count.wrapping_add(1));
+    }
+}
+
+impl OpenSession {
+    /// Takes a report.
+    pub fn applied(&self, sources: Vec<SourceRevision>, refused_records: BTreeMap<String, u64>) {
+        let mut nodes = self.registry.inner.nodes.lock();
+        if let Some(entry) = nodes
+            .get_mut(&self.node)
+            .filter(|entry| entry.serial == self.serial)
+        {
+            entry.report.applied = sources;
+            entry.report.refused_records = refused_records;
+            entry.report.reported = Some(Instant::now());
+        }
+        drop(nodes);
+        self.registry.bump();
+    }
+
+    /// Whether a newer session of the same instance has taken over.
+    #[must_use]
+    pub fn is_replaced(&self) -> bool {
+        let nodes = self.registry.inner.nodes.lock();
+        nodes
+            .get(&self.node)
+            .is_none_or(|entry| entry.serial != self.serial)
+    }
+}
+
+impl Drop for OpenSession {
+    fn drop(&mut self) {
+        let mut nodes = self.registry.inner.nodes.lock();
+        if nodes
+            .get(&self.node)
+            .is_some_and(|entry| entry.serial == self.serial)
+        {
+            nodes.remove(&self.node);
+        }
+        drop(nodes);
+        self.registry.bump();
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        if let Some(replaced) = self.replaced.take() {
+            // The session's task may have ended before.
+            let _ = replaced.send(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_instance_is_refused_while_the_first_lives() {
+        let registry = Registry::new();
+        let first = registry.open("w1", "a", Report::default()).unwrap();
+        let error = registry.open("w1", "b", Report::default()).unwrap_err();
+        assert!(error.to_string().contains("instance a"), "{error}");
+        drop(first);
+        assert!(registry.open("w1", "b", Report::default()).is_ok());
+    }
+
+    #[test]
+    fn the_same_instance_takes_over_and_the_old_session_touches_nothing() {
+        let registry = Registry::new();
+        let mut old = registry.open("w1", "a", Report::default()).unwrap();
+        let new = registry.open("w1", "a", Report::default()).unwrap();
+        assert!(old.replaced.try_recv().is_ok());
+        assert!(old.is_replaced() && !new.is_replaced());
+        old.applied(vec![SourceRevision::default()], BTreeMap::new());
+        drop(old);
+        assert!(registry.report("w1").unwrap().applied.is_empty());
+        drop(new);
+        assert!(!registry.is_open("w1"));
+    }
+
+    #[test]
+    fn a_report_counts_only_for_its_store() {
+        let registry = Registry::new();
+        let session = registry.open("w1", "a", Report::default()).unwrap();
+        let source = |store_id, revision| SourceRevision {
+            cluster: "c2".into(),
+            store_id,
+            revision,
+        };
+        session.applied(vec![source(1, 10)], BTreeMap::new());
+        let report = registry.report("w1").unwrap();
+        assert!(report.has_applied(&source(1, 10)));
+        assert!(!report.has_applied(&source(1, 11)));
+        assert!(!report.has_applied(&source(2, 5)));
+    }
+}

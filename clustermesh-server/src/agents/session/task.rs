@@ -1,0 +1,443 @@
+//! One session: introduction, claims answered in order, and what its loss means.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clustermesh_api::limits::{
+    SESSION_QUEUE_MESSAGES, SESSION_TTL_DEFAULT_SECONDS, SESSION_TTL_MAX_SECONDS,
+    SESSION_TTL_MIN_SECONDS,
+};
+use clustermesh_api::records::SessionState;
+use clustermesh_api::v1::refused::Reason;
+use clustermesh_api::v1::session_request::Message as Asked;
+use clustermesh_api::v1::session_response::Message as Answer;
+use clustermesh_api::v1::{Ack, Hello, Refused, SessionRequest, SessionResponse, Welcome};
+use clustermesh_mesh::View;
+use clustermesh_mesh::allocate::Plan;
+use clustermesh_mesh::claims::{
+    ClaimError, plan_delete_endpoint, plan_hello, plan_readiness, plan_session, plan_sync,
+    plan_upsert,
+};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout, timeout_at};
+use tonic::{Status, Streaming};
+use tracing::{info, warn};
+
+use super::Shared;
+use crate::agents::registry::{OpenSession, Report};
+use crate::metrics::ReasonLabels;
+use crate::planner::{CommitError, Done};
+
+/// The introduction must come by then.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+type Responses = mpsc::Sender<Result<SessionResponse, Status>>;
+type Pending = Pin<Box<dyn Future<Output = Result<Vec<Answer>, Status>> + Send>>;
+
+/// The task of one stream.
+pub(super) struct SessionTask {
+    shared: Arc<Shared>,
+    /// From the certificate.
+    node: String,
+    responses: Responses,
+}
+
+/// A session after its introduction.
+struct Open {
+    hello: Hello,
+    ttl: Duration,
+    session: OpenSession,
+}
+
+/// Why a session is over.
+#[derive(Debug)]
+enum End {
+    /// The agent closed the stream or the connection broke.
+    Disconnected,
+    /// Nothing came for the whole time to live.
+    Silent,
+    /// A newer session of the same agent took over.
+    Replaced,
+    /// This server stops.
+    Stopping,
+    /// The store could not commit a claim; the agent comes back and tells everything again.
+    Failed(Status),
+}
+
+impl SessionTask {
+    pub(super) fn new(shared: Arc<Shared>, node: String, responses: Responses) -> Self {
+        Self {
+            shared,
+            node,
+            responses,
+        }
+    }
+
+    pub(super) async fn run(self, mut requests: Streaming<SessionRequest>) {
+        let mut open = match self.introduce(&mut requests).await {
+            Ok(Ok(open)) => open,
+            Ok(Err((reason, message))) => {
+                self.refused(&message, reason);
+                // The agent may be gone already.
+                let _ = self
+                    .responses
+                    .send(Ok(answer(Answer::Refused(refused(0, reason, message)))))
+                    .await;
+                return;
+            }
+            Err(status) => {
+                let _ = self.responses.send(Err(status)).await;
+                return;
+            }
+        };
+        self.shared.metrics.open.inc();
+        info!(
+            node = self.node,
+            instance = open.hello.instance_id,
+            "node session opened"
+        );
+        let (end, last_message) = self.converse(&mut open, &mut requests).await;
+        self.shared.metrics.open.dec();
+        info!(
+            node = self.node,
+            instance = open.hello.instance_id,
+            ?end,
+            "node session ended"
+        );
+        let Open {
+            hello,
+            ttl,
+            session,
+        } = open;
+        drop(session);
+        match end {
+            End::Replaced => return,
+            End::Stopping => {
+                let status = Status::unavailable("etcdserver: server stopped");
+                let _ = self.responses.send(Err(status)).await;
+                return;
+            }
+            End::Failed(status) => {
+                let _ = self.responses.send(Err(status)).await;
+            }
+            End::Disconnected | End::Silent => {}
+        }
+        self.lose(&hello, last_message + ttl).await;
+    }
+
+    /// Hello and Welcome. The inner error is a refusal.
+    async fn introduce(
+        &self,
+        requests: &mut Streaming<SessionRequest>,
+    ) -> Result<Result<Open, (Reason, String)>, Status> {
+        let first = timeout(HELLO_TIMEOUT, requests.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no Hello came"))??;
+        let Some(Asked::Hello(hello)) = first.and_then(|request| request.message) else {
+            return Ok(Err((
+                Reason::Invalid,
+                "a session begins with Hello".to_owned(),
+            )));
+        };
+        if hello.node != self.node {
+            let message = format!(
+                "the certificate is node {:?}'s, Hello says {:?}; use that node's certificate or name",
+                self.node, hello.node
+            );
+            return Ok(Err((Reason::NotOwned, message)));
+        }
+        if hello.instance_id.is_empty() {
+            return Ok(Err((
+                Reason::Invalid,
+                "Hello needs an instance_id".to_owned(),
+            )));
+        }
+        let report = Report {
+            agent_version: hello.agent_version.clone(),
+            map_layout_version: hello.map_layout_version,
+            underlay_addresses: hello.underlay_addresses.clone(),
+            ..Report::default()
+        };
+        let session = match self
+            .shared
+            .registry
+            .open(&self.node, &hello.instance_id, report)
+        {
+            Ok(session) => session,
+            Err(error) => return Ok(Err((Reason::Conflict, error.to_string()))),
+        };
+        let settings = Arc::clone(&self.shared.settings);
+        let claim = hello.clone();
+        let cidrs = match self
+            .shared
+            .planner
+            .commit(move |view: &dyn View, _| plan_hello(view, &settings, &claim))
+            .await
+        {
+            Ok(done) => done.result,
+            Err(CommitError::Refused(error)) => {
+                return Ok(Err((error.reason(), error.to_string())));
+            }
+            Err(CommitError::Store(status)) => return Err(status),
+        };
+        self.record_state(SessionState::Connected, &hello.instance_id)
+            .await?;
+        let ttl_seconds = match hello.session_ttl_seconds {
+            0 => SESSION_TTL_DEFAULT_SECONDS,
+            asked => asked.clamp(SESSION_TTL_MIN_SECONDS, SESSION_TTL_MAX_SECONDS),
+        };
+        let text = |cidr: Option<ipnetwork::IpNetwork>| {
+            cidr.map(|cidr| cidr.to_string()).unwrap_or_default()
+        };
+        let settings = &self.shared.settings;
+        let welcome = Welcome {
+            store_id: self.shared.store.cluster_id(),
+            cluster: settings.name.clone(),
+            cluster_id: settings.id,
+            max_connected_clusters: settings.split.max_cluster_id(),
+            pod_cidr_v4: text(cidrs.v4),
+            pod_cidr_v6: text(cidrs.v6),
+            cluster_pod_cidrs: settings.pod_cidrs.iter().map(ToString::to_string).collect(),
+            service_cidrs: settings
+                .service_cidrs
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            session_ttl_seconds: ttl_seconds,
+        };
+        self.responses
+            .send(Ok(answer(Answer::Welcome(welcome))))
+            .await
+            .map_err(|_| Status::cancelled("the agent is gone"))?;
+        Ok(Ok(Open {
+            hello,
+            ttl: Duration::from_secs(ttl_seconds.into()),
+            session,
+        }))
+    }
+
+    /// Takes messages until the end; also says when the last one came.
+    async fn converse(
+        &self,
+        open: &mut Open,
+        requests: &mut Streaming<SessionRequest>,
+    ) -> (End, Instant) {
+        let mut pending: FuturesOrdered<Pending> = FuturesOrdered::new();
+        let mut last = Instant::now();
+        let end = loop {
+            let deadline = last + open.ttl;
+            tokio::select! {
+                request = timeout_at(deadline, requests.message()), if pending.len() < SESSION_QUEUE_MESSAGES => {
+                    let message = match request {
+                        Err(_) => break End::Silent,
+                        Ok(Ok(Some(request))) => request.message,
+                        Ok(Ok(None) | Err(_)) => break End::Disconnected,
+                    };
+                    last = Instant::now();
+                    match self.take(open, message).await {
+                        Ok(Some(outcome)) => pending.push_back(outcome),
+                        Ok(None) => {}
+                        Err(status) => break End::Failed(status),
+                    }
+                }
+                Some(outcome) = pending.next() => match outcome {
+                    Ok(answers) => {
+                        // An agent that reads nothing for its whole time to live is as good as silent.
+                        for message in answers {
+                            match timeout(open.ttl, self.responses.send(Ok(answer(message)))).await {
+                                Ok(Ok(())) => {}
+                                Ok(Err(_)) => return (End::Disconnected, last),
+                                Err(_) => return (End::Silent, last),
+                            }
+                        }
+                    }
+                    Err(status) => break End::Failed(status),
+                },
+                _ = &mut open.session.replaced => break End::Replaced,
+                () = self.shared.drain.draining() => break End::Stopping,
+            }
+        };
+        (end, last)
+    }
+
+    /// Queues a claim; its answers come in the order of the claims.
+    async fn take(&self, open: &Open, message: Option<Asked>) -> Result<Option<Pending>, Status> {
+        let settings = Arc::clone(&self.shared.settings);
+        let node = self.node.clone();
+        let planner = &self.shared.planner;
+        let metrics = self.shared.metrics.clone();
+        Ok(match message {
+            // Nothing but a sign of life, or a message of a newer agent.
+            Some(Asked::Heartbeat(_)) | None => None,
+            Some(Asked::Hello(_)) => {
+                let message = "this session has begun already".to_owned();
+                let refusal = Answer::Refused(refused(0, Reason::Invalid, message));
+                Some(Box::pin(async move { Ok(vec![refusal]) }))
+            }
+            Some(Asked::ReportApplied(report)) => {
+                let refused: BTreeMap<String, u64> = report.refused_records.into_iter().collect();
+                open.session.applied(report.sources, refused);
+                None
+            }
+            Some(Asked::UpsertEndpoint(claim)) => {
+                let id = claim.request_id;
+                let outcome = planner
+                    .submit(move |view: &dyn View, _| plan_upsert(view, &settings, &node, &claim))
+                    .await?;
+                Some(Box::pin(
+                    async move { answers(id, outcome.await, &metrics) },
+                ))
+            }
+            Some(Asked::DeleteEndpoint(claim)) => {
+                let id = claim.request_id;
+                let outcome = planner
+                    .submit(move |view: &dyn View, _| plan_delete_endpoint(view, &node, &claim))
+                    .await?;
+                Some(Box::pin(
+                    async move { answers(id, outcome.await, &metrics) },
+                ))
+            }
+            Some(Asked::ReportReadiness(report)) => {
+                let id = report.request_id;
+                let outcome = planner
+                    .submit(move |view: &dyn View, _| plan_readiness(view, &node, &report))
+                    .await?;
+                Some(Box::pin(
+                    async move { answers(id, outcome.await, &metrics) },
+                ))
+            }
+            Some(Asked::SyncEndpoints(sync)) => {
+                let id = sync.request_id;
+                let outcome = planner
+                    .submit(move |view: &dyn View, _| plan_sync(view, &settings, &node, &sync))
+                    .await?;
+                Some(Box::pin(async move {
+                    let (refusals, outcome) = match outcome.await {
+                        Ok(Done { result, revision }) => (
+                            result,
+                            Ok(Done {
+                                result: (),
+                                revision,
+                            }),
+                        ),
+                        Err(error) => (Vec::new(), Err(error)),
+                    };
+                    let mut messages: Vec<Answer> = refusals
+                        .iter()
+                        .map(|error| refusal(id, error, &metrics))
+                        .collect();
+                    messages.extend(answers(id, outcome, &metrics)?);
+                    Ok(messages)
+                }))
+            }
+        })
+    }
+
+    /// After the time to live without a successor the node is marked stale. Nothing is deleted.
+    async fn lose(&self, hello: &Hello, deadline: Instant) {
+        tokio::select! {
+            () = tokio::time::sleep_until(deadline) => {}
+            () = self.shared.drain.draining() => return,
+        }
+        if self.shared.registry.is_open(&self.node) {
+            return;
+        }
+        self.shared.metrics.lost.inc();
+        warn!(
+            node = self.node,
+            "node session lost, the node is stale; its records stay"
+        );
+        if let Err(status) = self
+            .record_state(SessionState::Stale, &hello.instance_id)
+            .await
+        {
+            warn!(
+                node = self.node,
+                error = status.message(),
+                "the stale node could not be recorded"
+            );
+        }
+    }
+
+    async fn record_state(&self, state: SessionState, instance_id: &str) -> Result<(), Status> {
+        let (node, instance_id) = (self.node.clone(), instance_id.to_owned());
+        let registry = self.shared.registry.clone();
+        self.shared
+            .planner
+            .commit(move |view: &dyn View, now| {
+                // Decided when it is planned: the agent may have come back while this waited.
+                if state == SessionState::Stale && registry.is_open(&node) {
+                    return Ok(Plan {
+                        txn: clustermesh_mesh::Txn::new(),
+                        result: (),
+                    });
+                }
+                Ok::<_, Infallible>(plan_session(view, &node, state, &instance_id, now))
+            })
+            .await?;
+        Ok(())
+    }
+
+    fn refused(&self, message: &str, reason: Reason) {
+        count(&self.shared.metrics, reason);
+        warn!(
+            node = self.node,
+            reason = reason.as_str_name(),
+            message,
+            "node session refused"
+        );
+    }
+}
+
+fn count(metrics: &crate::metrics::SessionMetrics, reason: Reason) {
+    metrics
+        .refused
+        .get_or_create(&ReasonLabels {
+            reason: reason.as_str_name().to_lowercase(),
+        })
+        .inc();
+}
+
+fn answers(
+    request_id: u64,
+    outcome: Result<Done<()>, CommitError<ClaimError>>,
+    metrics: &crate::metrics::SessionMetrics,
+) -> Result<Vec<Answer>, Status> {
+    match outcome {
+        Ok(Done { revision, .. }) => Ok(vec![Answer::Ack(Ack {
+            request_id,
+            revision,
+        })]),
+        Err(CommitError::Refused(error)) => Ok(vec![refusal(request_id, &error, metrics)]),
+        Err(CommitError::Store(status)) => Err(status),
+    }
+}
+
+fn refusal(
+    request_id: u64,
+    error: &ClaimError,
+    metrics: &crate::metrics::SessionMetrics,
+) -> Answer {
+    count(metrics, error.reason());
+    Answer::Refused(refused(request_id, error.reason(), error.to_string()))
+}
+
+fn refused(request_id: u64, reason: Reason, message: String) -> Refused {
+    Refused {
+        request_id,
+        reason: reason.into(),
+        message,
+    }
+}
+
+fn answer(message: Answer) -> SessionResponse {
+    SessionResponse {
+        message: Some(message),
+    }
+}

@@ -1,0 +1,528 @@
+//! One connection to a peer: its configuration, its listings at one revision, then its events.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use bytes::Bytes;
+use clustermesh_api::etcd::mvcc::event::EventType;
+use clustermesh_api::etcd::rpc::{RangeRequest, WatchCreateRequest, WatchResponse};
+use clustermesh_api::keys::{HEARTBEAT_KEY, Kind, SYNCED_PREFIX};
+use clustermesh_api::v1::peer_status::State;
+use clustermesh_client::{Client, WatchStream};
+use clustermesh_mesh::peering::{
+    Ingested, Peer, PeerChange, PeerCopyState, accept_config, copied_config,
+};
+use clustermesh_mesh::prefix_end;
+use futures_util::FutureExt;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::link::LinkError;
+use super::status::config_key;
+use super::writer::Writer;
+use super::{Shared, drain_copy};
+use crate::metrics::ClusterReasonLabels;
+use crate::view::StateView;
+
+/// Most keys of one kind of one peer.
+const MAX_KEYS_PER_KIND: usize = 2_000_000;
+/// While things change, the peer is asked for its revision this often.
+const PROGRESS_INTERVAL_BUSY: Duration = Duration::from_millis(250);
+/// While nothing changes, this often.
+const PROGRESS_INTERVAL_IDLE: Duration = Duration::from_secs(1);
+/// A peer that answers no progress request for so long is given up.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Responses that are ready join one write, up to so many events.
+const MAX_EVENTS_PER_WRITE: usize = 4_096;
+/// A listing again because a range became free: at most this often.
+const RELIST_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Watch ids on the one stream.
+const WATCH_RECORDS: i64 = 1;
+const WATCH_CANARIES: i64 = 2;
+const WATCH_CONFIG: i64 = 3;
+const WATCH_HEARTBEAT: i64 = 4;
+
+/// A connection in which the peer's configuration was accepted.
+pub(super) struct Sync<'a> {
+    shared: &'a Shared,
+    name: &'a str,
+    client: Client,
+    copy: &'a mut PeerCopyState,
+    writer: Writer<'a>,
+    /// The peer's configuration as it said it.
+    config: Bytes,
+    store_id: u64,
+    listed: Option<Instant>,
+}
+
+/// Why a watch ended without an error.
+enum Next {
+    /// List everything again.
+    Relist,
+}
+
+impl<'a> Sync<'a> {
+    /// Reads and judges the configuration, and takes up the copy that is there.
+    pub(super) async fn begin(
+        shared: &'a Shared,
+        name: &'a str,
+        client: Client,
+        copy: &'a mut Option<PeerCopyState>,
+    ) -> Result<Self, LinkError> {
+        let response = client
+            .range(RangeRequest {
+                key: config_key(name).into(),
+                ..RangeRequest::default()
+            })
+            .await?;
+        let store_id = response
+            .header
+            .map(|header| header.cluster_id)
+            .unwrap_or_default();
+        if store_id == 0 {
+            return Err(LinkError::Protocol(
+                "the peer's answers carry no cluster id".to_owned(),
+            ));
+        }
+        let config = response.kvs.into_iter().next().map(|kv| kv.value);
+        let peer = accept(shared, name, config.as_deref())?;
+        let config = config.unwrap_or_default();
+        shared.statuses.update(name, |state| {
+            state.state = State::Syncing;
+            state.cluster_id = peer.cluster_id;
+        });
+        drain_if_renumbered(shared, &peer).await?;
+        let mut writer = Writer::new(shared, name);
+        let state = match copy.take() {
+            Some(state) if *state.peer() == peer => state,
+            _ => {
+                let (state, changes) = {
+                    let mut owners = shared.owners.lock();
+                    shared
+                        .store
+                        .read(|state| PeerCopyState::restore(peer, &mut owners, &StateView(state)))
+                };
+                writer.write(changes).await?;
+                state
+            }
+        };
+        Ok(Self {
+            shared,
+            name,
+            client,
+            copy: copy.insert(state),
+            writer,
+            config,
+            store_id,
+            listed: None,
+        })
+    }
+
+    /// Copies until something breaks.
+    pub(super) async fn run(&mut self, synced: &mut bool) -> Result<Infallible, LinkError> {
+        let mut resume = self.writer.is_synced() && self.writer.store_id() == self.store_id;
+        loop {
+            if resume {
+                // Canaries are not part of the records' revision order: they are always read afresh.
+                self.canaries(0).await?;
+                let changes = vec![self.own_config()?];
+                self.writer.write(changes).await?;
+                info!(
+                    peer = self.name,
+                    revision = self.writer.revision(),
+                    "peer copy resumes"
+                );
+            } else {
+                self.list().await?;
+            }
+            let Next::Relist = self.watch(synced).await?;
+            resume = false;
+        }
+    }
+
+    fn own_config(&self) -> Result<PeerChange, LinkError> {
+        Ok(PeerChange {
+            key: config_key(self.name).into(),
+            value: Some(copied_config(self.name, &self.config)?),
+        })
+    }
+
+    /// Reads the canaries, at `revision` or (0) now; the revision at which they were read.
+    async fn canaries(&mut self, revision: i64) -> Result<i64, LinkError> {
+        let prefix = format!("{SYNCED_PREFIX}{}/", self.name);
+        let pager = self.client.list(range_of(&prefix, revision));
+        let listing = pager.collect(Kind::ALL.len() * 16).await?;
+        self.check_store(listing.store_id)?;
+        let events: Vec<_> = listing
+            .kvs
+            .into_iter()
+            .map(|kv| (kv.key, Some(kv.value)))
+            .collect();
+        let outcome = self.copy.ingest(&mut self.shared.owners.lock(), &events);
+        self.log_refused(&outcome);
+        Ok(listing.revision)
+    }
+
+    /// A complete listing at one revision; Raft writes what differs.
+    async fn list(&mut self) -> Result<(), LinkError> {
+        self.shared
+            .statuses
+            .update(self.name, |state| state.state = State::Syncing);
+        self.listed = Some(Instant::now());
+        let revision = self.canaries(0).await?;
+        self.writer.begin(self.store_id, revision);
+        // The configuration stands before the records, the canaries after them: readers rely on that order.
+        let config = self.own_config()?;
+        self.writer.write(vec![config]).await?;
+        self.copy.begin_listing();
+        for kind in Kind::ALL {
+            if !self.copy.peer().exports(kind) {
+                self.replace(kind, &[]).await?;
+                continue;
+            }
+            let prefix = self.copy.peer().source_prefix(kind);
+            let listing = self
+                .client
+                .list(range_of(&prefix, revision))
+                .collect(MAX_KEYS_PER_KIND)
+                .await?;
+            self.check_store(listing.store_id)?;
+            let records: Vec<_> = listing
+                .kvs
+                .into_iter()
+                .map(|kv| (kv.key, kv.value))
+                .collect();
+            self.replace(kind, &records).await?;
+        }
+        let complete = self.is_complete();
+        self.writer.advance(Vec::new(), revision, complete).await?;
+        info!(peer = self.name, revision, complete, "peer listed");
+        Ok(())
+    }
+
+    async fn replace(&mut self, kind: Kind, records: &[(Bytes, Bytes)]) -> Result<(), LinkError> {
+        let outcome = {
+            let mut owners = self.shared.owners.lock();
+            let now = clustermesh_raft::wall_clock();
+            self.shared.store.read(|state| {
+                self.copy
+                    .replace(&mut owners, kind, records, &StateView(state), now)
+            })
+        };
+        self.log_refused(&outcome);
+        self.writer.write(outcome.changes).await?;
+        Ok(())
+    }
+
+    fn is_complete(&self) -> bool {
+        self.copy.completed().count() == Kind::ALL.len()
+    }
+
+    fn check_store(&self, store_id: u64) -> Result<(), LinkError> {
+        if store_id == self.store_id {
+            return Ok(());
+        }
+        Err(LinkError::Protocol(format!(
+            "the peer's store changed from {:x} to {store_id:x}; its revisions begin anew",
+            self.store_id
+        )))
+    }
+
+    /// Follows the events after the cursor.
+    async fn watch(&mut self, synced: &mut bool) -> Result<Next, LinkError> {
+        let tree = self.copy.peer().source_tree().prefix();
+        let from = self.writer.revision() + 1;
+        let watch = |watch_id, prefix: &str, start_revision| WatchCreateRequest {
+            key: prefix.to_owned().into(),
+            range_end: prefix_end(prefix.as_bytes()),
+            start_revision,
+            watch_id,
+            ..WatchCreateRequest::default()
+        };
+        let config = WatchCreateRequest {
+            key: config_key(self.name).into(),
+            start_revision: from,
+            watch_id: WATCH_CONFIG,
+            ..WatchCreateRequest::default()
+        };
+        let mut stream = self
+            .client
+            .watch([
+                // One watch for all kinds, so that their events come in the order of their revisions.
+                watch(WATCH_RECORDS, tree, from),
+                watch(
+                    WATCH_CANARIES,
+                    &format!("{SYNCED_PREFIX}{}/", self.name),
+                    from,
+                ),
+                config,
+                watch(WATCH_HEARTBEAT, HEARTBEAT_KEY, 0),
+            ])
+            .await?;
+        self.report_state(synced);
+        let mut timing = Timing::new();
+        loop {
+            let response = tokio::select! {
+                response = stream.next() => response?,
+                () = tokio::time::sleep_until(timing.next_ask()) => {
+                    timing.check_silence()?;
+                    stream.request_progress().await?;
+                    timing.asked();
+                    if let Some(next) = self.reconsider().await? {
+                        return Ok(next);
+                    }
+                    continue;
+                }
+            };
+            timing.heard();
+            self.shared.statuses.heard(self.name);
+            let batch = self.gather(&mut stream, response)?;
+            if batch.changed {
+                timing.changed();
+            }
+            if let Some(next) = self.take(batch).await? {
+                return Ok(next);
+            }
+            self.report_state(synced);
+        }
+    }
+
+    /// Takes a response and those that are ready behind it.
+    fn gather(
+        &mut self,
+        stream: &mut WatchStream,
+        first: Option<WatchResponse>,
+    ) -> Result<Batch, LinkError> {
+        let mut batch = Batch {
+            revision: self.writer.revision(),
+            ..Batch::default()
+        };
+        let mut next = Some(first);
+        while let Some(response) = next.take() {
+            let response = response
+                .ok_or_else(|| LinkError::Protocol("the peer ended the watch stream".to_owned()))?;
+            let store_id = response
+                .header
+                .map(|header| header.cluster_id)
+                .unwrap_or_default();
+            self.check_store(store_id)?;
+            batch.add(response)?;
+            if batch.events.len() >= MAX_EVENTS_PER_WRITE || batch.relist {
+                break;
+            }
+            next = stream.next().now_or_never().transpose()?;
+        }
+        Ok(batch)
+    }
+
+    async fn take(&mut self, batch: Batch) -> Result<Option<Next>, LinkError> {
+        if batch.relist {
+            return Ok(Some(Next::Relist));
+        }
+        if batch.config.is_some_and(|config| config != self.config) {
+            return Err(LinkError::Reconfigured);
+        }
+        let outcome = self
+            .copy
+            .ingest(&mut self.shared.owners.lock(), &batch.events);
+        self.log_refused(&outcome);
+        self.writer
+            .advance(outcome.changes, batch.revision, self.writer.is_synced())
+            .await?;
+        // The peer's own list became complete after ours was taken: only a listing from now on says what is absent.
+        if !outcome.completed.is_empty() && !self.writer.is_synced() {
+            return Ok(Some(Next::Relist));
+        }
+        Ok(None)
+    }
+
+    /// Refused records may be acceptable since another peer gave something up.
+    async fn reconsider(&mut self) -> Result<Option<Next>, LinkError> {
+        let (changes, relist) = {
+            let mut owners = self.shared.owners.lock();
+            let changes = self.copy.reconsider(&mut owners);
+            (changes, self.copy.needs_relist(&owners))
+        };
+        self.writer.write(changes).await?;
+        let rested = self
+            .listed
+            .is_none_or(|listed| listed.elapsed() >= RELIST_INTERVAL);
+        Ok((relist && rested).then_some(Next::Relist))
+    }
+
+    fn report_state(&mut self, synced: &mut bool) {
+        let now = if self.writer.is_synced() {
+            State::Synced
+        } else {
+            State::Syncing
+        };
+        *synced |= now == State::Synced;
+        let refused = self
+            .copy
+            .refused_counts()
+            .into_iter()
+            .map(|(reason, count)| (reason.to_owned(), count))
+            .collect();
+        self.shared.statuses.update(self.name, |state| {
+            if state.state != now {
+                state.state = now;
+                if now == State::Synced {
+                    state.last_error.clear();
+                }
+            }
+            state.refused_records = refused;
+        });
+    }
+
+    fn log_refused(&self, outcome: &Ingested) {
+        for refusal in &outcome.refused {
+            let labels = ClusterReasonLabels {
+                cluster: self.name.to_owned(),
+                reason: refusal.reason().to_owned(),
+            };
+            self.shared.metrics.refused.get_or_create(&labels).inc();
+            warn!(peer = self.name, reason = refusal.reason(), %refusal, "record refused");
+        }
+    }
+}
+
+/// Judges the configuration and reserves the peer's id.
+fn accept(shared: &Shared, name: &str, config: Option<&[u8]>) -> Result<Peer, LinkError> {
+    let mut ids = shared.ids.lock();
+    let peer = accept_config(&shared.settings, name, config, &ids)?;
+    ids.retain(|id, holder| holder != name || *id == peer.cluster_id);
+    ids.insert(peer.cluster_id, name.to_owned());
+    Ok(peer)
+}
+
+/// A peer under another number is another peer: nothing of the old copy is valid.
+async fn drain_if_renumbered(shared: &Shared, peer: &Peer) -> Result<(), LinkError> {
+    use clustermesh_api::records::ClusterConfig;
+    use clustermesh_mesh::View;
+    let stored = shared
+        .store
+        .read(|state| StateView(state).get(&config_key(&peer.cluster)))
+        .and_then(|kv| ClusterConfig::decode(&kv.value).ok());
+    if let Some(stored) = stored.filter(|stored| stored.id != peer.cluster_id) {
+        warn!(
+            peer = peer.cluster,
+            from = stored.id,
+            to = peer.cluster_id,
+            "the peer's cluster id changed, its copy begins anew"
+        );
+        drain_copy(shared, &peer.cluster).await?;
+        shared
+            .ids
+            .lock()
+            .insert(peer.cluster_id, peer.cluster.clone());
+    }
+    Ok(())
+}
+
+fn range_of(prefix: &str, revision: i64) -> RangeRequest {
+    RangeRequest {
+        key: prefix.to_owned().into(),
+        range_end: prefix_end(prefix.as_bytes()),
+        revision,
+        ..RangeRequest::default()
+    }
+}
+
+/// What arrived together.
+#[derive(Default)]
+struct Batch {
+    events: Vec<(Bytes, Option<Bytes>)>,
+    config: Option<Bytes>,
+    /// The records are complete up to here.
+    revision: i64,
+    changed: bool,
+    relist: bool,
+}
+
+impl Batch {
+    fn add(&mut self, response: WatchResponse) -> Result<(), LinkError> {
+        if response.compact_revision != 0 {
+            self.relist = true;
+            return Ok(());
+        }
+        if response.canceled {
+            return Err(LinkError::Protocol(format!(
+                "the peer refused a watch: {}",
+                response.cancel_reason
+            )));
+        }
+        let is_progress = !response.created && response.events.is_empty();
+        if is_progress {
+            // All watches of the stream have come as far as this.
+            let revision = response.header.map_or(0, |header| header.revision);
+            self.revision = self.revision.max(revision);
+        }
+        for event in response.events {
+            let is_delete = event.r#type == i32::from(EventType::Delete);
+            let Some(kv) = event.kv else { continue };
+            match response.watch_id {
+                WATCH_RECORDS => {
+                    self.changed = true;
+                    // The header may be ahead of what a server that catches up has sent; the events are not.
+                    self.revision = self.revision.max(kv.mod_revision);
+                    self.events.push((kv.key, (!is_delete).then_some(kv.value)));
+                }
+                WATCH_CANARIES => self.events.push((kv.key, (!is_delete).then_some(kv.value))),
+                WATCH_CONFIG if !is_delete => self.config = Some(kv.value),
+                // That there was a heartbeat is all that it says.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// When to ask for progress, and when to give up.
+struct Timing {
+    last_ask: Instant,
+    last_heard: Instant,
+    busy_until: Instant,
+}
+
+impl Timing {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            last_ask: now,
+            last_heard: now,
+            busy_until: now + PROGRESS_INTERVAL_IDLE,
+        }
+    }
+
+    fn next_ask(&self) -> Instant {
+        let busy = self.last_ask + PROGRESS_INTERVAL_BUSY;
+        if busy < self.busy_until {
+            busy
+        } else {
+            self.last_ask + PROGRESS_INTERVAL_IDLE
+        }
+    }
+
+    fn asked(&mut self) {
+        self.last_ask = Instant::now();
+    }
+
+    fn heard(&mut self) {
+        self.last_heard = Instant::now();
+    }
+
+    fn changed(&mut self) {
+        self.busy_until = Instant::now() + PROGRESS_INTERVAL_IDLE;
+    }
+
+    fn check_silence(&self) -> Result<(), LinkError> {
+        if self.last_heard.elapsed() > SILENCE_MAX {
+            return Err(LinkError::Protocol(format!(
+                "the peer has been silent for {} s",
+                SILENCE_MAX.as_secs()
+            )));
+        }
+        Ok(())
+    }
+}

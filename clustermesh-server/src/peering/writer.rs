@@ -1,0 +1,143 @@
+//! Writes changes of one peer's copy, with its cursor, in entries of bounded size.
+
+use clustermesh_core::pb::{PeerChange as WireChange, PeerCopy};
+use clustermesh_mesh::peering::PeerChange;
+use tonic::Status;
+
+use super::Shared;
+use crate::metrics::ClusterLabels;
+
+/// Bytes of keys and values of one log entry's copy.
+const MAX_COPY_BYTES: usize = 1 << 20;
+
+/// The copy's cursor and the way to move it.
+#[derive(Debug)]
+pub(super) struct Writer<'a> {
+    shared: &'a Shared,
+    cluster: String,
+    store_id: u64,
+    revision: i64,
+    synced: bool,
+}
+
+impl<'a> Writer<'a> {
+    /// Where the stored cursor stands; at nothing when there is none.
+    pub(super) fn new(shared: &'a Shared, cluster: &str) -> Self {
+        let cursor = shared
+            .store
+            .read(|state| state.peer_cursor(cluster).cloned());
+        let (store_id, revision, synced) = cursor.map_or((0, 0, false), |cursor| {
+            (cursor.store_id, cursor.revision, cursor.synced)
+        });
+        Self {
+            shared,
+            cluster: cluster.to_owned(),
+            store_id,
+            revision,
+            synced,
+        }
+    }
+
+    pub(super) fn store_id(&self) -> u64 {
+        self.store_id
+    }
+
+    pub(super) fn revision(&self) -> i64 {
+        self.revision
+    }
+
+    pub(super) fn is_synced(&self) -> bool {
+        self.synced
+    }
+
+    /// What is written from here on is a part of a copy that is not complete.
+    pub(super) fn unsync(&mut self) {
+        self.synced = false;
+    }
+
+    /// A listing of `store_id` at `revision` begins: until its end the copy equals no revision of the peer.
+    pub(super) fn begin(&mut self, store_id: u64, revision: i64) {
+        self.store_id = store_id;
+        self.revision = revision;
+        self.synced = false;
+    }
+
+    /// Writes changes; the cursor stays.
+    pub(super) async fn write(&mut self, changes: Vec<PeerChange>) -> Result<(), Status> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        self.commit(changes, self.revision, self.synced).await
+    }
+
+    /// Writes changes that bring the copy to `revision`; complete from then on if `synced`.
+    pub(super) async fn advance(
+        &mut self,
+        changes: Vec<PeerChange>,
+        revision: i64,
+        synced: bool,
+    ) -> Result<(), Status> {
+        if changes.is_empty() && revision == self.revision && synced == self.synced {
+            return Ok(());
+        }
+        self.commit(changes, revision, synced).await
+    }
+
+    /// The last part carries the new cursor: a reader that sees it has seen all.
+    async fn commit(
+        &mut self,
+        changes: Vec<PeerChange>,
+        revision: i64,
+        synced: bool,
+    ) -> Result<(), Status> {
+        let mut parts: Vec<Vec<WireChange>> = vec![Vec::new()];
+        let mut bytes = 0;
+        for PeerChange { key, value } in changes {
+            let size = key.len() + value.as_ref().map_or(0, bytes::Bytes::len);
+            if bytes + size > MAX_COPY_BYTES && bytes > 0 {
+                parts.push(Vec::new());
+                bytes = 0;
+            }
+            bytes += size;
+            if let Some(part) = parts.last_mut() {
+                part.push(WireChange { key, value });
+            }
+        }
+        let last = parts.len() - 1;
+        for (index, changes) in parts.into_iter().enumerate() {
+            let (revision, synced) = if index == last {
+                (revision, synced)
+            } else {
+                (self.revision, self.synced)
+            };
+            let written = self
+                .shared
+                .store
+                .peer_copy(PeerCopy {
+                    cluster: self.cluster.clone(),
+                    store_id: self.store_id,
+                    revision,
+                    synced,
+                    changes,
+                })
+                .await?;
+            self.metrics(written, revision, synced);
+        }
+        self.revision = revision;
+        self.synced = synced;
+        Ok(())
+    }
+
+    fn metrics(&self, written: usize, revision: i64, synced: bool) {
+        let labels = ClusterLabels {
+            cluster: self.cluster.clone(),
+        };
+        let metrics = &self.shared.metrics;
+        metrics
+            .changes
+            .get_or_create(&labels)
+            .inc_by(written as u64);
+        metrics.revision.get_or_create(&labels).set(revision);
+        metrics.synced.get_or_create(&labels).set(i64::from(synced));
+    }
+}

@@ -1,0 +1,258 @@
+//! Puts the process together: replica, services, controllers, ports; and takes it down in order.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clustermesh_api::limits::MAX_GRPC_RECV_BYTES;
+use clustermesh_api::v1::agent_stream_server::AgentStreamServer;
+use clustermesh_api::v1::mesh_server::MeshServer;
+use clustermesh_api::v1::node_session_server::NodeSessionServer;
+use clustermesh_mesh::ClusterSettings;
+use clustermesh_process::{
+    AdminPages, AdminServer, Drain, DrainEnd, DrainTrigger, Readiness, ServerTls, drain,
+    install_crypto_provider,
+};
+use clustermesh_raft::{AutoCompaction, Data, Node, Replica, ReplicaConfig};
+use tokio::task::JoinSet;
+use tonic::service::{Routes, RoutesBuilder};
+use tracing::info;
+
+use crate::agents::registry::Registry;
+use crate::agents::session::NodeSessionService;
+use crate::agents::stream::AgentStreamService;
+use crate::config::Config;
+use crate::controllers::{own_records, services, sessions};
+use crate::etcd;
+use crate::mesh_api::MeshService;
+use crate::metrics::Metrics;
+use crate::peering::{PeerStatuses, Peering};
+use crate::planner::Planner;
+use crate::serve::{ClientPort, ClientPortParts};
+use crate::store::Store;
+
+/// A server that answers.
+#[derive(Debug)]
+pub struct Server {
+    store: Store,
+    client_address: SocketAddr,
+    admin_address: SocketAddr,
+    trigger: DrainTrigger,
+    drain_deadline: Duration,
+    tasks: JoinSet<()>,
+}
+
+/// What a server of a cluster has beyond a plain store.
+struct ClusterParts {
+    settings: Arc<ClusterSettings>,
+    planner: Planner,
+    registry: Registry,
+    statuses: PeerStatuses,
+}
+
+impl Server {
+    /// Starts everything and returns once the server is ready.
+    ///
+    /// # Errors
+    /// When data, certificates or addresses cannot be used.
+    pub async fn start(config: &Config) -> anyhow::Result<Self> {
+        install_crypto_provider();
+        let tls = ServerTls::load(config.server_tls_paths())?;
+        let settings = config
+            .cluster
+            .as_ref()
+            .map(|cluster| cluster.settings())
+            .transpose()?;
+        let (metrics, mut registry) = Metrics::registered();
+        let readiness = Readiness::new();
+        let store_token = readiness.token("store");
+        let records_token = readiness.token("records");
+        let (trigger, drain) = drain();
+        let mut tasks = JoinSet::new();
+
+        let replica = start_replica(config).await?;
+        let store = Store::new(replica);
+        drop(store_token);
+        metrics.register_replica(&mut registry, store.replica().metrics());
+
+        let health = {
+            let store = store.clone();
+            Arc::new(move || store.health())
+        };
+        let pages = AdminPages::new(Arc::new(registry), readiness.clone(), health);
+        let admin = AdminServer::bind(config.listen_admin, pages.clone())
+            .await
+            .with_context(|| format!("listen_admin {}", config.listen_admin))?;
+        let admin_address = admin.local_addr()?;
+        // Metrics and health outlast the drain.
+        tokio::spawn(admin.serve(DrainEnd::of(&drain)));
+
+        let mut routes = Routes::builder();
+        etcd::add_services(&mut routes, &store, &metrics, &drain);
+        if let Some(settings) = settings {
+            let parts = ClusterParts {
+                planner: Planner::start(store.clone()),
+                registry: Registry::new(),
+                statuses: PeerStatuses::default(),
+                settings: Arc::new(settings),
+            };
+            own_records::write(&parts.planner, &parts.settings)
+                .await
+                .map_err(|status| anyhow::anyhow!("own records: {}", status.message()))?;
+            add_cluster_services(&mut routes, &parts, &store, &metrics, &drain);
+            start_controllers(&mut tasks, &parts, &store, &metrics, &drain);
+            let peering = Peering::new(
+                config,
+                &parts.settings,
+                &store,
+                &parts.statuses,
+                &metrics.peering,
+            )?;
+            tasks.spawn(peering.run(drain.clone()));
+        }
+        let port = ClientPort::bind(
+            config.listen_client,
+            ClientPortParts {
+                tls,
+                routes: routes.routes(),
+                pages,
+                cluster: config.cluster.as_ref().map(|cluster| cluster.name.clone()),
+                limits: config.limits.clone(),
+                metrics: metrics.serve.clone(),
+            },
+        )
+        .await
+        .with_context(|| format!("listen_client {}", config.listen_client))?;
+        let client_address = port.local_addr()?;
+        tasks.spawn(port.serve(drain));
+        drop(records_token);
+        info!(client = %client_address, admin = %admin_address, cluster_id = store.cluster_id(), "server is ready");
+        Ok(Self {
+            store,
+            client_address,
+            admin_address,
+            trigger,
+            drain_deadline: Duration::from_secs(config.drain_seconds),
+            tasks,
+        })
+    }
+
+    /// Address of the client port.
+    #[must_use]
+    pub fn client_address(&self) -> SocketAddr {
+        self.client_address
+    }
+
+    /// Address of metrics and health.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// The store.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Resolves when the replica has stopped by itself.
+    pub async fn failed(&self) {
+        self.store.replica().stopped().await;
+    }
+
+    /// Ends calls and streams, then the tasks, then the replica.
+    pub async fn shutdown(mut self) {
+        self.trigger.drain(self.drain_deadline).await;
+        self.tasks.shutdown().await;
+        self.store.replica().shutdown().await;
+    }
+}
+
+async fn start_replica(config: &Config) -> anyhow::Result<crate::store::TokioReplica> {
+    let name = config
+        .cluster
+        .as_ref()
+        .map_or("", |cluster| cluster.name.as_str());
+    let mut replica = ReplicaConfig::new(Data::Folder(config.data_dir.clone()), name);
+    replica.node = Node {
+        name: if name.is_empty() {
+            "default".to_owned()
+        } else {
+            name.to_owned()
+        },
+        peer_url: String::new(),
+        client_urls: vec![format!("https://{}", config.listen_client)],
+    };
+    replica.auto_compaction = match config.compaction.retention() {
+        Some(keep) => AutoCompaction::Age { keep },
+        None => AutoCompaction::Off,
+    };
+    Replica::start(replica)
+        .await
+        .with_context(|| format!("data_dir {}", config.data_dir.display()))
+}
+
+fn add_cluster_services(
+    routes: &mut RoutesBuilder,
+    parts: &ClusterParts,
+    store: &Store,
+    metrics: &Metrics,
+    drain: &Drain,
+) {
+    let stream = AgentStreamService::new(
+        store.clone(),
+        parts.settings.name.clone(),
+        parts.settings.id,
+        metrics.watch.clone(),
+        drain.clone(),
+    );
+    let session = NodeSessionService::new(
+        store.clone(),
+        Arc::clone(&parts.settings),
+        parts.planner.clone(),
+        parts.registry.clone(),
+        metrics.sessions.clone(),
+        drain.clone(),
+    );
+    let mesh = MeshService::new(
+        store.clone(),
+        Arc::clone(&parts.settings),
+        parts.planner.clone(),
+        parts.registry.clone(),
+        parts.statuses.clone(),
+        drain.clone(),
+    );
+    routes
+        .add_service(AgentStreamServer::new(stream).max_encoding_message_size(usize::MAX))
+        .add_service(NodeSessionServer::new(session).max_decoding_message_size(MAX_GRPC_RECV_BYTES))
+        .add_service(MeshServer::new(mesh).max_decoding_message_size(MAX_GRPC_RECV_BYTES));
+}
+
+fn start_controllers(
+    tasks: &mut JoinSet<()>,
+    parts: &ClusterParts,
+    store: &Store,
+    metrics: &Metrics,
+    drain: &Drain,
+) {
+    tasks.spawn(own_records::beat(
+        store.clone(),
+        parts.planner.clone(),
+        metrics.controllers.clone(),
+        drain.clone(),
+    ));
+    tasks.spawn(services::run(
+        store.clone(),
+        Arc::clone(&parts.settings),
+        metrics.controllers.clone(),
+        drain.clone(),
+    ));
+    tasks.spawn(sessions::mark_unheard_stale(
+        store.clone(),
+        parts.planner.clone(),
+        parts.registry.clone(),
+        metrics.sessions.clone(),
+        drain.clone(),
+    ));
+}
