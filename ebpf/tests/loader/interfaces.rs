@@ -2,10 +2,15 @@
 
 use std::fs;
 use std::net::UdpSocket;
+use std::os::fd::AsFd as _;
 use std::time::Instant;
 
-use clustermesh_ebpf::abi::{NodeConfig, TUNNEL_PORT, v4_mapped};
+use clustermesh_ebpf::abi::{
+    CONFIG_FLOWS, DropReason, HOOK_FROM_POD, NodeConfig, TUNNEL_PORT, VERDICT_DROPPED, v4_mapped,
+};
 use clustermesh_ebpf::{AttachMode, Datapath, Error, Maps};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::node::{Node, PATIENCE, ifindex, in_node, ip};
 
@@ -225,5 +230,28 @@ fn the_mode_can_be_changed_under_traffic() {
             0
         );
         Datapath::uninstall(&node.options()).unwrap();
+    });
+}
+
+#[test]
+fn flow_records_are_read_when_the_descriptor_says_so() {
+    in_node(|node| {
+        let pod = Pod::new();
+        let mut datapath = open(node, AttachMode::detect());
+        let mut flows = datapath.maps().flows().unwrap();
+        datapath.attach_pod(pod.host_end).unwrap();
+        let mut config = CONFIG;
+        config.flags = CONFIG_FLOWS;
+        datapath.maps().set_config(&config).unwrap();
+        assert_eq!(flows.next_record(), None);
+        pod.send();
+        let mut ready = [PollFd::new(flows.as_fd(), PollFlags::POLLIN)];
+        let patience = PollTimeout::try_from(PATIENCE).unwrap();
+        assert_eq!(poll(&mut ready, patience).unwrap(), 1);
+        let record = flows.next_record().unwrap();
+        assert_eq!(record.hook, HOOK_FROM_POD);
+        assert_eq!(record.verdict, VERDICT_DROPPED);
+        assert_eq!(record.path_or_reason, DropReason::SourceNotOwn as u32);
+        assert_eq!(flows.next_record(), None);
     });
 }

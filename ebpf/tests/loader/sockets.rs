@@ -294,3 +294,21 @@ fn sockets_outside_the_cgroup_are_left_alone() {
         connect(V4).unwrap_err();
     });
 }
+
+#[test]
+fn another_cgroup_takes_the_place_of_the_first() {
+    in_node(|node| {
+        let datapath = node.active();
+        let server = tcp_server("127.0.0.1:0");
+        set_service(datapath.maps(), V4, TCP, 1, &[server]);
+        connect(V4).unwrap();
+        let mut options = node.options();
+        let below = options.cgroup.unwrap().join("below");
+        std::fs::create_dir(&below).unwrap();
+        options.cgroup = Some(below.clone());
+        let (mut moved, _) = clustermesh_ebpf::Datapath::open(&options).unwrap();
+        moved.activate(node.cm_net, &[]).unwrap();
+        connect(V4).unwrap_err();
+        std::fs::remove_dir(&below).unwrap();
+    });
+}
