@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use clustermesh_ebpf_abi::LAYOUT_VERSION;
 
-use crate::Error;
 use crate::links::{self, AttachMode};
 use crate::maps::{self, Maps, SPECS};
 use crate::pins::{self, Pins};
 use crate::programs::{Hook, Programs};
 use crate::sys::bpf;
+use crate::{Error, FlowReader};
 
 /// Where a node's kernel state lives.
 #[derive(Clone, Debug)]
@@ -18,7 +18,7 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// How programs are attached to interfaces.
     pub attach_mode: AttachMode,
-    /// The cgroup (v2) whose sockets are load-balanced; `None` = no socket load-balancing.
+    /// The cgroup (v2) whose sockets are load-balanced (kernel 5.18 and later); `None` = none are.
     pub cgroup: Option<PathBuf>,
 }
 
@@ -97,8 +97,8 @@ impl Datapath {
 
     /// Makes this object's programs run everywhere: at `cm_net`, the peer of the host's own veth pair, at the
     /// devices of the underlay, at every pod interface known from before, and at the cgroup. What is attached
-    /// already is switched in place, no packet meets a gap; what is attached to a device that is neither is
-    /// detached. Repeating it is fine.
+    /// already is switched in place, no packet meets a gap; what is attached to other devices, or by another
+    /// build to hooks that this one does not know, is detached. Repeating it is fine.
     ///
     /// Interfaces are those of the calling thread's network namespace.
     ///
@@ -135,6 +135,7 @@ impl Datapath {
                 links::detach(&self.pins, hook, ifindex)?;
             }
         }
+        links::detach_unknown(&self.pins)?;
         match &self.options.cgroup {
             Some(cgroup) => links::attach_cgroup(&self.pins, &self.programs, cgroup),
             None => links::detach_cgroup(&self.pins),
@@ -193,6 +194,7 @@ impl Datapath {
         for (hook, ifindex) in links::attached(&pins)? {
             links::detach(&pins, hook, ifindex)?;
         }
+        links::detach_unknown(&pins)?;
         links::detach_cgroup(&pins)?;
         pins.remove_all()
     }
@@ -202,6 +204,14 @@ impl Datapath {
         links::attach(&self.pins, &mut self.programs, mode, hook, ifindex)
     }
 }
+
+const _: () = {
+    const fn can_be_shared<T: Send + Sync>() {}
+    const fn can_be_sent<T: Send>() {}
+    can_be_shared::<Datapath>();
+    can_be_shared::<Maps>();
+    can_be_sent::<FlowReader>();
+};
 
 /// Carries over what sockets remember, if it looks the same in the newest other layout: sockets live on
 /// while the programs change, and their peers' names and answers depend on it.

@@ -47,23 +47,41 @@ impl AttachMode {
     }
 }
 
-/// Interfaces at which a pin says that something is attached.
+/// Interfaces at which a pin says that something is attached, sorted.
 pub(crate) fn attached(pins: &Pins) -> Result<Vec<(Hook, u32)>, Error> {
     let mut found = Vec::new();
     for dir in [pins.links(), pins.filters()] {
-        for name in pins::names(&dir)? {
-            let Some((hook, ifindex)) = name.rsplit_once('-') else {
-                continue;
-            };
-            let hook = Hook::ALL.into_iter().find(|known| known.name() == hook);
-            if let (Some(hook), Ok(ifindex)) = (hook, ifindex.parse())
-                && !found.contains(&(hook, ifindex))
-            {
-                found.push((hook, ifindex));
-            }
+        found.extend(pins::names(&dir)?.iter().filter_map(|name| parse(name)));
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+/// Hook and interface in the name of a pin.
+fn parse(name: &str) -> Option<(Hook, u32)> {
+    let (hook, ifindex) = name.rsplit_once('-')?;
+    let hook = Hook::ALL.into_iter().find(|known| known.name() == hook)?;
+    Some((hook, ifindex.parse().ok()?))
+}
+
+/// Detaches links that another build knows and this one does not: nobody would switch or remove them.
+pub(crate) fn detach_unknown(pins: &Pins) -> Result<(), Error> {
+    let is_known = |name: &str| {
+        parse(name).is_some() || SOCKET_PROGRAMS.iter().any(|(known, _)| *known == name)
+    };
+    for name in pins::names(&pins.links())? {
+        if !is_known(&name) {
+            detach_link(&pins.links().join(name))?;
         }
     }
-    Ok(found)
+    // What is left here is the half of a replacement that was cut off.
+    for name in pins::names(&pins.filters())? {
+        if parse(&name).is_none() {
+            pins::remove(&pins.filters().join(name))?;
+        }
+    }
+    Ok(())
 }
 
 /// Makes `hook`'s program run at the interface: attaches it, or puts it in the place of what is attached.

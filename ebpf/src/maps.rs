@@ -171,6 +171,17 @@ pub struct Maps {
 }
 
 impl Maps {
+    /// Opens the maps that a running or former agent pinned below `bpffs`, and no program: for whoever
+    /// looks at a node's state beside its agent.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BpffsNotMounted`]; [`Error::Pin`] if a map of this layout is not there;
+    /// [`Error::PinnedMapMismatch`].
+    pub fn open_pinned(bpffs: &Path) -> Result<Self, Error> {
+        Self::open(&Pins::below(bpffs)?)
+    }
+
     /// Opens the pinned maps; all of them exist.
     pub(crate) fn open(pins: &Pins) -> Result<Self, Error> {
         let possible_cpus = aya::util::nr_cpus().map_err(|(path, source)| Error::Pin {

@@ -17,7 +17,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CLUSTERMESH_BPF_OBJECT"
 const VERIFIER_LOG_KEPT_BYTES_MAX: usize = 4_096;
 
 /// Where packets are taken: always the ingress of an interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Hook {
     /// Host end of a pod's veth pair.
     Pod,

@@ -111,7 +111,13 @@ fn trie_agrees_with_model_with_batches_and_without() {
         node_index: 9,
     };
     for table in [trie(), by_elements(trie())] {
+        let batches = table.uses_batches();
         agrees_with_model(&table, &pairs, other, prefix(60_001));
+        assert_eq!(
+            table.uses_batches(),
+            batches,
+            "batches were refused on the way"
+        );
     }
 }
 

@@ -240,3 +240,21 @@ fn uninstall_removes_every_trace_of_every_layout() {
         assert_eq!(node.open().1, Takeover::Fresh);
     });
 }
+
+#[test]
+fn links_of_hooks_that_only_another_build_knows_are_detached() {
+    in_node(|node| {
+        let server = tcp_server("127.0.0.1:0");
+        let mut datapath = node.active();
+        set_service(datapath.maps(), V4, TCP, 1, &[server]);
+        let links = node.pins().join("links");
+        let unknown = links.join("socket_bind4");
+        fs::rename(links.join("socket_connect4"), &unknown).unwrap();
+        datapath.activate(node.cm_net, &[]).unwrap();
+        assert!(!unknown.exists());
+        fs::rename(links.join("socket_connect4"), &unknown).unwrap();
+        connect(V4).unwrap();
+        Datapath::uninstall(&node.options()).unwrap();
+        connect(V4).unwrap_err();
+    });
+}
