@@ -32,13 +32,18 @@ const ICMPV6_ADDRESS_UNREACHABLE: u32 = 0x0103_0000;
 const ICMP_ECHO: u8 = 8;
 const ICMPV6_ERRORS_END: u8 = 128;
 
-/// Turns the packet into the answer to its sender. The link layer is left to whoever sends it.
+/// Turns the packet into the answer to its sender, described in `answer`. The link layer is left to whoever sends it.
 ///
 /// # Errors
 /// `UnknownPod` if nothing may be answered: to a RST, an ICMP error, a later fragment, a
 /// packet with IP options or too short to be quoted.
 #[inline(always)]
-pub fn make(frame: Frame, config: &NodeConfig, packet: &Packet) -> Result<Packet, DropReason> {
+pub fn make(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+    answer: &mut Packet,
+) -> Result<(), DropReason> {
     if packet.later_fragment {
         return Err(DropReason::UnknownPod);
     }
@@ -46,13 +51,15 @@ pub fn make(frame: Frame, config: &NodeConfig, packet: &Packet) -> Result<Packet
         Family::V4 if packet.transport_offset as usize != ETHERNET_BYTES + IPV4_BYTES => {
             Err(DropReason::UnknownPod)
         }
-        Family::V4 if packet.protocol == PROTOCOL_TCP => reset::<IPV4_BYTES>(frame, packet),
-        Family::V4 => unreachable_v4(frame, config, packet),
-        Family::V6 if packet.protocol != PROTOCOL_TCP => unreachable_v6(frame, config, packet),
+        Family::V4 if packet.protocol == PROTOCOL_TCP => reset::<IPV4_BYTES>(frame, packet, answer),
+        Family::V4 => unreachable_v4(frame, config, packet, answer),
+        Family::V6 if packet.protocol != PROTOCOL_TCP => {
+            unreachable_v6(frame, config, packet, answer)
+        }
         Family::V6 if packet.transport_offset as usize != ETHERNET_BYTES + IPV6_BYTES => {
             Err(DropReason::UnknownPod)
         }
-        Family::V6 => reset::<IPV6_BYTES>(frame, packet),
+        Family::V6 => reset::<IPV6_BYTES>(frame, packet, answer),
     }
 }
 
@@ -145,7 +152,11 @@ fn addresses(packet: &Packet) -> u64 {
 
 /// RST as of RFC 9293, 3.10.7.1.
 #[inline(always)]
-fn reset<const IP_BYTES: usize>(frame: Frame, packet: &Packet) -> Result<Packet, DropReason> {
+fn reset<const IP_BYTES: usize>(
+    frame: Frame,
+    packet: &Packet,
+    answer: &mut Packet,
+) -> Result<(), DropReason> {
     frame.make_linear(ETHERNET_BYTES + IP_BYTES + TCP_BYTES);
     let header = frame
         .at::<[u32; 5]>(ETHERNET_BYTES + IP_BYTES)
@@ -168,12 +179,12 @@ fn reset<const IP_BYTES: usize>(frame: Frame, packet: &Packet) -> Result<Packet,
             .wrapping_add(controls);
         (0, next.to_be(), TCP_RST | TCP_ACK)
     };
-    let answer = reply(packet, packet.destination, PROTOCOL_TCP, TCP_BYTES);
+    *answer = reply(packet, packet.destination, PROTOCOL_TCP, TCP_BYTES);
     // A local sender leaves the sum over the pseudo header for its device to complete; the
     // kernel then goes on expecting just that in the same place.
     let left_to_device =
         check as u16 == fold(addresses(packet) + pseudo(PROTOCOL_TCP, segment_bytes));
-    let covered = addresses(&answer) + pseudo(PROTOCOL_TCP, TCP_BYTES as u32);
+    let covered = addresses(answer) + pseudo(PROTOCOL_TCP, TCP_BYTES as u32);
     let mut words = [
         ports.rotate_right(16),
         sequence,
@@ -189,13 +200,13 @@ fn reset<const IP_BYTES: usize>(frame: Frame, packet: &Packet) -> Result<Packet,
     words[4] = u32::from(checksum);
 
     cut(frame, ETHERNET_BYTES + IP_BYTES + TCP_BYTES)?;
-    write_ip(frame, &answer)?;
+    write_ip(frame, answer)?;
     let header = frame
         .at::<[u32; 5]>(ETHERNET_BYTES + IP_BYTES)
         .ok_or(DropReason::UnknownPod)?;
     // SAFETY: `at` has checked the bounds.
     unsafe { *header = words };
-    Ok(answer)
+    Ok(())
 }
 
 /// Cuts the packet to what is quoted and makes room for two headers before it.
@@ -245,7 +256,8 @@ fn unreachable_v4(
     frame: Frame,
     config: &NodeConfig,
     packet: &Packet,
-) -> Result<Packet, DropReason> {
+    answer: &mut Packet,
+) -> Result<(), DropReason> {
     const QUOTED_WORDS: usize = (IPV4_BYTES + QUOTED_PAYLOAD_BYTES) / 4;
     if packet.protocol == PROTOCOL_ICMP && icmp_type(frame, packet)? != ICMP_ECHO {
         return Err(DropReason::UnknownPod);
@@ -256,20 +268,20 @@ fn unreachable_v4(
         .ok_or(DropReason::UnknownPod)?;
     // SAFETY: `at` has checked the bounds.
     let covered = sum(unsafe { &*quoted });
-    let answer = reply(
+    *answer = reply(
         packet,
         router(&config.pod_cidr_v4),
         PROTOCOL_ICMP,
         ICMP_BYTES + QUOTED_WORDS * 4,
     );
-    write_ip(frame, &answer)?;
+    write_ip(frame, answer)?;
     write_icmp(
         frame,
         ETHERNET_BYTES + IPV4_BYTES,
         ICMP_HOST_UNREACHABLE,
         covered,
     )?;
-    Ok(answer)
+    Ok(())
 }
 
 #[inline(always)]
@@ -277,7 +289,8 @@ fn unreachable_v6(
     frame: Frame,
     config: &NodeConfig,
     packet: &Packet,
-) -> Result<Packet, DropReason> {
+    answer: &mut Packet,
+) -> Result<(), DropReason> {
     const QUOTED_WORDS: usize = (IPV6_BYTES + QUOTED_PAYLOAD_BYTES) / 4;
     if packet.protocol == PROTOCOL_ICMPV6 && icmp_type(frame, packet)? < ICMPV6_ERRORS_END {
         return Err(DropReason::UnknownPod);
@@ -289,21 +302,21 @@ fn unreachable_v6(
     // SAFETY: `at` has checked the bounds.
     let quoted = sum(unsafe { &*quoted });
     let payload_bytes = ICMP_BYTES + QUOTED_WORDS * 4;
-    let answer = reply(
+    *answer = reply(
         packet,
         router(&config.pod_cidr_v6),
         PROTOCOL_ICMPV6,
         payload_bytes,
     );
-    let covered = quoted + addresses(&answer) + pseudo(PROTOCOL_ICMPV6, payload_bytes as u32);
-    write_ip(frame, &answer)?;
+    let covered = quoted + addresses(answer) + pseudo(PROTOCOL_ICMPV6, payload_bytes as u32);
+    write_ip(frame, answer)?;
     write_icmp(
         frame,
         ETHERNET_BYTES + IPV6_BYTES,
         ICMPV6_ADDRESS_UNREACHABLE,
         covered,
     )?;
-    Ok(answer)
+    Ok(())
 }
 
 /// The router's address: the first one of the pod CIDR.

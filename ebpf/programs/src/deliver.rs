@@ -60,8 +60,8 @@ pub fn to_endpoint(
     write_ethernet(frame, addresses, family)?;
     for_this_host(frame);
     // SAFETY: takes two numbers.
-    let verdict = unsafe { bpf_redirect_peer(endpoint.ifindex, 0) };
-    Ok(Action::Forward(path, verdict as i32))
+    unsafe { bpf_redirect_peer(endpoint.ifindex, 0) };
+    Ok(Action::Forward(path))
 }
 
 /// A frame that was sent to somebody else's MAC address would be dropped by the IP layer.
@@ -78,7 +78,7 @@ fn for_this_host(frame: Frame) {
 /// # Errors
 /// `Malformed`.
 #[inline(always)]
-pub fn back_to_pod(frame: Frame, family: Family) -> Result<i32, DropReason> {
+pub fn back_to_pod(frame: Frame, family: Family) -> Result<(), DropReason> {
     let header = frame.at::<[u32; 3]>(0).ok_or(DropReason::Malformed)?;
     // SAFETY: `at` has checked the bounds.
     let [first, middle, last] = unsafe { *header };
@@ -90,7 +90,8 @@ pub fn back_to_pod(frame: Frame, family: Family) -> Result<i32, DropReason> {
     ];
     write_ethernet(frame, addresses, family)?;
     // SAFETY: takes two numbers.
-    Ok(unsafe { bpf_redirect(frame.ifindex(), 0) } as i32)
+    unsafe { bpf_redirect(frame.ifindex(), 0) };
+    Ok(())
 }
 
 /// To the host's stack, as if it had arrived on the host's side of its veth pair: there the
@@ -100,10 +101,8 @@ pub fn back_to_pod(frame: Frame, family: Family) -> Result<i32, DropReason> {
 /// `Malformed`.
 #[inline(always)]
 pub fn to_host(frame: Frame, config: &NodeConfig, family: Family) -> Result<Action, DropReason> {
-    Ok(Action::Forward(
-        TrafficPath::ToHost,
-        redirect_to_host(frame, config, family)?,
-    ))
+    redirect_to_host(frame, config, family)?;
+    Ok(Action::Forward(TrafficPath::ToHost))
 }
 
 /// As [`to_host`], without counting it as traffic.
@@ -115,7 +114,7 @@ pub fn redirect_to_host(
     frame: Frame,
     config: &NodeConfig,
     family: Family,
-) -> Result<i32, DropReason> {
+) -> Result<(), DropReason> {
     let [h0, h1, h2, h3, h4, h5] = config.host_mac;
     let [s0, s1, s2, s3, s4, s5] = TUNNEL_MAC_SOURCE;
     let addresses = [
@@ -125,7 +124,8 @@ pub fn redirect_to_host(
     ];
     write_ethernet(frame, addresses, family)?;
     // SAFETY: takes two numbers.
-    Ok(unsafe { bpf_redirect(config.host_ifindex, u64::from(BPF_F_INGRESS)) } as i32)
+    unsafe { bpf_redirect(config.host_ifindex, u64::from(BPF_F_INGRESS)) };
+    Ok(())
 }
 
 /// Where a packet for another node may go.
@@ -188,8 +188,8 @@ pub fn send(
     }
     encapsulate(frame, config, packet, &endpoint, identity)?;
     // SAFETY: without parameters the kernel routes by the outer header.
-    let verdict = unsafe { bpf_redirect_neigh(node.egress_ifindex, core::ptr::null_mut(), 0, 0) };
-    Ok(Action::Forward(TrafficPath::TunnelOut, verdict as i32))
+    unsafe { bpf_redirect_neigh(node.egress_ifindex, core::ptr::null_mut(), 0, 0) };
+    Ok(Action::Forward(TrafficPath::TunnelOut))
 }
 
 #[inline(always)]
@@ -236,7 +236,7 @@ fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<Action, Dr
         }
     }
     // SAFETY: the parameters are as large as is said.
-    let verdict = unsafe {
+    unsafe {
         bpf_redirect_neigh(
             query.ifindex,
             &raw mut next_hop,
@@ -244,5 +244,5 @@ fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<Action, Dr
             0,
         )
     };
-    Ok(Action::Forward(TrafficPath::DirectOut, verdict as i32))
+    Ok(Action::Forward(TrafficPath::DirectOut))
 }

@@ -8,7 +8,7 @@ use crate::answer;
 use crate::deliver::{redirect_to_host, to_host};
 use crate::frame::Frame;
 use crate::from_pod::{Inside, on_own_device};
-use crate::parse;
+use crate::parse::{self, Packet};
 use crate::route::{Next, endpoint, forward};
 use crate::verdict::{Action, Seen, conclude, config};
 
@@ -26,31 +26,29 @@ pub fn from_host(context: TcContext) -> i32 {
 #[inline(always)]
 fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
     let config = config()?;
-    let packet = match on_own_device(frame)? {
-        Inside::Ip(packet) => packet,
-        Inside::Arp => return Ok(Action::Pass),
-    };
-    if parse::is_link_scoped(&packet) {
+    if on_own_device(frame, &mut seen.packet)? == Inside::Arp {
+        return Ok(Action::Pass);
+    }
+    if parse::is_link_scoped(&seen.packet) {
         return Ok(Action::Ignore);
     }
-    seen.note(config, frame, &packet);
+    seen.read_ports(config, frame);
     // A pod's packet comes this way when the kernel had to cut it to size: it keeps the pod's identity.
-    seen.identity = match endpoint(&packet.source) {
+    seen.identity = match endpoint(&seen.packet.source) {
         Some(endpoint) if endpoint.flags & ENDPOINT_HOST == 0 => endpoint.identity,
         Some(_) | None => IDENTITY_REMOTE_NODE,
     };
-    match forward(frame, config, &packet, seen.identity)? {
+    match forward(frame, config, &seen.packet, seen.identity)? {
         Next::Done(action) => Ok(action),
-        Next::Host => to_host(frame, config, packet.family),
+        Next::Host => to_host(frame, config, seen.packet.family),
         // Back to the stack would be round and round.
         Next::Elsewhere => Err(DropReason::NoRoute),
         Next::TooBig => Err(DropReason::TooBig),
         Next::UnknownPod => {
-            let reply = answer::make(frame, config, &packet)?;
-            Ok(Action::Answer(
-                DropReason::UnknownPod,
-                redirect_to_host(frame, config, reply.family)?,
-            ))
+            let mut reply = Packet::EMPTY;
+            answer::make(frame, config, &seen.packet, &mut reply)?;
+            redirect_to_host(frame, config, seen.packet.family)?;
+            Ok(Action::Answer(DropReason::UnknownPod))
         }
     }
 }

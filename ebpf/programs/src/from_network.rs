@@ -43,9 +43,9 @@ struct Outer {
 /// What a frame from the underlay is.
 enum Kind {
     /// For our end of the tunnel.
-    Tunnel(Outer),
+    Tunnel,
     /// For a pod address of ours, not in a tunnel.
-    Direct(Packet),
+    Direct,
     /// The host's own business.
     Other,
 }
@@ -60,29 +60,44 @@ fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
         // The host must be reachable before its agent has started.
         return Ok(Action::Pass);
     };
-    match kind(frame, config)? {
-        Kind::Tunnel(outer) => tunnel(frame, config, &outer, seen),
-        Kind::Direct(packet) => direct(frame, config, &packet, seen),
+    let mut outer = Outer {
+        family: Family::V4,
+        source: Words::ZERO,
+        congested: false,
+    };
+    match kind(frame, config, &mut outer, &mut seen.packet)? {
+        Kind::Tunnel => tunnel(frame, config, &outer, seen),
+        Kind::Direct => direct(frame, config, seen),
         Kind::Other => Ok(Action::Pass),
     }
 }
 
 #[inline(always)]
-fn kind(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
+fn kind(
+    frame: Frame,
+    config: &NodeConfig,
+    outer: &mut Outer,
+    packet: &mut Packet,
+) -> Result<Kind, DropReason> {
     frame.make_linear(ETHERNET_BYTES + IPV6_BYTES + UDP_BYTES);
     let Some(ethertype) = frame.at::<u16>(12) else {
         return Ok(Kind::Other);
     };
     // SAFETY: `at` has checked the bounds.
     match unsafe { *ethertype } {
-        ETHERTYPE_IPV4 => kind_v4(frame, config),
-        ETHERTYPE_IPV6 => kind_v6(frame, config),
+        ETHERTYPE_IPV4 => kind_v4(frame, config, outer, packet),
+        ETHERTYPE_IPV6 => kind_v6(frame, config, outer, packet),
         _ => Ok(Kind::Other),
     }
 }
 
 #[inline(always)]
-fn kind_v4(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
+fn kind_v4(
+    frame: Frame,
+    config: &NodeConfig,
+    outer: &mut Outer,
+    packet: &mut Packet,
+) -> Result<Kind, DropReason> {
     let Some(header) = frame.at::<[u32; 5]>(ETHERNET_BYTES) else {
         return Ok(Kind::Other);
     };
@@ -97,28 +112,21 @@ fn kind_v4(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
         let parts = parse::ipv4_is_fragment(fragment);
         if !options && !parts {
             let length = u32::from(((first >> 16) as u16).swap_bytes());
-            return udp(
-                frame,
-                config,
-                ETHERNET_BYTES + IPV4_BYTES,
-                length.wrapping_sub(IPV4_BYTES as u32),
-            )
-            .map(|ours| {
-                if ours {
-                    Kind::Tunnel(Outer {
-                        family: Family::V4,
-                        source: Words::mapped(source),
-                        congested: (first >> 8) as u8 & ECN_MASK == ECN_MASK,
-                    })
-                } else {
-                    Kind::Other
-                }
-            });
+            let available = length.wrapping_sub(IPV4_BYTES as u32);
+            if !udp(frame, config, ETHERNET_BYTES + IPV4_BYTES, available)? {
+                return Ok(Kind::Other);
+            }
+            *outer = Outer {
+                family: Family::V4,
+                source: Words::mapped(source),
+                congested: (first >> 8) as u8 & ECN_MASK == ECN_MASK,
+            };
+            return Ok(Kind::Tunnel);
         }
         return odd_v4(frame, config, fragment, header_bytes);
     }
     if in_pod_cidr(config, Family::V4, &Words::mapped(destination)) {
-        return parse::ipv4(frame, ETHERNET_BYTES).map(Kind::Direct);
+        return parse::ipv4(frame, ETHERNET_BYTES, packet).map(|()| Kind::Direct);
     }
     Ok(Kind::Other)
 }
@@ -150,7 +158,12 @@ fn odd_v4(
 }
 
 #[inline(always)]
-fn kind_v6(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
+fn kind_v6(
+    frame: Frame,
+    config: &NodeConfig,
+    outer: &mut Outer,
+    packet: &mut Packet,
+) -> Result<Kind, DropReason> {
     let Some(header) = frame.at::<[u32; 10]>(ETHERNET_BYTES) else {
         return Ok(Kind::Other);
     };
@@ -162,21 +175,20 @@ fn kind_v6(frame: Frame, config: &NodeConfig) -> Result<Kind, DropReason> {
         let protocol = (words[1] >> 16) as u8;
         if protocol == PROTOCOL_UDP {
             let length = u32::from((words[1] as u16).swap_bytes());
-            let ours = udp(frame, config, ETHERNET_BYTES + IPV6_BYTES, length)?;
-            return Ok(if ours {
-                Kind::Tunnel(Outer {
-                    family: Family::V6,
-                    source,
-                    congested: (words[0] >> 12) as u8 & ECN_MASK == ECN_MASK,
-                })
-            } else {
-                Kind::Other
-            });
+            if !udp(frame, config, ETHERNET_BYTES + IPV6_BYTES, length)? {
+                return Ok(Kind::Other);
+            }
+            *outer = Outer {
+                family: Family::V6,
+                source,
+                congested: (words[0] >> 12) as u8 & ECN_MASK == ECN_MASK,
+            };
+            return Ok(Kind::Tunnel);
         }
         return odd_v6(frame, config, protocol);
     }
     if in_pod_cidr(config, Family::V6, &destination) {
-        return parse::ipv6(frame, ETHERNET_BYTES).map(Kind::Direct);
+        return parse::ipv6(frame, ETHERNET_BYTES, packet).map(|()| Kind::Direct);
     }
     Ok(Kind::Other)
 }
@@ -269,11 +281,11 @@ fn inside(
         return Err(DropReason::TunnelMalformed);
     }
     seen.identity = vni >> 8;
-    let packet = match inner_packet(frame, udp_offset + TUNNEL_BYTES)? {
-        Some(packet) => packet,
-        None => return Ok(Action::Ignore),
-    };
-    seen.note(config, frame, &packet);
+    if !inner_packet(frame, udp_offset + TUNNEL_BYTES, &mut seen.packet)? {
+        return Ok(Action::Ignore);
+    }
+    seen.read_ports(config, frame);
+    let packet = &seen.packet;
     // Our ends mark only what can be marked inside too.
     if outer.congested && packet.tos & ECN_MASK == 0 {
         return Err(DropReason::TunnelMalformed);
@@ -285,20 +297,20 @@ fn inside(
         Some(value) if value.node_index == node_index && node_index != NODE_INDEX_LOCAL => {}
         Some(_) | None => return Err(DropReason::TunnelForgedSource),
     }
-    deliver(frame, config, outer, &packet, node)
+    deliver(frame, config, outer, packet, node)
 }
 
-/// The inner IP packet at `offset`; none if it is ARP, which flooding devices send and nobody here asks for.
+/// Parses the inner IP packet at `offset`; false if it is ARP, which flooding devices send and nobody here asks for.
 #[inline(always)]
-fn inner_packet(frame: Frame, offset: usize) -> Result<Option<Packet>, DropReason> {
+fn inner_packet(frame: Frame, offset: usize, packet: &mut Packet) -> Result<bool, DropReason> {
     let ethertype = frame
         .at::<u16>(offset - 2)
         .ok_or(DropReason::TunnelMalformed)?;
     // SAFETY: `at` has checked the bounds.
     match unsafe { *ethertype } {
-        ETHERTYPE_IPV4 => parse::ipv4(frame, offset).map(Some),
-        ETHERTYPE_IPV6 => parse::ipv6(frame, offset).map(Some),
-        ETHERTYPE_ARP => Ok(None),
+        ETHERTYPE_IPV4 => parse::ipv4(frame, offset, packet).map(|()| true),
+        ETHERTYPE_IPV6 => parse::ipv6(frame, offset, packet).map(|()| true),
+        ETHERTYPE_ARP => Ok(false),
         _ => Err(DropReason::UnknownEthertype),
     }
 }
@@ -354,13 +366,9 @@ fn is_underlay(config: &NodeConfig, packet: &Packet) -> bool {
 
 /// A packet for a pod of ours outside the tunnel: only from a node with which direct routing is agreed.
 #[inline(always)]
-fn direct(
-    frame: Frame,
-    config: &NodeConfig,
-    packet: &Packet,
-    seen: &mut Seen,
-) -> Result<Action, DropReason> {
-    seen.note(config, frame, packet);
+fn direct(frame: Frame, config: &NodeConfig, seen: &mut Seen) -> Result<Action, DropReason> {
+    seen.read_ports(config, frame);
+    let packet = &seen.packet;
     let source = ipcache(&packet.source).ok_or(DropReason::DirectForgedSource)?;
     seen.identity = source.identity;
     if source.node_index == NODE_INDEX_LOCAL {
@@ -389,14 +397,13 @@ fn answer_to_node(
     packet: &Packet,
     node: &NodeValue,
 ) -> Result<Action, DropReason> {
-    // Offsets of the inner packet moved when the tunnel's headers went.
-    let here = match packet.family {
-        Family::V4 => parse::ipv4(frame, ETHERNET_BYTES)?,
-        Family::V6 => parse::ipv6(frame, ETHERNET_BYTES)?,
-    };
-    let reply = answer::make(frame, config, &here)?;
-    match send(frame, config, &reply, node, IDENTITY_REMOTE_NODE)? {
-        Action::Forward(_, verdict) => Ok(Action::Answer(DropReason::UnknownPod, verdict)),
-        other @ (Action::Pass | Action::Ignore | Action::Answer(..)) => Ok(other),
+    // The offsets of the inner packet moved when the tunnel's headers went.
+    let (mut here, mut reply) = (Packet::EMPTY, Packet::EMPTY);
+    match packet.family {
+        Family::V4 => parse::ipv4(frame, ETHERNET_BYTES, &mut here)?,
+        Family::V6 => parse::ipv6(frame, ETHERNET_BYTES, &mut here)?,
     }
+    answer::make(frame, config, &here, &mut reply)?;
+    send(frame, config, &reply, node, IDENTITY_REMOTE_NODE)?;
+    Ok(Action::Answer(DropReason::UnknownPod))
 }

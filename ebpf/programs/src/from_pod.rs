@@ -29,42 +29,41 @@ pub fn from_pod(context: TcContext) -> i32 {
 #[inline(always)]
 fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
     let config = config()?;
-    let packet = match on_own_device(frame)? {
-        Inside::Ip(packet) => packet,
+    if on_own_device(frame, &mut seen.packet)? == Inside::Arp {
         // The host answers for its own addresses; pods have fixed neighbour entries and do not ask.
-        Inside::Arp => return Ok(Action::Pass),
-    };
-    if parse::is_link_scoped(&packet) {
+        return Ok(Action::Pass);
+    }
+    if parse::is_link_scoped(&seen.packet) {
         return Ok(Action::Ignore);
     }
-    seen.note(config, frame, &packet);
+    seen.read_ports(config, frame);
     let interface = INTERFACES
         .get_ptr(frame.ifindex())
         // SAFETY: the entry may be replaced while it is read, which no packet can provoke.
         .map(|value| unsafe { &*value })
         .ok_or(DropReason::SourceNotOwn)?;
     seen.identity = interface.identity;
-    if !may_send(interface, &packet) {
+    if !may_send(interface, &seen.packet) {
         return Err(DropReason::SourceNotOwn);
     }
-    match forward(frame, config, &packet, interface.identity)? {
+    match forward(frame, config, &seen.packet, interface.identity)? {
         Next::Done(action) => Ok(action),
         // The kernel routes to the world, and tells the sender of a packet that is too big.
-        Next::Host | Next::Elsewhere | Next::TooBig => to_host(frame, config, packet.family),
+        Next::Host | Next::Elsewhere | Next::TooBig => to_host(frame, config, seen.packet.family),
         Next::UnknownPod => {
-            let reply = answer::make(frame, config, &packet)?;
-            Ok(Action::Answer(
-                DropReason::UnknownPod,
-                back_to_pod(frame, reply.family)?,
-            ))
+            let mut reply = Packet::EMPTY;
+            answer::make(frame, config, &seen.packet, &mut reply)?;
+            back_to_pod(frame, seen.packet.family)?;
+            Ok(Action::Answer(DropReason::UnknownPod))
         }
     }
 }
 
 /// What a frame on a device of ours carries.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Inside {
     /// An IP packet.
-    Ip(Packet),
+    Ip,
     /// ARP.
     Arp,
 }
@@ -74,7 +73,7 @@ pub enum Inside {
 /// # Errors
 /// `VlanTagged`, `UnknownEthertype`, `Malformed`, `ExtensionHeaders`.
 #[inline(always)]
-pub fn on_own_device(frame: Frame) -> Result<Inside, DropReason> {
+pub fn on_own_device(frame: Frame, packet: &mut Packet) -> Result<Inside, DropReason> {
     if frame.has_vlan_tag() {
         return Err(DropReason::VlanTagged);
     }
@@ -82,8 +81,8 @@ pub fn on_own_device(frame: Frame) -> Result<Inside, DropReason> {
     let ethertype = frame.at::<u16>(12).ok_or(DropReason::Malformed)?;
     // SAFETY: `at` has checked the bounds.
     match unsafe { *ethertype } {
-        ETHERTYPE_IPV4 => parse::ipv4(frame, ETHERNET_BYTES).map(Inside::Ip),
-        ETHERTYPE_IPV6 => parse::ipv6(frame, ETHERNET_BYTES).map(Inside::Ip),
+        ETHERTYPE_IPV4 => parse::ipv4(frame, ETHERNET_BYTES, packet).map(|()| Inside::Ip),
+        ETHERTYPE_IPV6 => parse::ipv6(frame, ETHERNET_BYTES, packet).map(|()| Inside::Ip),
         ETHERTYPE_ARP => Ok(Inside::Arp),
         ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => Err(DropReason::VlanTagged),
         _ => Err(DropReason::UnknownEthertype),

@@ -94,6 +94,9 @@ pub enum Family {
 }
 
 /// What the programs need of an IP packet.
+///
+/// It is filled in place: returned in a `Result` or an enum, its bytes would be undefined on
+/// the other branches, and the verifier refuses to see them copied there.
 #[derive(Clone, Copy)]
 pub struct Packet {
     /// IP version.
@@ -144,7 +147,7 @@ const fn byte(word: u32, index: u32) -> u8 {
 /// # Errors
 /// `Malformed`.
 #[inline(always)]
-pub fn ipv4(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
+pub fn ipv4(frame: Frame, offset: usize, packet: &mut Packet) -> Result<(), DropReason> {
     let header = frame.at::<V4Words>(offset).ok_or(DropReason::Malformed)?;
     // SAFETY: `at` has checked the bounds.
     let [first, fragment, protocol, source, destination] = unsafe { *header };
@@ -161,7 +164,7 @@ pub fn ipv4(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
         return Err(DropReason::Malformed);
     }
     let length_bytes = if unsaid { held_bytes } else { total_bytes };
-    Ok(Packet {
+    *packet = Packet {
         family: Family::V4,
         source: Words::mapped(source),
         destination: Words::mapped(destination),
@@ -170,7 +173,8 @@ pub fn ipv4(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
         protocol: byte(protocol, 1),
         tos: byte(first, 1),
         later_fragment: (fragment >> 16) as u16 & FRAGMENT_OFFSET_MASK != 0,
-    })
+    };
+    Ok(())
 }
 
 /// True if the IPv4 header at `offset` belongs to a fragment, the first one too.
@@ -184,7 +188,7 @@ pub const fn ipv4_is_fragment(fragment_word: u32) -> bool {
 /// # Errors
 /// `Malformed`; `ExtensionHeaders` if there are more than are walked.
 #[inline(always)]
-pub fn ipv6(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
+pub fn ipv6(frame: Frame, offset: usize, packet: &mut Packet) -> Result<(), DropReason> {
     let header = frame.at::<V6Words>(offset).ok_or(DropReason::Malformed)?;
     // SAFETY: `at` has checked the bounds.
     let words = unsafe { *header };
@@ -205,7 +209,7 @@ pub fn ipv6(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
     if source.is_mapped() || destination.is_mapped() {
         return Err(DropReason::Malformed);
     }
-    let mut packet = Packet {
+    *packet = Packet {
         family: Family::V6,
         source,
         destination,
@@ -216,10 +220,9 @@ pub fn ipv6(frame: Frame, offset: usize) -> Result<Packet, DropReason> {
         later_fragment: false,
     };
     match packet.protocol {
-        PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_ICMPV6 => {}
-        _ => walk_extensions(frame, &mut packet)?,
+        PROTOCOL_TCP | PROTOCOL_UDP | PROTOCOL_ICMPV6 => Ok(()),
+        _ => walk_extensions(frame, packet),
     }
-    Ok(packet)
 }
 
 #[inline(always)]

@@ -1,6 +1,6 @@
 //! From what a program decided to what the kernel does with the packet, and to the counters and flow records.
 
-use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_SHOT};
+use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_REDIRECT, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use clustermesh_ebpf_abi::{
     CONFIG_FLOWS, DropReason, FlowRecord, NodeConfig, TrafficPath, VERDICT_DROPPED,
@@ -17,10 +17,10 @@ pub enum Action {
     Pass,
     /// Link-scoped chatter that leads nowhere here: dropped without a word.
     Ignore,
-    /// On its way; the number is what the redirect helper returned.
-    Forward(TrafficPath, i32),
-    /// Refused, and the packet turned into the answer to its sender.
-    Answer(DropReason, i32),
+    /// Redirected. The helpers fail for unknown flags only, so their result is not carried around.
+    Forward(TrafficPath),
+    /// Refused, and the packet turned into the answer to its sender, which was redirected.
+    Answer(DropReason),
 }
 
 /// What is known of the packet while it is handled; flow records are made of it.
@@ -41,16 +41,15 @@ impl Seen {
         ports: 0,
     };
 
-    /// Notes the packet; reads its ports only if flow records are wanted.
+    /// Reads the packet's ports if flow records are wanted.
     #[inline(always)]
-    pub fn note(&mut self, config: &NodeConfig, frame: Frame, packet: &Packet) {
-        self.packet = *packet;
+    pub fn read_ports(&mut self, config: &NodeConfig, frame: Frame) {
         if config.flags & CONFIG_FLOWS != 0
-            && !packet.later_fragment
-            && matches!(packet.protocol, PROTOCOL_TCP | PROTOCOL_UDP)
+            && !self.packet.later_fragment
+            && matches!(self.packet.protocol, PROTOCOL_TCP | PROTOCOL_UDP)
         {
             // A packet without its ports is forwarded like any other; its record shows none.
-            let _ = frame.load(packet.transport_offset, &mut self.ports);
+            let _ = frame.load(self.packet.transport_offset, &mut self.ports);
         }
     }
 }
@@ -74,15 +73,15 @@ pub fn conclude(hook: u8, seen: &Seen, outcome: Result<Action, DropReason>) -> i
     match outcome {
         Ok(Action::Pass) => TC_ACT_OK,
         Ok(Action::Ignore) => TC_ACT_SHOT,
-        Ok(Action::Forward(path, verdict)) => {
+        Ok(Action::Forward(path)) => {
             count_traffic(path, seen.packet.length_bytes);
             record(hook, seen, VERDICT_FORWARDED, path as u32);
-            verdict
+            TC_ACT_REDIRECT
         }
-        Ok(Action::Answer(reason, verdict)) => {
+        Ok(Action::Answer(reason)) => {
             count_drop(reason);
             record(hook, seen, VERDICT_DROPPED, reason as u32);
-            verdict
+            TC_ACT_REDIRECT
         }
         Err(reason) => {
             count_drop(reason);

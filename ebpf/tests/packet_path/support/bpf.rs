@@ -226,7 +226,8 @@ impl Datapath {
             repeat: 1,
             ..TestRunAttributes::default()
         };
-        call(BPF_PROG_TEST_RUN, &mut attributes).expect("the kernel runs the program");
+        call(BPF_PROG_TEST_RUN, &mut attributes)
+            .unwrap_or_else(|error| panic!("the kernel does not run the program on {packet:x?}: {error}"));
         output.truncate(attributes.data_size_out as usize);
         Outcome { verdict: attributes.verdict as i32, packet: output }
     }
