@@ -23,6 +23,7 @@ pub struct Cli {
 
 /// Where the server is, who we are, and how to print.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Global options")]
 pub struct GlobalArgs {
     /// Server of the cluster, https://HOST:PORT; several: separated by commas
     #[arg(
