@@ -271,23 +271,28 @@ fn build<R: AsyncRuntime>(
     shared: &Shared<R>,
     snapshots: &SnapshotStore,
 ) -> Result<(SnapshotFile, u64), StoreError> {
-    let (mut cursor, meta, log_bytes) = {
-        let mut applied = shared.applied.write();
-        let meta = SnapshotMeta {
-            last_log_id: applied.last,
-            last_membership: applied.membership.clone(),
-        };
-        (applied.state.snapshot(), meta, applied.log_bytes)
-    };
-    let mut writer = snapshots.create(meta)?;
+    // A snapshot that was installed meanwhile replaces the state under the cursor: then begin anew.
     loop {
-        // The lock is held for one chunk, so that apply is not kept waiting.
-        let chunk = cursor.next_chunk(&shared.applied.read().state, SNAPSHOT_CHUNK_BYTES);
-        match chunk.map_err(|error| StoreError::Failed {
-            reason: error.to_string(),
-        })? {
-            Some(chunk) => writer.chunk(chunk)?,
-            None => return Ok((writer.finish()?, log_bytes)),
+        let (mut cursor, meta, log_bytes) = {
+            let mut applied = shared.applied.write();
+            let meta = SnapshotMeta {
+                last_log_id: applied.last,
+                last_membership: applied.membership.clone(),
+            };
+            (applied.state.snapshot(), meta, applied.log_bytes)
+        };
+        let mut writer = snapshots.create(meta)?;
+        loop {
+            // The lock is held for one chunk, so that apply is not kept waiting.
+            let chunk = cursor.next_chunk(&shared.applied.read().state, SNAPSHOT_CHUNK_BYTES);
+            match chunk {
+                Ok(Some(chunk)) => writer.chunk(chunk)?,
+                Ok(None) => return Ok((writer.finish()?, log_bytes)),
+                Err(error) => {
+                    tracing::info!(%error, "snapshot begins anew");
+                    break;
+                }
+            }
         }
     }
 }

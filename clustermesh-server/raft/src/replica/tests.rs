@@ -279,6 +279,16 @@ async fn a_watch_yields_history_then_changes_and_progress() {
     ));
     // A watch of the future gets nothing before its revision.
     let mut future = replica.watch(everything(6));
+    future.request_progress();
+    assert!(matches!(
+        next(&mut future).await,
+        WatchItem::Progress { revision: 4 }
+    ));
+    future.request_progress();
+    assert!(matches!(
+        next(&mut future).await,
+        WatchItem::Progress { revision: 4 }
+    ));
     replica.propose(put("d", "4", 0)).await.unwrap();
     replica.propose(put("e", "5", 0)).await.unwrap();
     assert_eq!(next_revision(&mut future).await, 6);
@@ -551,4 +561,45 @@ async fn too_large_a_proposal_is_refused_before_it_is_proposed() {
     let refused = replica.propose(put("big", vec![0; 5 << 20], 0)).await;
     assert!(matches!(refused, Err(ProposeError::TooLarge { .. })));
     replica.shutdown().await;
+}
+
+/// Ends every task at once, as the death of the process would, and hands back what was acknowledged.
+fn write_and_die(path: &Path, first: u64) -> u64 {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    let acknowledged = Arc::new(std::sync::atomic::AtomicU64::new(first));
+    runtime.block_on(async {
+        let replica = Replica::<R>::start(folder(path)).await.unwrap();
+        for n in 0..first {
+            assert_eq!(value(&replica, &format!("k{n}")).unwrap(), n.to_string());
+        }
+        let acknowledged = acknowledged.clone();
+        let writer = tokio::spawn(async move {
+            for n in first.. {
+                replica
+                    .propose(put(&format!("k{n}"), n.to_string(), 0))
+                    .await
+                    .unwrap();
+                acknowledged.store(n + 1, std::sync::atomic::Ordering::SeqCst);
+            }
+        });
+        let died = tokio::time::timeout(Duration::from_millis(150), writer).await;
+        assert!(died.is_err(), "the writer ended by itself");
+    });
+    runtime.shutdown_timeout(Duration::from_secs(10));
+    acknowledged.load(std::sync::atomic::Ordering::SeqCst)
+}
+
+#[test]
+fn what_was_acknowledged_survives_a_sudden_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut written = 0;
+    for _ in 0..3 {
+        let before = written;
+        written = write_and_die(dir.path(), before);
+        assert!(written > before);
+    }
 }

@@ -189,9 +189,7 @@ impl Hub {
         } else if registry.sequence > known_sequence {
             return None;
         }
-        slot.attach(known_sequence);
-        // What the watcher knows may not have been handed out yet: then it is skipped, and progress must not fall back.
-        registry.revision = registry.revision.max(known_revision.min(registry.revision));
+        slot.attach(known_sequence, known_revision);
         let id = registry.new_id();
         let mut watch_ids = Vec::with_capacity(ranges.len());
         for range in ranges {
@@ -218,9 +216,9 @@ impl Hub {
     }
 
     /// Puts a progress item behind all that was handed out; false when `slot` is not filled by the hub any more.
-    pub(super) fn push_progress(&self, slot: &Slot, known_revision: i64) -> bool {
+    pub(super) fn push_progress(&self, slot: &Slot) -> bool {
         let registry = self.registry.lock();
-        slot.push_progress(registry.revision.max(known_revision))
+        slot.push_progress(registry.revision)
     }
 
     pub(super) fn opened(&self) {

@@ -20,6 +20,8 @@ struct Queue {
     bytes: usize,
     /// Publications up to this one are known from history.
     known_sequence: u64,
+    /// Everything up to this revision is known from history.
+    known_revision: i64,
     /// Events below are not wanted.
     first_revision: i64,
     /// Set once the watcher was too slow: everything up to this revision is queued, the rest it must read itself.
@@ -42,6 +44,7 @@ impl Slot {
             items: VecDeque::new(),
             bytes: 0,
             known_sequence: 0,
+            known_revision: 0,
             first_revision,
             behind_after: None,
             closed: false,
@@ -53,10 +56,11 @@ impl Slot {
         }
     }
 
-    /// From now on the hub fills this slot, except with what `known_sequence` covers.
-    pub(super) fn attach(&self, known_sequence: u64) {
+    /// From now on the hub fills this slot, except with what `known_sequence`, at `known_revision`, covers.
+    pub(super) fn attach(&self, known_sequence: u64, known_revision: i64) {
         let mut queue = self.queue.lock();
         queue.known_sequence = known_sequence;
+        queue.known_revision = known_revision;
         queue.behind_after = None;
     }
 
@@ -120,12 +124,14 @@ impl Slot {
         Poll::Pending
     }
 
-    /// Asks for a progress item in its place; false when the watcher reads history and answers itself.
-    pub(super) fn push_progress(&self, revision: i64) -> bool {
+    /// Adds a progress item: all up to `handed_out` is queued. False when the watcher reads history and answers itself.
+    pub(super) fn push_progress(&self, handed_out: i64) -> bool {
         let mut queue = self.queue.lock();
         if queue.behind_after.is_some() {
             return false;
         }
+        // The hub may not have handed out yet what the watcher knows.
+        let revision = handed_out.max(queue.known_revision);
         // One past the limit is fine, but never two in a row.
         if !matches!(queue.items.back(), Some((WatchItem::Progress { .. }, _))) {
             queue.items.push_back((WatchItem::Progress { revision }, 0));

@@ -108,7 +108,7 @@ impl<R: AsyncRuntime> Watcher<R> {
 
     /// Asks for a [`WatchItem::Progress`] once all before it is delivered.
     pub fn request_progress(&mut self) {
-        if self.attached.is_none() || !self.hub.push_progress(&self.slot, self.revision) {
+        if self.attached.is_none() || !self.hub.push_progress(&self.slot) {
             self.progress_asked = true;
         }
     }
@@ -168,8 +168,7 @@ impl<R: AsyncRuntime> Watcher<R> {
         }
         self.ready
             .extend(self.changed_cursors(cursors.unwrap_or_default()));
-        if self.progress_asked && newest >= self.start_revision - 1 {
-            self.progress_asked = false;
+        if std::mem::take(&mut self.progress_asked) {
             self.ready
                 .push_back(WatchItem::Progress { revision: newest });
         }
