@@ -78,6 +78,7 @@ pub struct Model {
     refused: Refused,
     listing: bool,
     services_changed: bool,
+    workloads_changed: bool,
     pod_cidrs_changed: bool,
     handled: Vector,
     planned: Vector,
@@ -101,6 +102,7 @@ impl Model {
             refused: Refused::default(),
             listing: true,
             services_changed: false,
+            workloads_changed: false,
             pod_cidrs_changed: false,
             handled: Vector::default(),
             planned: Vector::default(),
@@ -128,6 +130,7 @@ impl Model {
         self.held = Keys::default();
         self.listing = false;
         self.services_changed = true;
+        self.workloads_changed = true;
         self.pod_cidrs_changed = true;
     }
 
@@ -184,14 +187,13 @@ impl Model {
             Change::Workload {
                 workload,
                 declaration,
-            } => match declaration {
-                Some(declaration) => {
-                    self.workloads.insert(workload, *declaration);
-                }
-                None => {
-                    self.workloads.remove(&workload);
-                }
-            },
+            } => {
+                match declaration {
+                    Some(declaration) => self.workloads.insert(workload, *declaration),
+                    None => self.workloads.remove(&workload),
+                };
+                self.workloads_changed = true;
+            }
             Change::Nothing => {}
         }
     }
@@ -309,6 +311,11 @@ impl Model {
     /// True once after the declaration of any service changed.
     pub fn take_services_changed(&mut self) -> bool {
         std::mem::take(&mut self.services_changed)
+    }
+
+    /// True once after any workload changed.
+    pub fn take_workloads_changed(&mut self) -> bool {
+        std::mem::take(&mut self.workloads_changed)
     }
 
     fn source(&mut self, cluster: &ClusterName) -> Option<sources::SourceId> {

@@ -127,11 +127,11 @@ impl Model {
     pub(super) fn claim_node_address(
         &mut self,
         source: SourceId,
-        address: IpAddr,
+        prefix: IpNetwork,
         identity: u32,
         index: u32,
     ) {
-        let key = host_key(address);
+        let key = ipcache_key(prefix);
         let claim = AddressClaim {
             source,
             identity,
@@ -142,8 +142,8 @@ impl Model {
         }
     }
 
-    pub(super) fn drop_claim(&mut self, address: IpAddr, source: SourceId, origin: Origin) {
-        self.drop_key(host_key(address), source, origin);
+    pub(super) fn drop_claim(&mut self, prefix: IpNetwork, source: SourceId, origin: Origin) {
+        self.drop_key(ipcache_key(prefix), source, origin);
     }
 
     fn drop_key(&mut self, key: IpcacheKey, source: SourceId, origin: Origin) {

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use clustermesh_ebpf_abi::{
-    Address, IDENTITY_HEALTH, IDENTITY_REMOTE_NODE, NODE_DIRECT, NODE_INDEX_LOCAL, NODE_PRESENT,
-    NODES_MAX, NodeAddressValue, NodeValue,
+    Address, IDENTITY_HEALTH, IDENTITY_REMOTE_NODE, IDENTITY_WORLD, NODE_DIRECT, NODE_INDEX_LOCAL,
+    NODE_PRESENT, NODES_MAX, NodeAddressValue, NodeValue,
 };
 use ipnetwork::IpNetwork;
 
@@ -17,6 +17,10 @@ use crate::change::{ClusterConfig, ClusterName, NodeRecord};
 use crate::refused::Reason;
 use crate::tables;
 
+/// Shortest prefix of an IPv4 pod CIDR that is taken.
+const POD_CIDR_V4_BITS_MIN: u8 = 8;
+/// Shortest prefix of an IPv6 pod CIDR that is taken.
+const POD_CIDR_V6_BITS_MIN: u8 = 16;
 /// Reserved identity of a node's ingress address.
 const IDENTITY_INGRESS: u32 = 8;
 
@@ -69,6 +73,7 @@ impl Model {
             .values()
             .filter(|node| node.index.is_some_and(|index| index != NODE_INDEX_LOCAL))
             .flat_map(|node| node.record.pod_cidrs.iter().copied())
+            .filter(routable)
             .collect();
         cidrs.sort_unstable();
         cidrs.dedup();
@@ -169,7 +174,7 @@ impl Model {
             {
                 self.drop_underlay(source, *ip, index);
             }
-            let kept: Vec<IpAddr> = claimed(&record).map(|(ip, _)| ip).collect();
+            let kept: Vec<IpNetwork> = claimed(&record).map(|(ip, _)| ip).collect();
             for (ip, _) in claimed(&old.record).filter(|(ip, _)| !kept.contains(ip)) {
                 self.drop_claim(ip, source, Origin::Node(index));
             }
@@ -378,9 +383,18 @@ pub const EMPTY_NODE: NodeValue = NodeValue {
     next_layout: 0,
 };
 
-/// The node's own addresses with the identity that they have for others.
-fn claimed(record: &NodeRecord) -> impl Iterator<Item = (IpAddr, u32)> + '_ {
-    let with = |identity| move |ip: &IpAddr| (*ip, identity);
+/// A pod CIDR larger than any cluster needs would draw traffic that is not the mesh's.
+fn routable(cidr: &IpNetwork) -> bool {
+    match cidr {
+        IpNetwork::V4(v4) => v4.prefix() >= POD_CIDR_V4_BITS_MIN,
+        IpNetwork::V6(v6) => v6.prefix() >= POD_CIDR_V6_BITS_MIN,
+    }
+}
+
+/// The node's own addresses with the identity that they have for others, and its pod CIDRs: a packet for a
+/// pod that is new or gone finds the node, which delivers or refuses it.
+fn claimed(record: &NodeRecord) -> impl Iterator<Item = (IpNetwork, u32)> + '_ {
+    let with = |identity| move |ip: &IpAddr| (IpNetwork::from(*ip), identity);
     record
         .underlay
         .iter()
@@ -388,4 +402,11 @@ fn claimed(record: &NodeRecord) -> impl Iterator<Item = (IpAddr, u32)> + '_ {
         .chain(record.routers.iter().map(with(IDENTITY_REMOTE_NODE)))
         .chain(record.health.iter().map(with(IDENTITY_HEALTH)))
         .chain(record.ingress.iter().map(with(IDENTITY_INGRESS)))
+        .chain(
+            record
+                .pod_cidrs
+                .iter()
+                .filter(|cidr| routable(cidr))
+                .map(|cidr| (*cidr, IDENTITY_WORLD)),
+        )
 }

@@ -1,0 +1,312 @@
+//! The host's side of the pods' network: the pair `cm_host` and `cm_net`, its addresses and routes, settings.
+
+use std::net::IpAddr;
+
+use anyhow::{Context, bail};
+use clustermesh_ebpf::abi::{CONFIG_FLOWS, NodeConfig, TUNNEL_PORT, V4_MAPPED_BITS};
+use clustermesh_node_core::UnderlayPath;
+use clustermesh_node_core::tables::address;
+use ipnetwork::IpNetwork;
+use rtnetlink::Handle;
+
+use crate::config::{Config, Routing};
+use crate::netlink::{self, Link, Route, VethPair};
+use crate::state::NodeFacts;
+
+/// Host's end: has the router and health addresses, and the routes to pods.
+pub const HOST_DEVICE: &str = "cm_host";
+/// The other end, where the kernel programs take what the host sends to pods.
+pub const NET_DEVICE: &str = "cm_net";
+/// Bytes that the tunnel adds to a packet, IPv4 outside.
+const TUNNEL_V4_BYTES: u32 = 50;
+/// Bytes that the tunnel adds to a packet, IPv6 outside.
+const TUNNEL_V6_BYTES: u32 = 70;
+/// Largest MTU of the pair itself: routes carry the real ones.
+const PAIR_MTU_BYTES: u32 = 65_535;
+
+/// The underlay as this node has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Underlay {
+    /// Device indices.
+    pub devices: Vec<u32>,
+    /// Addresses, the tunnel's end of each family first.
+    pub addresses: Vec<IpAddr>,
+    /// Path to other nodes over IPv4.
+    pub path_v4: Option<UnderlayPath>,
+    /// Path to other nodes over IPv6.
+    pub path_v6: Option<UnderlayPath>,
+    /// Largest packet of pods, bytes.
+    pub pod_mtu: u32,
+}
+
+impl Underlay {
+    /// Finds devices and addresses.
+    ///
+    /// # Errors
+    /// A configured device is missing, or there is no address.
+    pub async fn find(handle: &Handle, config: &Config) -> anyhow::Result<Self> {
+        let mut links: Vec<(String, Link)> = Vec::new();
+        for name in &config.underlay_devices {
+            let Some(link) = netlink::link_by_name(handle, name).await? else {
+                bail!("underlay_devices: there is no interface {name}");
+            };
+            links.push((name.clone(), link));
+        }
+        let mut devices: Vec<u32> = links.iter().map(|(_, link)| link.index).collect();
+        if devices.is_empty() {
+            let device = netlink::default_device(handle).await?;
+            devices.push(device.context(
+                "there is no default route: name the devices that lead to other nodes in underlay_devices",
+            )?);
+        }
+        let mut addresses = Vec::new();
+        let mut egress = [None, None];
+        for device in &devices {
+            for ip in netlink::addresses(handle, *device).await? {
+                let wanted =
+                    config.underlay_addresses.is_empty() || config.underlay_addresses.contains(&ip);
+                let place = usize::from(ip.is_ipv6());
+                if let Some(slot) = egress.get_mut(place)
+                    && slot.is_none()
+                    && wanted
+                {
+                    *slot = Some(*device);
+                    addresses.push(ip);
+                }
+            }
+        }
+        if let Some(missing) = config
+            .underlay_addresses
+            .iter()
+            .find(|ip| !addresses.contains(ip))
+        {
+            bail!(
+                "underlay_addresses: no underlay device has {missing}, or another of its family is named before"
+            );
+        }
+        if addresses.is_empty() {
+            bail!("the underlay devices have no global address");
+        }
+        addresses.sort_by_key(IpAddr::is_ipv6);
+        let mtus = device_mtus(handle).await?;
+        let path = |device: Option<u32>, tunnel: u32| {
+            device.map(|device| {
+                let mtu = mtus
+                    .iter()
+                    .find(|(index, _)| *index == device)
+                    .map_or(1500, |(_, mtu)| *mtu);
+                let overhead = match config.routing {
+                    Routing::Tunnel => tunnel,
+                    Routing::Direct => 0,
+                };
+                let measured = u16::try_from(mtu.saturating_sub(overhead)).unwrap_or(u16::MAX);
+                UnderlayPath {
+                    egress_ifindex: device,
+                    mtu_bytes: if config.mtu == 0 {
+                        measured
+                    } else {
+                        measured.min(config.mtu)
+                    },
+                }
+            })
+        };
+        let [v4, v6] = egress;
+        let path_v4 = path(v4, TUNNEL_V4_BYTES);
+        let path_v6 = path(v6, TUNNEL_V6_BYTES);
+        // Nodes of both families are reached over IPv4.
+        let pod_mtu = path_v4.or(path_v6).map_or(1430, |p| u32::from(p.mtu_bytes));
+        Ok(Self {
+            devices,
+            addresses,
+            path_v4,
+            path_v6,
+            pod_mtu,
+        })
+    }
+
+    fn of_family(&self, v4: bool) -> Option<IpAddr> {
+        self.addresses.iter().copied().find(|ip| ip.is_ipv4() == v4)
+    }
+}
+
+async fn device_mtus(handle: &Handle) -> anyhow::Result<Vec<(u32, u32)>> {
+    use futures_util::TryStreamExt as _;
+    use rtnetlink::packet_route::link::LinkAttribute;
+
+    let messages: Vec<_> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .context("list interfaces")?;
+    Ok(messages
+        .iter()
+        .filter_map(|message| {
+            message.attributes.iter().find_map(|a| match a {
+                LinkAttribute::Mtu(mtu) => Some((message.header.index, *mtu)),
+                _ => None,
+            })
+        })
+        .collect())
+}
+
+/// The pair between host and pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostPair {
+    /// Host's end.
+    pub host_ifindex: u32,
+    /// Its MAC.
+    pub host_mac: [u8; 6],
+    /// The other end.
+    pub net_ifindex: u32,
+}
+
+/// Makes the pair where it is missing, and sets forwarding on. What is there already stays as it is.
+///
+/// # Errors
+/// The kernel refused something.
+pub async fn ensure_pair(handle: &Handle) -> anyhow::Result<HostPair> {
+    for (setting, value) in [
+        ("net/ipv4/ip_forward", "1"),
+        ("net/ipv6/conf/all/forwarding", "1"),
+    ] {
+        netlink::write_sysctl(setting, value)?;
+    }
+    let ends = (
+        netlink::link_by_name(handle, HOST_DEVICE).await?,
+        netlink::link_by_name(handle, NET_DEVICE).await?,
+    );
+    if !matches!(ends, (Some(_), Some(_))) {
+        netlink::delete_link(handle, HOST_DEVICE).await?;
+        netlink::delete_link(handle, NET_DEVICE).await?;
+        let pair = VethPair {
+            name: HOST_DEVICE,
+            peer: NET_DEVICE,
+            peer_namespace: None,
+            mtu: PAIR_MTU_BYTES,
+        };
+        netlink::create_veth(handle, pair).await?;
+    }
+    let mut found = Vec::with_capacity(2);
+    // What the host sends to pods goes to one place whatever its MAC: nobody is asked for it.
+    for (name, arp) in [(NET_DEVICE, true), (HOST_DEVICE, false)] {
+        let link = netlink::link_by_name(handle, name)
+            .await?
+            .with_context(|| format!("interface {name} vanished"))?;
+        if !link.up || link.noarp == arp || link.mtu != PAIR_MTU_BYTES {
+            netlink::set_link(handle, link.index, PAIR_MTU_BYTES, arp).await?;
+        }
+        found.push(link);
+    }
+    netlink::write_sysctl(&format!("net/ipv4/conf/{HOST_DEVICE}/rp_filter"), "0")?;
+    match found.as_slice() {
+        [net, host] => Ok(HostPair {
+            host_ifindex: host.index,
+            host_mac: host.mac,
+            net_ifindex: net.index,
+        }),
+        _ => bail!("interfaces {HOST_DEVICE} and {NET_DEVICE} vanished"),
+    }
+}
+
+/// Gives the pair its addresses and routes: the cluster's pod CIDRs and those of other nodes.
+///
+/// # Errors
+/// The kernel refused something.
+pub async fn ensure_addresses_and_routes(
+    handle: &Handle,
+    pair: HostPair,
+    facts: &NodeFacts,
+    underlay: &Underlay,
+    remote_cidrs: &[IpNetwork],
+) -> anyhow::Result<()> {
+    let mut ipam = clustermesh_node_core::ipam::Ipam::default();
+    ipam.set_ranges(facts.pod_cidr_v4, facts.pod_cidr_v6);
+    let routers = ipam.routers();
+    let present = netlink::addresses(handle, pair.host_ifindex).await?;
+    for ip in routers.iter().chain(&ipam.health()) {
+        if !present.contains(ip) {
+            netlink::add_address(handle, pair.host_ifindex, *ip).await?;
+        }
+    }
+    let own = [facts.pod_cidr_v4, facts.pod_cidr_v6];
+    let mut wanted: Vec<IpNetwork> = facts
+        .cluster_pod_cidrs
+        .iter()
+        .chain(remote_cidrs)
+        .copied()
+        .chain(own.into_iter().flatten())
+        .collect();
+    wanted.sort_unstable();
+    wanted.dedup();
+    let held = netlink::routes_of(handle, pair.host_ifindex).await?;
+    for destination in &wanted {
+        let Some(source) = routers
+            .iter()
+            .find(|ip| ip.is_ipv4() == destination.is_ipv4())
+        else {
+            continue;
+        };
+        if held.contains(destination) {
+            continue;
+        }
+        let route = Route {
+            destination: *destination,
+            gateway: None,
+            source: Some(*source),
+            mtu: underlay.pod_mtu,
+        };
+        netlink::put_route(handle, pair.host_ifindex, &route).await?;
+    }
+    for gone in held.iter().filter(|held| !wanted.contains(held)) {
+        netlink::delete_route(handle, pair.host_ifindex, *gone).await?;
+    }
+    Ok(())
+}
+
+/// Removes the pair, and with it addresses and routes.
+///
+/// # Errors
+/// The kernel refused it.
+pub async fn remove(handle: &Handle) -> anyhow::Result<()> {
+    netlink::delete_link(handle, HOST_DEVICE).await?;
+    netlink::delete_link(handle, NET_DEVICE).await?;
+    Ok(())
+}
+
+/// The kernel programs' settings.
+#[must_use]
+pub fn node_config(
+    facts: &NodeFacts,
+    underlay: &Underlay,
+    pair: HostPair,
+    local_bits: u8,
+    flows: bool,
+) -> NodeConfig {
+    let end = |v4| underlay.of_family(v4).map_or([0; 16], address);
+    let network = |cidr: Option<IpNetwork>| cidr.map_or([0; 16], |cidr| address(cidr.network()));
+    let bits = |cidr: Option<IpNetwork>| match cidr {
+        Some(IpNetwork::V4(v4)) => u8::try_from(V4_MAPPED_BITS)
+            .unwrap_or(u8::MAX)
+            .saturating_add(v4.prefix()),
+        Some(IpNetwork::V6(v6)) => v6.prefix(),
+        None => 0,
+    };
+    NodeConfig {
+        underlay_v4: end(true),
+        underlay_v6: end(false),
+        pod_cidr_v4: network(facts.pod_cidr_v4),
+        pod_cidr_v6: network(facts.pod_cidr_v6),
+        pod_cidr_v4_bits: bits(facts.pod_cidr_v4),
+        pod_cidr_v6_bits: bits(facts.pod_cidr_v6),
+        identity_local_bits: local_bits,
+        reserved: 0,
+        cluster_id: facts.cluster_id,
+        tunnel_port_be: TUNNEL_PORT.to_be_bytes(),
+        host_ifindex: pair.host_ifindex,
+        flags: if flows { CONFIG_FLOWS } else { 0 },
+        host_mac: pair.host_mac,
+        reserved2: [0; 2],
+    }
+}
