@@ -15,6 +15,8 @@ mod reads;
 mod replica;
 mod state_machine;
 mod task;
+#[cfg(test)]
+mod test_support;
 mod watch;
 
 pub use clustermesh_store::{Node, ReplicaId, SnapshotFile, StoreError};

@@ -87,27 +87,32 @@ impl WatchEvents {
         all.iter().chain(some)
     }
 
-    /// The events of `group` that `wanted` lets through; `None` for none.
+    /// The events at `places` of `group` that `filter` lets through; `None` for none.
     fn choose(
         group: &Arc<EventGroup>,
-        mut wanted: impl FnMut(&StoredEvent) -> bool,
+        places: impl ExactSizeIterator<Item = u32>,
+        filter: Option<&EventFilter>,
     ) -> Option<Self> {
-        let chosen: Vec<u32> = (0..)
-            .zip(&group.events)
-            .filter(|(_, event)| wanted(event))
-            .map(|(place, _)| place)
-            .collect();
-        Self::with(group, chosen)
-    }
-
-    fn with(group: &Arc<EventGroup>, chosen: Vec<u32>) -> Option<Self> {
-        if chosen.is_empty() {
-            return None;
+        let all = places.len() == group.events.len();
+        if all && filter.is_none() {
+            return Some(Self {
+                group: group.clone(),
+                chosen: None,
+            });
         }
-        let chosen = (chosen.len() < group.events.len()).then_some(chosen);
-        Some(Self {
+        let event = |place: u32| {
+            usize::try_from(place)
+                .ok()
+                .and_then(|place| group.events.get(place))
+        };
+        let chosen: Vec<u32> = places
+            .filter(|place| {
+                filter.is_none_or(|filter| event(*place).is_some_and(|event| filter(event)))
+            })
+            .collect();
+        (!chosen.is_empty()).then(|| Self {
             group: group.clone(),
-            chosen,
+            chosen: Some(chosen),
         })
     }
 }
@@ -124,3 +129,6 @@ pub(crate) enum Publication {
     /// The state was replaced by a snapshot's: watchers must read its history.
     Replaced { sequence: u64 },
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,10 @@ use clustermesh_core::{CursorChange, EventGroup, KeyRange, WatchId, WatchIndex};
 use openraft::async_runtime::{AsyncRuntime, Mpsc, MpscReceiver};
 use parking_lot::Mutex;
 
-use super::{Publication, WatchEvents, WatchItem, slot::Slot};
+use super::{
+    Publication, WatchEvents, WatchItem,
+    slot::{Offer, Offered, Slot},
+};
 use crate::{
     metrics::{Metrics, add, sub},
     task::Stop,
@@ -61,68 +64,79 @@ impl Registry {
         Some(attached.slot)
     }
 
-    /// Places of the events that each watcher of their keys may want.
-    fn matches(&self, group: &EventGroup) -> BTreeMap<SlotId, Vec<u32>> {
-        let mut matches: BTreeMap<SlotId, Vec<u32>> = BTreeMap::new();
+    /// Which watcher may want which event, by watcher and then in the order of events.
+    fn matches(&self, group: &EventGroup) -> Vec<(SlotId, u32)> {
+        let mut matches = Vec::new();
         for (place, event) in (0..).zip(&group.events) {
             self.index.for_each_matching(event.key(), |watch_id| {
                 if let Some(owner) = self.owners.get(&watch_id) {
-                    let places = matches.entry(*owner).or_default();
-                    // Ranges of one watcher may overlap.
-                    if places.last() != Some(&place) {
-                        places.push(place);
-                    }
+                    matches.push((*owner, place));
                 }
             });
         }
+        matches.sort_unstable();
+        // Ranges of one watcher may overlap.
+        matches.dedup();
         matches
     }
 
     fn hand_out_group(&mut self, sequence: u64, group: &Arc<EventGroup>, metrics: &Metrics) {
         let bytes = group.encoded_bytes();
-        for (id, mut places) in self.matches(group) {
-            let Some(Attached { slot, .. }) = self.slots.get(&id) else {
+        let mut slow = Vec::new();
+        let matches = self.matches(group);
+        for matched in matches.chunk_by(|(a, _), (b, _)| a == b) {
+            let Some((id, attached)) = matched
+                .first()
+                .and_then(|(id, _)| Some((*id, self.slots.get(id)?)))
+            else {
                 continue;
             };
-            if !slot.wants(sequence, Some(group.revision)) {
-                continue;
-            }
-            if let Some(filter) = &slot.filter {
-                places.retain(|place| {
-                    usize::try_from(*place)
-                        .ok()
-                        .and_then(|place| group.events.get(place))
-                        .is_some_and(|event| filter(event))
-                });
-            }
-            let Some(events) = WatchEvents::with(group, places) else {
-                continue;
+            let slot = &attached.slot;
+            let offer = Offer {
+                sequence,
+                revision: Some(group.revision),
+                bytes,
+                complete_revision: group.revision - 1,
             };
-            add(&metrics.watch_groups_total, 1);
-            if !slot.push(WatchItem::Events(events), bytes, group.revision - 1) {
-                add(&metrics.watch_fallbacks_total, 1);
-                self.detach(id);
+            let taken = slot.offer(offer, || {
+                let places = matched.iter().map(|(_, place)| *place);
+                WatchEvents::choose(group, places, slot.filter.as_ref()).map(WatchItem::Events)
+            });
+            match taken {
+                Offered::Queued => add(&metrics.watch_groups_total, 1),
+                Offered::NotWanted => {}
+                Offered::TooSlow => slow.push(id),
             }
         }
+        self.drop_slow(slow, metrics);
         self.revision = group.revision;
     }
 
     fn hand_out_cursor(&mut self, sequence: u64, change: &CursorChange, metrics: &Metrics) {
         let mut slow = Vec::new();
         for (id, slot) in &self.cursor_slots {
-            if !slot.wants(sequence, None) {
-                continue;
-            }
-            let item = WatchItem::Cursor {
+            let bytes = change.cluster.len();
+            let offer = Offer {
+                sequence,
+                revision: None,
+                bytes,
+                complete_revision: self.revision,
+            };
+            let item = || WatchItem::Cursor {
                 cluster: change.cluster.clone(),
                 cursor: change.cursor.clone(),
             };
-            if !slot.push(item, change.cluster.len(), self.revision) {
+            if slot.offer(offer, || Some(item())) == Offered::TooSlow {
                 slow.push(*id);
             }
         }
+        self.drop_slow(slow, metrics);
+    }
+
+    /// Watchers that fell behind cost nothing until they have caught up.
+    fn drop_slow(&mut self, slow: Vec<SlotId>, metrics: &Metrics) {
+        add(&metrics.watch_fallbacks_total, slow.len());
         for id in slow {
-            add(&metrics.watch_fallbacks_total, 1);
             self.detach(id);
         }
     }

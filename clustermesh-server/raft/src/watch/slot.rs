@@ -30,6 +30,26 @@ struct Queue {
     waker: Option<Waker>,
 }
 
+/// Something that the hub hands out.
+pub(super) struct Offer {
+    /// Number of the publication.
+    pub(super) sequence: u64,
+    /// Revision of the events; `None` for a cursor.
+    pub(super) revision: Option<i64>,
+    /// Encoded size.
+    pub(super) bytes: usize,
+    /// Everything up to this revision was handed out before.
+    pub(super) complete_revision: i64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Offered {
+    Queued,
+    NotWanted,
+    /// The watcher must read history from now on.
+    TooSlow,
+}
+
 /// What a watcher finds in its slot.
 pub(super) enum Taken {
     Item(WatchItem),
@@ -64,29 +84,30 @@ impl Slot {
         queue.behind_after = None;
     }
 
-    /// Whether publication `sequence` with events of `revision` is wanted here.
-    pub(super) fn wants(&self, sequence: u64, revision: Option<i64>) -> bool {
-        let queue = self.queue.lock();
-        sequence > queue.known_sequence
-            && revision.is_none_or(|revision| revision >= queue.first_revision)
-    }
-
-    /// Adds an item; false when the watcher is too slow and falls behind after `complete_revision`.
-    pub(super) fn push(&self, item: WatchItem, bytes: usize, complete_revision: i64) -> bool {
-        let (fits, waker) = {
+    /// Adds what `make` makes, if it is wanted here and there is room.
+    pub(super) fn offer(&self, offer: Offer, make: impl FnOnce() -> Option<WatchItem>) -> Offered {
+        let waker = {
             let mut queue = self.queue.lock();
+            let wanted = offer.sequence > queue.known_sequence
+                && offer
+                    .revision
+                    .is_none_or(|revision| revision >= queue.first_revision);
+            let Some(item) = wanted.then(make).flatten() else {
+                return Offered::NotWanted;
+            };
             let fits = queue.items.len() < MAX_WATCHER_QUEUE_ITEMS
-                && (queue.items.is_empty() || queue.bytes + bytes <= MAX_WATCHER_QUEUE_BYTES);
-            if fits {
-                queue.bytes += bytes;
-                queue.items.push_back((item, bytes));
-            } else {
-                queue.behind_after = Some(complete_revision);
+                && (queue.items.is_empty() || queue.bytes + offer.bytes <= MAX_WATCHER_QUEUE_BYTES);
+            if !fits {
+                queue.behind_after = Some(offer.complete_revision);
+                // It has items to take, so nobody waits.
+                return Offered::TooSlow;
             }
-            (fits, queue.waker.take())
+            queue.bytes += offer.bytes;
+            queue.items.push_back((item, offer.bytes));
+            queue.waker.take()
         };
         waker.into_iter().for_each(Waker::wake);
-        fits
+        Offered::Queued
     }
 
     /// The watcher must read history after `complete_revision`.

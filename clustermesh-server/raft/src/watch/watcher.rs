@@ -156,10 +156,13 @@ impl<R: AsyncRuntime> Watcher<R> {
         };
         let complete = groups.last().is_none_or(|group| group.revision == newest);
         for group in &groups {
-            let events = WatchEvents::choose(group, |event| {
-                self.ranges.iter().any(|range| range.contains(event.key()))
-                    && self.slot.filter.as_ref().is_none_or(|filter| filter(event))
-            });
+            let wanted = |key: &[u8]| self.ranges.iter().any(|range| range.contains(key));
+            let places: Vec<u32> = (0..)
+                .zip(&group.events)
+                .filter(|(_, event)| wanted(event.key()))
+                .map(|(place, _)| place)
+                .collect();
+            let events = WatchEvents::choose(group, places.into_iter(), self.slot.filter.as_ref());
             self.ready.extend(events.map(WatchItem::Events));
             self.revision = self.revision.max(group.revision);
         }
