@@ -1,5 +1,6 @@
 //! The lab, the demo, scenarios and benchmarks: real processes in network namespaces.
 
+pub mod bench;
 pub mod demo;
 pub mod lab;
 pub mod traffic;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use clustermesh_integration::traffic::{forge, probe, serve, stream, udp};
+use clustermesh_integration::traffic::{forge, probe, serve, spin, stream, udp};
 use serde::Serialize;
 
 #[derive(Parser)]
@@ -55,6 +55,23 @@ enum Tool {
         #[arg(long, default_value_t = 2)]
         every_ms: u64,
     },
+    /// Accept and close on one CPU without ever sleeping, until SIGTERM
+    SpinServe {
+        #[arg(long)]
+        listen: SocketAddr,
+        #[arg(long)]
+        cpu: usize,
+    },
+    /// Connect and close on one CPU as fast as it goes
+    SpinConnect {
+        /// Addresses, taken in turn
+        #[arg(long, required = true)]
+        to: Vec<SocketAddr>,
+        #[arg(long)]
+        cpu: usize,
+        #[arg(long)]
+        millis: u64,
+    },
     /// Tunnel packets that lie
     Forge {
         #[arg(long)]
@@ -97,6 +114,10 @@ async fn main() -> Result<()> {
         }
         Tool::Udp { to, every_ms } => {
             report(&udp::udp(to, Duration::from_millis(every_ms)).await?)
+        }
+        Tool::SpinServe { listen, cpu } => spin::serve(listen, cpu),
+        Tool::SpinConnect { to, cpu, millis } => {
+            report(&spin::connect_for(&to, cpu, Duration::from_millis(millis))?)
         }
         Tool::Forge {
             to,

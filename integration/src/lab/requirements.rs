@@ -32,11 +32,15 @@ pub fn missing() -> Vec<String> {
         ("nsenter", "util-linux"),
         ("ethtool", "ethtool"),
     ] {
-        if !on_path(program) {
-            missing.push(format!("program {program} (package {package}; make setup)"));
-        }
+        missing.extend(self::program(program, package));
     }
     missing
+}
+
+/// A program with its package, if it is missing.
+#[must_use]
+pub fn program(program: &str, package: &str) -> Option<String> {
+    (!on_path(program)).then(|| format!("program {program} (package {package}; make setup)"))
 }
 
 fn on_path(program: &str) -> bool {

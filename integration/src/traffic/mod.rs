@@ -6,6 +6,7 @@
 pub mod forge;
 pub mod probe;
 pub mod serve;
+pub mod spin;
 pub mod stream;
 pub mod udp;
 
