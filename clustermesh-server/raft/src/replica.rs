@@ -214,12 +214,19 @@ impl<R: AsyncRuntime> Replica<R> {
         let metrics = receiver.borrow_watched().clone();
         let applied = self.inner.shared.applied.read();
         let voters: Vec<ReplicaId> = metrics.membership_config.voter_ids().collect();
+        let is_leader = metrics.state.is_leader();
+        // A group of one needs no other's answer, and openraft does not stamp its own.
+        let alone = is_leader && voters == [self.inner.replica_id];
+        let stamped = metrics
+            .last_quorum_acked
+            .map(|at| at.into_inner().elapsed());
+        let last_quorum_ack = if alone { Some(Duration::ZERO) } else { stamped };
         Status {
             replica_id: self.inner.replica_id,
             cluster_id: applied.state.cluster_id(),
             term: metrics.current_term,
             leader: metrics.current_leader,
-            is_leader: metrics.state.is_leader(),
+            is_leader,
             last_log_index: metrics.last_log_index.unwrap_or(0),
             applied_index: applied.last.map_or(0, |last| last.index),
             revision: applied.state.revision(),
@@ -227,9 +234,7 @@ impl<R: AsyncRuntime> Replica<R> {
             state_bytes: applied.state.approximate_bytes(),
             log_bytes,
             snapshot_index: metrics.snapshot.map_or(0, |snapshot| snapshot.index),
-            last_quorum_ack: metrics
-                .last_quorum_acked
-                .map(|at| at.into_inner().elapsed()),
+            last_quorum_ack,
             failure: metrics.running_state.err().map(|error| error.to_string()),
             members: metrics
                 .membership_config

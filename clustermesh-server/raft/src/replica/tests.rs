@@ -22,6 +22,8 @@ async fn a_new_group_gets_an_id_and_serves_writes_and_reads() {
     assert!(status.is_leader);
     assert_eq!((status.revision, status.members.len()), (2, 1));
     assert_eq!(status.failure, None);
+    // openraft stamps a group of one only when it is asked to; idle or not, it is its own quorum.
+    assert_eq!(status.last_quorum_ack, Some(Duration::ZERO));
     replica.shutdown().await;
     assert_eq!(
         replica.propose(put("a", "2", 0)).await,
