@@ -87,21 +87,26 @@ impl SnapshotStore {
         }
     }
 
-    /// The newest snapshot whose every byte checks out. A damaged one is skipped with an error in the log.
+    /// The newest snapshot whose every byte checks out. A damaged one is set aside, with an error in the process's log.
     ///
     /// # Errors
-    /// [`StoreError::Io`] when the folder cannot be read; [`StoreError::Damaged`] when there are snapshots and none is
-    /// valid.
+    /// [`StoreError::Io`] when the folder cannot be used; [`StoreError::Damaged`] when there are snapshots and none is
+    /// valid; [`StoreError::NewerFormat`] when a newer release wrote the newest.
     pub fn newest(&self) -> Result<Option<SnapshotFile>, StoreError> {
         let mut damage = None;
         for found in self.all()? {
             match found.and_then(|snapshot| snapshot.check().map(|()| snapshot)) {
                 Ok(snapshot) => return Ok(Some(snapshot)),
-                Err(error @ (StoreError::Damaged { .. } | StoreError::NewerFormat { .. })) => {
-                    tracing::error!(%error, "skipped a snapshot");
+                Err(error) => {
+                    let StoreError::Damaged { path, .. } = &error else {
+                        return Err(error);
+                    };
+                    tracing::error!(%error, "snapshot set aside");
+                    if let Place::Folder(folder) = &*self.0 {
+                        file::set_aside(folder, path)?;
+                    }
                     damage.get_or_insert(error);
                 }
-                Err(error) => return Err(error),
             }
         }
         damage.map_or(Ok(None), Err)

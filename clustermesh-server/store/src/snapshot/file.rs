@@ -16,6 +16,8 @@ use crate::{error::StoreError, log::sync_dir, types::SnapshotMeta};
 
 const EXTENSION: &str = "snapshot";
 const TEMPORARY: &str = "tmp";
+/// Kept for a person to look at, until there are enough valid snapshots.
+const DAMAGED: &str = "damaged";
 
 /// A snapshot being written.
 pub struct SnapshotWriter {
@@ -157,15 +159,12 @@ fn file_name(meta: &SnapshotMeta) -> String {
     format!("{term:016x}-{index:016x}.{EXTENSION}")
 }
 
-/// Names of complete snapshots, newest first.
-fn names(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+/// Files of one extension, greatest name first: the newest of complete snapshots.
+fn names(folder: &Path, extension: &str) -> Result<Vec<PathBuf>, StoreError> {
     let mut names = Vec::new();
     for found in fs::read_dir(folder).map_err(StoreError::io("list", folder))? {
         let path = found.map_err(StoreError::io("list", folder))?.path();
-        if path
-            .extension()
-            .is_some_and(|extension| extension == EXTENSION)
-        {
+        if path.extension().is_some_and(|found| found == extension) {
             names.push(path);
         }
     }
@@ -173,22 +172,26 @@ fn names(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
     Ok(names)
 }
 
+fn remove(path: &Path) -> Result<(), StoreError> {
+    fs::remove_file(path).map_err(StoreError::io("remove", path))
+}
+
 pub(super) fn prepare(folder: &Path) -> Result<(), StoreError> {
     fs::create_dir_all(folder).map_err(StoreError::io("create folder", folder))?;
-    for found in fs::read_dir(folder).map_err(StoreError::io("list", folder))? {
-        let path = found.map_err(StoreError::io("list", folder))?.path();
-        if path
-            .extension()
-            .is_some_and(|extension| extension == TEMPORARY)
-        {
-            fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
-        }
+    for path in names(folder, TEMPORARY)? {
+        remove(&path)?;
     }
     sync_dir(folder)
 }
 
+/// A damaged snapshot counts no more: neither as one to fall back to, nor for the purge of the log.
+pub(super) fn set_aside(folder: &Path, path: &Path) -> Result<(), StoreError> {
+    fs::rename(path, path.with_extension(DAMAGED)).map_err(StoreError::io("rename", path))?;
+    sync_dir(folder)
+}
+
 pub(super) fn all(folder: &Path) -> Result<Vec<Result<SnapshotFile, StoreError>>, StoreError> {
-    Ok(names(folder)?.into_iter().map(open).collect())
+    Ok(names(folder, EXTENSION)?.into_iter().map(open).collect())
 }
 
 fn open(path: PathBuf) -> Result<SnapshotFile, StoreError> {
@@ -205,8 +208,14 @@ fn open(path: PathBuf) -> Result<SnapshotFile, StoreError> {
 }
 
 fn remove_old(folder: &Path) -> Result<(), StoreError> {
-    for path in names(folder)?.into_iter().skip(KEPT_SNAPSHOTS) {
-        fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+    let complete = names(folder, EXTENSION)?;
+    if complete.len() >= KEPT_SNAPSHOTS {
+        for path in names(folder, DAMAGED)? {
+            remove(&path)?;
+        }
+    }
+    for path in complete.iter().skip(KEPT_SNAPSHOTS) {
+        remove(path)?;
     }
     Ok(())
 }

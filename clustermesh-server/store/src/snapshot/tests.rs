@@ -121,6 +121,12 @@ fn a_damaged_newest_falls_back_to_the_one_before() {
     write(&store, 2);
     flip(files(dir.path()).last().unwrap(), 2000);
     assert_eq!(store.newest().unwrap().unwrap().meta(), &meta(1));
+    // It is set aside, and goes once there are two valid ones again.
+    assert_eq!(store.all().unwrap().len(), 1);
+    assert_eq!(files(dir.path()).len(), 2);
+    write(&store, 3);
+    assert_eq!(store.previous().unwrap().unwrap().meta(), &meta(1));
+    assert_eq!(files(dir.path()).len(), 2);
 }
 
 #[test]
