@@ -1,0 +1,271 @@
+//! Two servers: what one writes, the other copies, through cuts and restarts.
+
+use clustermesh_api::etcd::rpc::DeleteRangeRequest;
+use clustermesh_api::v1::agent_watch_response::Message;
+use clustermesh_api::v1::peer_status::State;
+use clustermesh_client::Client;
+
+use crate::support::{Cluster, Pki, put, soon, until};
+
+fn node(cluster: u32, name: &str, third: u32) -> (String, String) {
+    let key = format!("cilium/state/nodes/v1/c{cluster}/{name}");
+    let value = format!(
+        r#"{{"Name":"{name}","Cluster":"c{cluster}","IPAddresses":[{{"Type":"InternalIP","IP":"192.0.2.{third}"}}],"IPv4AllocCIDR":{{"IP":"10.{cluster}.{third}.0","Mask":"////AA=="}},"IPv4SecondaryAllocCIDRs":null,"IPv6AllocCIDR":null,"IPv6SecondaryAllocCIDRs":null,"IPv4HealthIP":"","IPv6HealthIP":"","IPv4IngressIP":"","IPv6IngressIP":"","ClusterID":{cluster},"Source":"test","EncryptionKey":0,"Labels":null,"Annotations":null,"WireguardPubKey":"","BootID":""}}"#
+    );
+    (key, value)
+}
+
+fn address(cluster: u32, third: u32, host: u32, id: u32) -> (String, String) {
+    let key = format!("cilium/state/ip/v1/default/10.{cluster}.{third}.{host}");
+    let value = format!(
+        r#"{{"IP":"10.{cluster}.{third}.{host}","Mask":null,"HostIP":"192.0.2.{third}","ID":{id},"Key":0,"Metadata":"","K8sNamespace":"shop","K8sPodName":"p"}}"#
+    );
+    (key, value)
+}
+
+async fn write(client: &Client, (key, value): (String, String)) -> i64 {
+    client
+        .put(put(key, value))
+        .await
+        .unwrap()
+        .header
+        .unwrap()
+        .revision
+}
+
+async fn delete(client: &Client, key: &str) {
+    let request = DeleteRangeRequest {
+        key: key.to_owned().into(),
+        ..Default::default()
+    };
+    client.delete_range(request).await.unwrap();
+}
+
+async fn until_state(client: &Client, wanted: State) -> clustermesh_api::v1::PeerStatus {
+    soon(&format!("peer {wanted:?}"), async {
+        loop {
+            let status = client.mesh_status().await.unwrap();
+            if status.peers[0].state() == wanted {
+                return status.peers[0].clone();
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await
+}
+
+const COPY: &str = "cilium/cache/ip/v1/c1/10.1.1.";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_is_copied_kept_through_a_cut_and_resumed_by_difference() {
+    let pki = Pki::new();
+    let mut a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    for host in 4..30 {
+        write(&at_a, address(1, 1, host, 65_600)).await;
+    }
+    let b = Cluster::start(&pki, 2, &[&a]).await;
+    let at_b = b.operator(&pki);
+    let synced = until_state(&at_b, State::Synced).await;
+    assert_eq!(
+        (synced.cluster_id, synced.nodes, synced.endpoints),
+        (1, 1, 26),
+        "{synced:?}"
+    );
+    assert_eq!(synced.store_id, a.server().store().cluster_id());
+    let original = at_a
+        .get("cilium/state/ip/v1/default/10.1.1.4")
+        .await
+        .unwrap()
+        .unwrap();
+    let copy = at_b.get(format!("{COPY}4")).await.unwrap().unwrap();
+    assert_eq!(copy.value, original.value, "byte for byte");
+    let config = at_b.get("cilium/cluster-config/c1").await.unwrap().unwrap();
+    assert!(String::from_utf8_lossy(&config.value).contains("\"cached\":true"));
+    for kind in ["nodes", "ip", "identities", "services", "endpointslices"] {
+        let key = format!("cilium/synced/c1/cilium/cache/{kind}/v1");
+        assert!(at_b.get(key.clone()).await.unwrap().is_some(), "{key}");
+    }
+
+    // Live changes.
+    write(&at_a, address(1, 1, 40, 65_601)).await;
+    until(&at_b, &format!("{COPY}40"), |value| value.is_some()).await;
+    delete(&at_a, "cilium/state/ip/v1/default/10.1.1.5").await;
+    until(&at_b, &format!("{COPY}5"), |value| value.is_none()).await;
+
+    // A cut deletes nothing.
+    a.stop().await;
+    until_state(&at_b, State::Unreachable).await;
+    assert!(at_b.get(format!("{COPY}4")).await.unwrap().is_some());
+    let unchanged = at_b
+        .get(format!("{COPY}7"))
+        .await
+        .unwrap()
+        .unwrap()
+        .mod_revision;
+
+    // Healed: what happened meanwhile arrives, what did not change is not written again.
+    a.restart(&pki).await;
+    let at_a = a.operator(&pki);
+    delete(&at_a, "cilium/state/ip/v1/default/10.1.1.6").await;
+    write(&at_a, address(1, 1, 41, 65_601)).await;
+    until(&at_b, &format!("{COPY}41"), |value| value.is_some()).await;
+    until(&at_b, &format!("{COPY}6"), |value| value.is_none()).await;
+    assert_eq!(
+        at_b.get(format!("{COPY}7"))
+            .await
+            .unwrap()
+            .unwrap()
+            .mod_revision,
+        unchanged
+    );
+    let status = until_state(&at_b, State::Synced).await;
+    assert!(
+        status.reconnects > 0 && status.last_error.is_empty(),
+        "{status:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_store_of_the_peer_is_listed_and_only_differences_are_written() {
+    let pki = Pki::new();
+    let mut a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    for host in 4..8 {
+        write(&at_a, address(1, 1, host, 65_600)).await;
+    }
+    let b = Cluster::start(&pki, 2, &[&a]).await;
+    let at_b = b.operator(&pki);
+    until_state(&at_b, State::Synced).await;
+    let kept = at_b.get(format!("{COPY}4")).await.unwrap().unwrap();
+    a.stop().await;
+    std::fs::remove_dir_all(a.dir.path().join("data")).unwrap();
+    a.restart(&pki).await;
+    // As soon as the empty store says that it is complete, what it does not have is gone.
+    until(&at_b, &format!("{COPY}4"), |value| value.is_none()).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    write(&at_a, address(1, 1, 4, 65_600)).await;
+    until(&at_b, &format!("{COPY}4"), |value| value.is_some()).await;
+    assert!(
+        at_b.get(format!("{COPY}4"))
+            .await
+            .unwrap()
+            .unwrap()
+            .mod_revision
+            > kept.mod_revision
+    );
+    let status = until_state(&at_b, State::Synced).await;
+    assert_eq!(status.store_id, a.server().store().cluster_id());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn claims_that_a_peer_may_not_make_are_refused_and_shown() {
+    let pki = Pki::new();
+    let a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    write(&at_a, address(1, 1, 4, 65_600)).await;
+    // Another cluster's identity, our own pod CIDR, and a record that is none.
+    write(&at_a, address(1, 1, 5, 3 * 65_536)).await;
+    let (key, value) = node(1, "w2", 2);
+    write(&at_a, (key, value.replace("10.1.2.0", "10.2.2.0"))).await;
+    write(
+        &at_a,
+        (
+            "cilium/state/nodes/v1/c1/w3".to_owned(),
+            "not json".to_owned(),
+        ),
+    )
+    .await;
+    let b = Cluster::start(&pki, 2, &[&a]).await;
+    let at_b = b.operator(&pki);
+    let status = until_state(&at_b, State::Synced).await;
+    assert_eq!((status.nodes, status.endpoints), (1, 1), "{status:?}");
+    assert_eq!(
+        status.refused_records.values().sum::<u64>(),
+        3,
+        "{:?}",
+        status.refused_records
+    );
+    // Put right, it is taken.
+    write(&at_a, node(1, "w2", 2)).await;
+    until(&at_b, "cilium/cache/nodes/v1/c1/w2", |value| {
+        value.is_some()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_with_our_id_is_refused_with_the_reason_and_its_revision_is_not_waited_for_silently()
+{
+    let pki = Pki::new();
+    let a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    at_a.put(put(
+        "cilium/cluster-config/c1",
+        r#"{"id":2,"capabilities":{"syncedCanaries":true}}"#,
+    ))
+    .await
+    .unwrap();
+    let b = Cluster::start(&pki, 2, &[&a]).await;
+    let at_b = b.operator(&pki);
+    let status = until_state(&at_b, State::Refused).await;
+    assert!(
+        status.last_error.contains("cluster id 2"),
+        "{}",
+        status.last_error
+    );
+    let mut wait = at_b.wait(std::time::Duration::from_secs(2)).await.unwrap();
+    let progress = soon("progress", wait.next()).await.unwrap().unwrap();
+    assert!(!progress.done);
+    assert!(progress.laggards[0].reason.contains("c1"), "{progress:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agents_hear_the_watermark_and_a_former_peer_leaves_nothing_behind() {
+    let pki = Pki::new();
+    let a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    let mut b = Cluster::start(&pki, 2, &[&a]).await;
+    let agent = b.node(&pki, "n1");
+    let mut watch = agent.agent_watch(0, 0).await.unwrap();
+    // Also when nothing that is exported changed.
+    let wanted = at_a
+        .put(put("clustermesh.io/alloc/x", "x"))
+        .await
+        .unwrap()
+        .header
+        .unwrap()
+        .revision;
+    loop {
+        let response = soon("the watermark", watch.next()).await.unwrap().unwrap();
+        if let Some(Message::Watermark(mark)) = response.message
+            && mark.revision >= wanted
+        {
+            assert_eq!(
+                (mark.cluster.as_str(), mark.store_id),
+                ("c1", a.server().store().cluster_id())
+            );
+            break;
+        }
+    }
+    b.stop().await;
+    b.forget_peers();
+    b.restart(&pki).await;
+    let at_b = b.operator(&pki);
+    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
+        value.is_none()
+    })
+    .await;
+    until(&at_b, "cilium/cluster-config/c1", |value| value.is_none()).await;
+    let synced = at_b
+        .list_prefix("cilium/synced/c1/")
+        .collect(10)
+        .await
+        .unwrap();
+    assert!(synced.kvs.is_empty());
+}

@@ -1,0 +1,238 @@
+//! A certificate authority, clusters with running servers, clients of each role.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clustermesh_api::etcd::rpc::PutRequest;
+use clustermesh_client::{Client, ClientConfig};
+use clustermesh_process::TlsPaths;
+use clustermesh_server::config::Config;
+use clustermesh_server::server::Server;
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair,
+};
+use tempfile::TempDir;
+
+/// Longest wait for anything that a test expects.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits for `future`, with a name for the failure.
+pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future)
+        .await
+        .unwrap_or_else(|_| panic!("{what}: not within {PATIENCE:?}"))
+}
+
+/// One CA with the certificates of all parties, in a folder.
+pub struct Pki {
+    pub dir: TempDir,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Pki {
+    pub fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        std::fs::write(
+            dir.path().join("ca.crt"),
+            params.self_signed(&key).unwrap().pem(),
+        )
+        .unwrap();
+        Self {
+            dir,
+            issuer: Issuer::new(params, key),
+        }
+    }
+
+    pub fn issue(&self, organisation: &str, cluster: &str, name: &str) -> TlsPaths {
+        let stem = format!("{organisation}-{cluster}-{name}");
+        let path = |end: &str| self.dir.path().join(format!("{stem}.{end}"));
+        let paths = TlsPaths {
+            ca: self.dir.path().join("ca.crt"),
+            cert: path("crt"),
+            key: path("key"),
+        };
+        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(
+            DnType::OrganizationName,
+            format!("clustermesh:{organisation}"),
+        );
+        params
+            .distinguished_name
+            .push(DnType::OrganizationalUnitName, cluster);
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        let key = KeyPair::generate().unwrap();
+        let cert = params.signed_by(&key, &self.issuer).unwrap();
+        std::fs::write(&paths.cert, cert.pem()).unwrap();
+        std::fs::write(&paths.key, key.serialize_pem()).unwrap();
+        paths
+    }
+}
+
+/// One cluster whose server can be started again with its data and its port.
+pub struct Cluster {
+    pub name: String,
+    id: u32,
+    pub dir: TempDir,
+    port: u16,
+    peers: Vec<(String, u16)>,
+    server: Option<Server>,
+}
+
+impl Cluster {
+    /// Starts `c<id>`.
+    pub async fn start(pki: &Pki, id: u32, peers: &[&Cluster]) -> Self {
+        let mut cluster = Self {
+            name: format!("c{id}"),
+            id,
+            dir: tempfile::tempdir().unwrap(),
+            port: 0,
+            peers: peers
+                .iter()
+                .map(|peer| (peer.name.clone(), peer.port))
+                .collect(),
+            server: None,
+        };
+        cluster.restart(pki).await;
+        cluster
+    }
+
+    /// The configuration file.
+    pub fn configure(&self, pki: &Pki) -> PathBuf {
+        let Self { name, id, port, .. } = self;
+        let server = pki.issue("server", name, "server");
+        let paths = |paths: &TlsPaths| {
+            format!(
+                "ca = {:?}\ncert = {:?}\nkey = {:?}\n",
+                paths.ca, paths.cert, paths.key
+            )
+        };
+        let mut text = format!(
+            "data_dir = \"data\"\nlisten_client = \"127.0.0.1:{port}\"\nlisten_admin = \"127.0.0.1:0\"\ndrain_seconds = 5\n\
+             [cluster]\nname = \"{name}\"\nid = {id}\npod_cidr_v4 = \"10.{id}.0.0/16\"\npod_cidr_v6 = \"fd00:{id}::/48\"\n\
+             service_cidr_v4 = \"10.10{id}.0.0/16\"\n[tls]\n{}",
+            paths(&server)
+        );
+        for (peer, port) in &self.peers {
+            let tls = pki.issue("peer", name, &format!("remote-{peer}"));
+            text += &format!(
+                "[[peers]]\nname = \"{peer}\"\nendpoints = [\"127.0.0.1:{port}\"]\n{}",
+                paths(&tls)
+            );
+        }
+        let path = self.dir.path().join("server.toml");
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    /// Starts the server, with the data and the port that it had.
+    pub async fn restart(&mut self, pki: &Pki) {
+        let config = Config::load(&self.configure(pki)).unwrap();
+        let server = soon("the server's start", Server::start(&config))
+            .await
+            .unwrap();
+        self.port = server.client_address().port();
+        self.server = Some(server);
+    }
+
+    pub async fn stop(&mut self) {
+        self.server.take().unwrap().shutdown().await;
+    }
+
+    pub fn forget_peers(&mut self) {
+        self.peers.clear();
+    }
+
+    pub fn server(&self) -> &Server {
+        self.server.as_ref().unwrap()
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
+    }
+
+    pub fn client(&self, tls: TlsPaths) -> Client {
+        client(self.address(), tls)
+    }
+
+    pub fn operator(&self, pki: &Pki) -> Client {
+        self.client(pki.issue("operator", &self.name, &format!("admin-{}", self.name)))
+    }
+
+    pub fn node(&self, pki: &Pki, name: &str) -> Client {
+        self.client(pki.issue("node", &self.name, name))
+    }
+}
+
+pub fn client(address: SocketAddr, tls: TlsPaths) -> Client {
+    Client::new(&ClientConfig {
+        endpoints: vec![format!("https://{address}")],
+        tls: Some(tls),
+        server_name: None,
+    })
+    .unwrap()
+}
+
+pub fn put(key: impl Into<String>, value: impl Into<String>) -> PutRequest {
+    PutRequest {
+        key: key.into().into(),
+        value: value.into().into(),
+        ..PutRequest::default()
+    }
+}
+
+/// Reads a key until `wanted` holds of its value.
+pub async fn until(client: &Client, key: &str, wanted: impl Fn(Option<&str>) -> bool) {
+    soon(&format!("{key} as wanted"), async {
+        loop {
+            let kv = client.get(key.to_owned()).await.unwrap();
+            let value = kv
+                .as_ref()
+                .map(|kv| String::from_utf8_lossy(&kv.value).into_owned());
+            if wanted(value.as_deref()) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+/// One HTTP/1.1 request on the client port.
+pub async fn http_get(address: SocketAddr, tls: &TlsPaths, path: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let config = clustermesh_process::ClientTls::load(tls.clone())
+        .unwrap()
+        .config();
+    let mut config = (*config).clone();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let name = address.ip().into();
+    let mut tls = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config))
+        .connect(rustls_name(name), stream)
+        .await
+        .unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    tls.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    // A peer that closes without TLS's own goodbye is no failure here.
+    let _ = tls.read_to_end(&mut answer).await;
+    String::from_utf8(answer).unwrap()
+}
+
+fn rustls_name(address: std::net::IpAddr) -> tokio_rustls::rustls::pki_types::ServerName<'static> {
+    tokio_rustls::rustls::pki_types::ServerName::IpAddress(address.into())
+}
+
+pub fn binary() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_clustermesh-server"))
+}
