@@ -58,7 +58,8 @@ pub struct Object<Spec> {
     pub kind: String,
     /// Name, labels, annotations.
     pub metadata: Metadata,
-    /// What is wanted.
+    /// What is wanted; may be left out where nothing of it is required.
+    #[serde(default, bound(deserialize = "Spec: Deserialize<'de> + Default"))]
     pub spec: Spec,
 }
 
@@ -66,7 +67,7 @@ pub struct Object<Spec> {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stored<Spec, Status> {
     /// The manifest as applied.
-    #[serde(flatten)]
+    #[serde(flatten, bound(deserialize = "Spec: Deserialize<'de> + Default"))]
     pub object: Object<Spec>,
     /// What the server decided.
     pub status: Status,
@@ -260,7 +261,7 @@ impl Object<ServiceSpec> {
 
 impl<Spec, Status> Stored<Spec, Status>
 where
-    Spec: Serialize + for<'de> Deserialize<'de>,
+    Spec: Serialize + for<'de> Deserialize<'de> + Default,
     Status: Serialize + for<'de> Deserialize<'de>,
 {
     /// Reads the JSON; unknown fields, of newer writers, are ignored.

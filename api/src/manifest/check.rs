@@ -153,7 +153,7 @@ pub(super) fn read(json: &[u8]) -> Result<Manifest, ManifestError> {
     }
 }
 
-fn read_object<Spec: DeserializeOwned>(
+fn read_object<Spec: DeserializeOwned + Default>(
     json: &[u8],
     object: String,
 ) -> Result<Object<Spec>, ManifestError> {

@@ -259,3 +259,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_workload_needs_no_spec_and_a_service_does() {
+    let manifest = |kind: &str| {
+        format!(
+            r#"{{"apiVersion":"clustermesh.io/v1","kind":"{kind}","metadata":{{"name":"web","namespace":"shop","labels":{{"app":"web"}}}}}}"#
+        )
+    };
+    let read = |kind: &str| Manifest::from_json(manifest(kind).as_bytes());
+    assert!(read("Workload").is_ok());
+    assert!(read("Service").is_err());
+}

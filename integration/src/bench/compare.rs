@@ -91,7 +91,13 @@ pub struct Named<'a> {
 
 /// Compares two series of the same rounds.
 #[must_use]
-pub fn against(named: Named<'_>, ours: &[f64], peer_name: &str, peer: &[f64], target: Target) -> Figure {
+pub fn against(
+    named: Named<'_>,
+    ours: &[f64],
+    peer_name: &str,
+    peer: &[f64],
+    target: Target,
+) -> Figure {
     let (our_median, peer_median) = (median(ours), median(peer));
     let ratio = (peer_median > 0.0).then(|| our_median / peer_median);
     figure(named, ours, Some(peer_median), peer_name, ratio, target)
@@ -124,7 +130,11 @@ fn figure(
         target: target.text(),
         met: !ours.is_empty() && target.met(median(ours), ratio),
         runs: ours.len(),
-        spread: if ours.is_empty() { [0.0; 2] } else { [least, most] },
+        spread: if ours.is_empty() {
+            [0.0; 2]
+        } else {
+            [least, most]
+        },
     }
 }
 
@@ -139,8 +149,12 @@ pub fn print_table(figures: &[Figure]) {
             "{:<16} {:>12.2} {:>12} {:>7} {:>10} {:<5} {:<10} {} (median of {}, {:.2} to {:.2}{})",
             figure.id,
             figure.ours,
-            figure.peer.map_or_else(|| "-".to_owned(), |peer| format!("{peer:.2}")),
-            figure.ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),
+            figure
+                .peer
+                .map_or_else(|| "-".to_owned(), |peer| format!("{peer:.2}")),
+            figure
+                .ratio
+                .map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),
             figure.target,
             if figure.met { "yes" } else { "NO" },
             figure.unit,
@@ -148,7 +162,11 @@ pub fn print_table(figures: &[Figure]) {
             figure.runs,
             figure.spread[0],
             figure.spread[1],
-            if figure.peer_name.is_empty() { String::new() } else { format!("; peer: {}", figure.peer_name) },
+            if figure.peer_name.is_empty() {
+                String::new()
+            } else {
+                format!("; peer: {}", figure.peer_name)
+            },
         );
     }
 }

@@ -25,7 +25,9 @@ use crate::lab::process::Process;
 pub const IDS: [&str; 5] = ["lb-rate", "lb-p99", "lb-flat", "lb-iptables", "lb-nft"];
 
 /// Length of one measurement.
-const MEASURE_MILLIS: &str = "700";
+const MEASURE_MILLIS: &str = "500";
+/// Arguments of `chrt`: other work on this machine waits for as long, or it would be measured too.
+const REAL_TIME: [&str; 2] = ["-f", "50"];
 /// CPU of the client.
 const CLIENT_CPU: &str = "0";
 /// CPU of the server.
@@ -149,11 +151,20 @@ fn figures(contenders: &[Contender], taken: &[Rounds]) -> Result<Vec<Figure>> {
         ),
     ];
     for (id, name, peer, least) in [
-        ("lb-iptables", "iptables", "kube-proxy's iptables rules", 15.0),
+        (
+            "lb-iptables",
+            "iptables",
+            "kube-proxy's iptables rules",
+            15.0,
+        ),
         ("lb-nft", "nftables", "kube-proxy's nftables rules", 1.3),
     ] {
         if let Some(theirs) = of(name) {
-            let row = named(id, "rate against kube-proxy's rules at 10,000 services", "conn/s");
+            let row = named(
+                id,
+                "rate against kube-proxy's rules at 10,000 services",
+                "conn/s",
+            );
             let target = Target::RatioAtLeast(least);
             figures.push(against(row, &ours.rate, peer, &theirs.rate, target));
         }
@@ -204,7 +215,7 @@ async fn kernel_contender(site: &Site, name: &'static str, rules: &str) -> Resul
     let mut command = if name == "iptables" {
         // The legacy back end: nft's translation of these rules has another shape.
         let mut command = command_in(&netns, None, Path::new("iptables-legacy-restore"));
-        command.arg("-w").arg(&file);
+        command.args(["-w", "60"]).arg(&file);
         command
     } else {
         let mut command = command_in(&netns, None, Path::new("nft"));
@@ -241,13 +252,13 @@ async fn connect_once(site: &Site, contender: &Contender) -> Result<Rate> {
     let traffic = crate::lab::binaries_folder()?.join("clustermesh-lab-traffic");
     let log = site.folder().join("server.log");
     let listen = at(std::net::Ipv4Addr::UNSPECIFIED, BACKEND_PORT);
-    let mut serve = command_in(&contender.netns, None, Path::new("nice"));
-    // Other work on this machine may wait: it would be measured otherwise.
-    serve.args(["-n", "-20"]).arg(&traffic);
+    let mut serve = command_in(&contender.netns, None, Path::new("chrt"));
+    serve.args(REAL_TIME).arg(&traffic);
     serve.args(["spin-serve", "--listen", &listen, "--cpu", SERVER_CPU]);
     let server = Process::start_ready("the spinning server", &mut serve, &log).await?;
-    let mut connect = command_in(&contender.netns, Some(&contender.cgroup), Path::new("nice"));
-    connect.args(["-n", "-20"]).arg(&traffic);
+    let cgroup = Some(contender.cgroup.as_path());
+    let mut connect = command_in(&contender.netns, cgroup, Path::new("chrt"));
+    connect.args(REAL_TIME).arg(&traffic);
     connect.args(["spin-connect", "--cpu", CLIENT_CPU]);
     connect.args(["--millis", MEASURE_MILLIS]);
     for target in &contender.targets {

@@ -56,10 +56,7 @@ impl Suite {
     pub const fn tools(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Program => &[],
-            Self::Lb => &[
-                ("iptables-legacy-restore", "iptables"),
-                ("nft", "nftables"),
-            ],
+            Self::Lb => &[("iptables-legacy-restore", "iptables"), ("nft", "nftables")],
             Self::Tunnel => &[("iperf3", "iperf3"), ("ss", "iproute2")],
         }
     }

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clustermesh_api::manifest::{
-    API_VERSION, KIND_SERVICE, Metadata, Object, Protocol, ServicePort, ServiceSpec,
-    ServiceStatus, StoredService,
+    API_VERSION, KIND_SERVICE, Metadata, Object, Protocol, ServicePort, ServiceSpec, ServiceStatus,
+    StoredService,
 };
 use clustermesh_api::records::{Endpoint, EndpointPort, EndpointSlice, SERVICE_NAME_LABEL};
 use clustermesh_api::{Record, RecordKey, Tree};
@@ -87,16 +87,35 @@ async fn measure(site: &Site, rounds: usize, progress: &dyn Fn(&str)) -> Result<
     let bare_name = "bare batch calls";
     Ok(vec![
         against(
-            named("program-10k", "10,000 services x 5 backends from typed records in memory to maps", "ms"),
-            &typed, bare_name, &bare, Target::RatioAtMost(4.0),
+            named(
+                "program-10k",
+                "10,000 services x 5 backends from typed records in memory to maps",
+                "ms",
+            ),
+            &typed,
+            bare_name,
+            &bare,
+            Target::RatioAtMost(4.0),
         ),
         against(
-            named("program-10k-wire", "the same from stored bytes (JSON, zstd)", "ms"),
-            &wire, bare_name, &bare, Target::Report,
+            named(
+                "program-10k-wire",
+                "the same from stored bytes (JSON, zstd)",
+                "ms",
+            ),
+            &wire,
+            bare_name,
+            &bare,
+            Target::Report,
         ),
         alone(
-            named("change-one", "one backend changed: stored bytes to map, 99th percentile of 400", "ms"),
-            &one, Target::AtMost(1.0),
+            named(
+                "change-one",
+                "one backend changed: stored bytes to map, 99th percentile of 400",
+                "ms",
+            ),
+            &one,
+            Target::AtMost(1.0),
         ),
     ])
 }
@@ -146,13 +165,19 @@ fn change_one(model: &mut Model, services: Services, maps: &Maps) -> Result<f64>
             took.push(millis(start));
         }
         let frontend = services.frontend(service);
-        let held = maps.frontends.get(&frontend)?.context("the frontend is gone")?;
+        let held = maps
+            .frontends
+            .get(&frontend)?
+            .context("the frontend is gone")?;
         let slot = u32::try_from(place)?;
         let key = BackendKey {
             list_id: held.list_id,
             slot,
         };
-        ensure!(maps.backends.get(&key)?.is_some(), "the new list is not there");
+        ensure!(
+            maps.backends.get(&key)?.is_some(),
+            "the new list is not there"
+        );
     }
     took.sort_by(f64::total_cmp);
     Ok(percentile(&took, 99))
@@ -160,8 +185,18 @@ fn change_one(model: &mut Model, services: Services, maps: &Maps) -> Result<f64>
 
 /// Both contenders must leave the same number of entries behind; then the maps are emptied.
 fn check_and_clear(maps: &Maps, entries: &Entries) -> Result<()> {
-    let backends: Vec<_> = maps.backends.entries()?.into_iter().map(|(key, _)| key).collect();
-    let frontends: Vec<_> = maps.frontends.entries()?.into_iter().map(|(key, _)| key).collect();
+    let backends: Vec<_> = maps
+        .backends
+        .entries()?
+        .into_iter()
+        .map(|(key, _)| key)
+        .collect();
+    let frontends: Vec<_> = maps
+        .frontends
+        .entries()?
+        .into_iter()
+        .map(|(key, _)| key)
+        .collect();
     ensure!(
         backends.len() == entries.backends.len() && frontends.len() == entries.frontends.len(),
         "{} backends and {} frontends in the maps, expected {} and {}",

@@ -4,9 +4,7 @@ use std::net::Ipv4Addr;
 
 use anyhow::Result;
 use clustermesh_ebpf::Maps;
-use clustermesh_ebpf_abi::{
-    BackendKey, BackendValue, FrontendKey, FrontendValue, v4_mapped,
-};
+use clustermesh_ebpf_abi::{BackendKey, BackendValue, FrontendKey, FrontendValue, v4_mapped};
 
 /// Backends of a service.
 pub(super) const BACKENDS: u32 = 5;

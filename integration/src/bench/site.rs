@@ -84,15 +84,11 @@ impl Site {
 
     /// Loads the programs and attaches them to `cgroup`, and to a device of their own in `netns`. They
     /// stay; the maps are on the BPF file system that is returned.
-    pub(super) async fn datapath(
-        &self,
-        name: &str,
-        netns: &str,
-        cgroup: &Path,
-    ) -> Result<PathBuf> {
+    pub(super) async fn datapath(&self, name: &str, netns: &str, cgroup: &Path) -> Result<PathBuf> {
         let bpffs = self.bpffs(name).await?;
         let device = format!("{name}-net");
-        let lines = format!("link add {device} type veth peer name {name}-end\nlink set {device} up\n");
+        let lines =
+            format!("link add {device} type veth peer name {name}-end\nlink set {device} up\n");
         ip_batch(Some(netns), &lines).await?;
         let options = Options {
             bpffs: bpffs.clone(),

@@ -88,24 +88,55 @@ async fn tunnel_rows(
     for node in lab.cluster(0).nodes() {
         no_offload(node.netns()).await?;
     }
-    let slow = interleave(&pairs[..2], rounds, "tunnel without offload", progress, Measure::Tcp).await?;
+    let slow = interleave(
+        &pairs[..2],
+        rounds,
+        "tunnel without offload",
+        progress,
+        Measure::Tcp,
+    )
+    .await?;
     let named = |id, row, unit| Named { id, row, unit };
     let kernel = "kernel VXLAN, static";
     figures.push(against(
-        named("tunnel-tcp", "pod to pod over the tunnel, TCP, one stream, 200,000 ipcache entries", "Gbit/s"),
-        &tcp[0], kernel, &tcp[1], Target::RatioAtLeast(1.08),
+        named(
+            "tunnel-tcp",
+            "pod to pod over the tunnel, TCP, one stream, 200,000 ipcache entries",
+            "Gbit/s",
+        ),
+        &tcp[0],
+        kernel,
+        &tcp[1],
+        Target::RatioAtLeast(1.08),
     ));
     figures.push(against(
         named("tunnel-pps", "the same, UDP 64 B", "kpps"),
-        &pps[0], kernel, &pps[1], Target::RatioAtLeast(1.35),
+        &pps[0],
+        kernel,
+        &pps[1],
+        Target::RatioAtLeast(1.35),
     ));
     figures.push(against(
-        named("tunnel-plain", "the same TCP against plain routing", "Gbit/s"),
-        &tcp[0], "plain kernel routing", &tcp[2], Target::RatioAtLeast(0.95),
+        named(
+            "tunnel-plain",
+            "the same TCP against plain routing",
+            "Gbit/s",
+        ),
+        &tcp[0],
+        "plain kernel routing",
+        &tcp[2],
+        Target::RatioAtLeast(0.95),
     ));
     figures.push(against(
-        named("tunnel-nooffload", "UDP-tunnel segmentation off, receive GRO on", "Gbit/s"),
-        &slow[0], kernel, &slow[1], Target::RatioAtLeast(0.95),
+        named(
+            "tunnel-nooffload",
+            "UDP-tunnel segmentation off, receive GRO on",
+            "Gbit/s",
+        ),
+        &slow[0],
+        kernel,
+        &slow[1],
+        Target::RatioAtLeast(0.95),
     ));
     stop_servers(servers).await;
     drop(pods);
@@ -126,7 +157,11 @@ async fn direct_row(
     // The same segments for both: direct routing would otherwise carry larger ones.
     for pod in &pods {
         let mtu = POD_MTU.to_string();
-        sh("ip", &["-n", pod.netns(), "link", "set", "eth0", "mtu", &mtu]).await?;
+        sh(
+            "ip",
+            &["-n", pod.netns(), "link", "set", "eth0", "mtu", &mtu],
+        )
+        .await?;
     }
     let plain = bare_pair(lab, "plain").await?;
     let pairs = [ours, plain];
@@ -199,10 +234,8 @@ async fn bare_pair(lab: &Lab, kind: &'static str) -> Result<Pair> {
             ),
         )
         .await?;
-        run(command_in(node.netns(), None, Path::new("sysctl")).args([
-            "-qw",
-            "net.ipv4.ip_forward=1",
-        ]))
+        run(command_in(node.netns(), None, Path::new("sysctl"))
+            .args(["-qw", "net.ipv4.ip_forward=1"]))
         .await?;
         ip_batch(
             Some(&pod),
@@ -249,11 +282,10 @@ async fn start_servers(lab: &Lab, pairs: &[Pair]) -> Result<Vec<Process>> {
 /// Waits until the namespace has a listener on [`PORT`].
 async fn listening(netns: &str) -> Result<()> {
     for _ in 0..500 {
-        let sockets = run(command_in(netns, None, Path::new("ss")).args([
-            "-Hltn",
-            &format!("sport = :{PORT}"),
-        ]))
-        .await?;
+        let sockets =
+            run(command_in(netns, None, Path::new("ss"))
+                .args(["-Hltn", &format!("sport = :{PORT}")]))
+            .await?;
         if !sockets.stdout.is_empty() {
             return Ok(());
         }
@@ -285,7 +317,11 @@ async fn interleave(
     let mut series = vec![Vec::new(); pairs.len()];
     for round in 0..rounds {
         for (place, pair) in pairs.iter().enumerate() {
-            progress(&format!("{what}: round {} of {rounds}, {}", round + 1, pair.name));
+            progress(&format!(
+                "{what}: round {} of {rounds}, {}",
+                round + 1,
+                pair.name
+            ));
             series[place].push(measure_once(pair, measure).await?);
         }
     }
@@ -302,7 +338,9 @@ async fn measure_once(pair: &Pair, measure: Measure) -> Result<f64> {
     let report: Value = serde_json::from_slice(&output.stdout)?;
     let end = &report["end"];
     match measure {
-        Measure::Tcp => end["sum_received"]["bits_per_second"].as_f64().map(|bits| bits / 1e9),
+        Measure::Tcp => end["sum_received"]["bits_per_second"]
+            .as_f64()
+            .map(|bits| bits / 1e9),
         Measure::Udp64 => {
             let sum = &end["sum"];
             let (packets, lost) = (sum["packets"].as_f64(), sum["lost_packets"].as_f64());

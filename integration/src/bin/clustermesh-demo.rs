@@ -78,18 +78,8 @@ async fn run(arguments: &Arguments) -> Result<ExitCode> {
     println!("took {:.0} s", begun.elapsed().as_secs_f64());
     report::write_json(&arguments.results, "demo", &rows)?;
     if arguments.keep {
-        println!("\nThe lab runs on until this program ends (Ctrl-C removes it).");
-        for cluster in scene.lab.clusters() {
-            for node in cluster.nodes() {
-                println!(
-                    "  cluster {} node {}: nsenter --net=/run/netns/{}",
-                    cluster.name(),
-                    node.name(),
-                    node.netns()
-                );
-            }
-        }
-        println!("  logs and configuration: {}", scene.lab.folder().display());
+        print!("\n{}", scene.lab.how_to_enter());
+        println!("Ctrl-C removes it.");
         let mut end = signal(SignalKind::interrupt())?;
         end.recv().await;
     }

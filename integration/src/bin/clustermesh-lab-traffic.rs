@@ -112,9 +112,7 @@ async fn main() -> Result<()> {
         Tool::Stream { to, every_ms } => {
             report(&stream::stream(to, Duration::from_millis(every_ms)).await?)
         }
-        Tool::Udp { to, every_ms } => {
-            report(&udp::udp(to, Duration::from_millis(every_ms)).await?)
-        }
+        Tool::Udp { to, every_ms } => report(&udp::udp(to, Duration::from_millis(every_ms)).await?),
         Tool::SpinServe { listen, cpu } => spin::serve(listen, cpu),
         Tool::SpinConnect { to, cpu, millis } => {
             report(&spin::connect_for(&to, cpu, Duration::from_millis(millis))?)

@@ -16,9 +16,9 @@ pub async fn host_to_pod(scene: &mut Scene) -> Result<String> {
     for v6 in [false, true] {
         let address = target(scene, "web-a", v6)?;
         let node = scene.lab.cluster(0).node(0);
-        let output = run(node.command(Path::new("ping")).args([
-            "-n", "-c", "3", "-i", "0.01", "-W", "2", &address,
-        ]))
+        let output = run(node
+            .command(Path::new("ping"))
+            .args(["-n", "-c", "3", "-i", "0.01", "-W", "2", &address]))
         .await?;
         let ping = parse_ping_micros(&String::from_utf8_lossy(&output.stdout))?;
         let tool = node.binaries().join("clustermesh-lab-traffic");

@@ -25,13 +25,22 @@ pub async fn agent_killed(scene: &mut Scene) -> Result<String> {
 async fn agent_ended(scene: &mut Scene, signal: Signal) -> Result<String> {
     let traffic = Traffic::start(scene).await?;
     let begun = Instant::now();
-    scene.lab.cluster_mut(0).node_mut(0).stop_agent(signal).await?;
+    scene
+        .lab
+        .cluster_mut(0)
+        .node_mut(0)
+        .stop_agent(signal)
+        .await?;
     sabotage(scene).await?;
     // What is proved is that traffic runs for a while without an agent.
     tokio::time::sleep(Duration::from_millis(AWAY_MS)).await;
     scene.lab.cluster_mut(0).node_mut(0).start_agent().await?;
     let away = begun.elapsed();
-    scene.lab.cluster(0).wait_converged(CONVERGED_SECONDS_MAX).await?;
+    scene
+        .lab
+        .cluster(0)
+        .wait_converged(CONVERGED_SECONDS_MAX)
+        .await?;
     traffic.finish(away).await
 }
 
@@ -39,7 +48,12 @@ pub async fn agent_replaced(scene: &mut Scene) -> Result<String> {
     let other = other_layout(scene)?;
     let traffic = Traffic::start(scene).await?;
     let begun = Instant::now();
-    scene.lab.cluster_mut(0).node_mut(0).stop_agent(Signal::SIGTERM).await?;
+    scene
+        .lab
+        .cluster_mut(0)
+        .node_mut(0)
+        .stop_agent(Signal::SIGTERM)
+        .await?;
     sabotage(scene).await?;
     scene
         .lab
@@ -47,16 +61,32 @@ pub async fn agent_replaced(scene: &mut Scene) -> Result<String> {
         .node_mut(0)
         .start_agent_of(&other)
         .await?;
-    scene.lab.cluster(0).wait_converged(CONVERGED_SECONDS_MAX).await?;
+    scene
+        .lab
+        .cluster(0)
+        .wait_converged(CONVERGED_SECONDS_MAX)
+        .await?;
     let status = scene.lab.cluster(0).node(0).agent_status().await?;
     let layout = status["map_layout_version"].as_u64().unwrap_or(0);
     // And back again: a downgrade is a change of layout too.
-    scene.lab.cluster_mut(0).node_mut(0).stop_agent(Signal::SIGTERM).await?;
+    scene
+        .lab
+        .cluster_mut(0)
+        .node_mut(0)
+        .stop_agent(Signal::SIGTERM)
+        .await?;
     scene.lab.cluster_mut(0).node_mut(0).start_agent().await?;
     let away = begun.elapsed();
-    scene.lab.cluster(0).wait_converged(CONVERGED_SECONDS_MAX).await?;
+    scene
+        .lab
+        .cluster(0)
+        .wait_converged(CONVERGED_SECONDS_MAX)
+        .await?;
     let figures = traffic.finish(away).await?;
-    ensure!(layout > 1_000_000, "the other build reported layout {layout}");
+    ensure!(
+        layout > 1_000_000,
+        "the other build reported layout {layout}"
+    );
     Ok(format!("to layout {layout} and back; {figures}"))
 }
 
@@ -97,7 +127,11 @@ pub async fn server_killed(scene: &mut Scene) -> Result<String> {
     let before = scene.lab.cluster(0).revision().await?;
     let records = scene.lab.cluster(0).endpoint_count().await?;
     let begun = Instant::now();
-    scene.lab.cluster_mut(0).stop_server(Signal::SIGKILL).await?;
+    scene
+        .lab
+        .cluster_mut(0)
+        .stop_server(Signal::SIGKILL)
+        .await?;
     if scene.sabotaged() {
         let data = scene.lab.cluster(0).server_data();
         std::fs::remove_dir_all(&data).with_context(|| data.display().to_string())?;

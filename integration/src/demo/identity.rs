@@ -16,7 +16,11 @@ const FORGED_PACKETS: u64 = 10;
 const RECORD_SECONDS_MAX: u64 = 5;
 
 pub async fn sender(scene: &mut Scene) -> Result<String> {
-    let sender = if scene.sabotaged() { "side-a" } else { "client-a" };
+    let sender = if scene.sabotaged() {
+        "side-a"
+    } else {
+        "client-a"
+    };
     let expected = scene
         .lab
         .cluster(0)
@@ -91,7 +95,11 @@ pub async fn forged_source(scene: &mut Scene) -> Result<String> {
         .workload_identity(NAMESPACE, "web-a")
         .await?;
     // A pod of another node than the one that sends; with sabotage, its own.
-    let liar = if scene.sabotaged() { "web-a" } else { "client-a" };
+    let liar = if scene.sabotaged() {
+        "web-a"
+    } else {
+        "client-a"
+    };
     let source = scene.pod(liar)?.address(false)?.to_owned();
     let tunnel = forge(scene, identity, &source, "tunnel-forged-source").await?;
     let veth = forged_at_the_pod(scene).await?;
@@ -145,7 +153,10 @@ async fn forged_at_the_pod(scene: &Scene) -> Result<String> {
         .args(["-n", "-c", "3", "-i", "0.01", "-W", "1", "-I", stolen, to]))
     .await;
     run(pod.command(ip).args(["addr", "del", &cidr, "dev", "eth0"])).await?;
-    ensure!(answered.is_err(), "a ping from a stolen address was answered");
+    ensure!(
+        answered.is_err(),
+        "a ping from a stolen address was answered"
+    );
     let counted = node.drops("source-not-own").await? - before;
     ensure!(counted == 3, "3 sent, {counted} counted as source-not-own");
     Ok(format!("{counted} of 3 counted as source-not-own"))

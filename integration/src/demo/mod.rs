@@ -14,14 +14,13 @@ use std::time::Instant;
 use anyhow::Result;
 
 pub use report::Row;
-pub use scene::{Scene, Sabotage};
+pub use scene::{Sabotage, Scene};
 
 use crate::lab::{Lab, LabConfig};
 
 /// One row: its name, its statement, how it is checked.
-type Check = for<'a> fn(
-    &'a mut Scene,
-) -> std::pin::Pin<Box<dyn Future<Output = Result<String>> + 'a>>;
+type Check =
+    for<'a> fn(&'a mut Scene) -> std::pin::Pin<Box<dyn Future<Output = Result<String>> + 'a>>;
 
 macro_rules! rows {
     ($($id:literal, $text:literal => $check:path;)*) => {

@@ -39,7 +39,9 @@ async fn spread_of_both(scene: &Scene) -> Result<String> {
             ensure!(report["failed"] == 0, "{client} to {to}: {report}");
             let shares: Vec<u64> = ["web-a", "web-b"]
                 .iter()
-                .map(|name| report["by_name"][name].as_u64().unwrap_or(0) * 100 / u64::from(CONNECTIONS))
+                .map(|name| {
+                    report["by_name"][name].as_u64().unwrap_or(0) * 100 / u64::from(CONNECTIONS)
+                })
                 .collect();
             ensure!(
                 shares.iter().all(|share| *share >= SHARE_PERCENT_MIN),
@@ -105,7 +107,11 @@ async fn before_failover(scene: &Scene) -> Result<()> {
 async fn first_answer_of_b(scene: &Scene, begun: Instant) -> Result<String> {
     let to = scene.service(0, "pay", false).await?;
     let mut failed = 0;
-    let limit = Duration::from_secs(if scene.sabotaged() { 2 } else { CHANGE_OVER_SECONDS_MAX });
+    let limit = Duration::from_secs(if scene.sabotaged() {
+        2
+    } else {
+        CHANGE_OVER_SECONDS_MAX
+    });
     while begun.elapsed() < limit {
         let report = scene.probe("client-a", &to, 5).await?;
         failed += report["failed"].as_u64().unwrap_or(0);
@@ -125,7 +131,11 @@ async fn until_both(scene: &Scene, client: &str) -> Result<()> {
 
 async fn until_only(scene: &Scene, client: &str, service: &str, name: &str) -> Result<()> {
     until(scene, client, service, |a, b| {
-        if name == "web-a" { a > 0 && b == 0 } else { a == 0 && b > 0 }
+        if name == "web-a" {
+            a > 0 && b == 0
+        } else {
+            a == 0 && b > 0
+        }
     })
     .await
 }

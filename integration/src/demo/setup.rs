@@ -16,14 +16,22 @@ pub async fn up(scene: &mut Scene) -> Result<String> {
     }
     let waited = scene.lab.cluster(0).wait_converged(5).await;
     let waited = match waited {
-        Ok(()) => scene.lab.cluster(1).wait_converged(CONVERGED_SECONDS_MAX).await,
+        Ok(()) => {
+            scene
+                .lab
+                .cluster(1)
+                .wait_converged(CONVERGED_SECONDS_MAX)
+                .await
+        }
         error => error,
     };
     scene.lab.wan().heal();
     waited?;
     let seconds = scene.begun.elapsed().as_secs_f64();
     let nodes: usize = scene.lab.clusters().iter().map(|c| c.nodes().len()).sum();
-    Ok(format!("{nodes} nodes converged {seconds:.1} s after nothing"))
+    Ok(format!(
+        "{nodes} nodes converged {seconds:.1} s after nothing"
+    ))
 }
 
 pub async fn attach(scene: &mut Scene) -> Result<String> {
@@ -42,7 +50,12 @@ pub async fn attach(scene: &mut Scene) -> Result<String> {
     }
     if scene.sabotaged() {
         // A name that no Workload bears.
-        scene.lab.cluster(0).node(0).add_pod(NAMESPACE, "nobody").await?;
+        scene
+            .lab
+            .cluster(0)
+            .node(0)
+            .add_pod(NAMESPACE, "nobody")
+            .await?;
     }
     let expected = PODS.len();
     let seen = scene.lab.cluster(1).endpoint_count().await?;

@@ -62,7 +62,10 @@ pub async fn cut(scene: &mut Scene) -> Result<String> {
         );
     }
     let kept = scene.lab.cluster(1).endpoint_count().await?;
-    ensure!(kept == records, "{records} records before, {kept} during the cut");
+    ensure!(
+        kept == records,
+        "{records} records before, {kept} during the cut"
+    );
     let failed = everywhere["failed"].as_u64().unwrap_or(0) * 100 / u64::from(CONNECTIONS);
     Ok(format!(
         "{} and {} connects, none failed; {kept} records kept; affinity=none failed {failed} %",
@@ -76,7 +79,11 @@ pub async fn healed(scene: &mut Scene) -> Result<String> {
         scene.lab.wan().heal();
     }
     let begun = Instant::now();
-    let seconds_max = if scene.sabotaged() { 2 } else { CONVERGED_SECONDS_MAX };
+    let seconds_max = if scene.sabotaged() {
+        2
+    } else {
+        CONVERGED_SECONDS_MAX
+    };
     let mut result = Ok(());
     for cluster in scene.lab.clusters() {
         result = cluster.wait_converged(seconds_max).await;

@@ -239,9 +239,8 @@ key = "{pki}/{name}/remote.key"
         );
         command.arg("--config").arg(self.server_config());
         let name = format!("server of {}", self.name);
-        self.server = Some(
-            Process::start_ready(&name, &mut command, &self.folder.join("server.log")).await?,
-        );
+        self.server =
+            Some(Process::start_ready(&name, &mut command, &self.folder.join("server.log")).await?);
         Ok(())
     }
 
@@ -312,11 +311,7 @@ key = "{pki}/{name}/remote.key"
     /// When the lab's folder is not there.
     pub fn cli(&self, arguments: &[&str]) -> Result<Command> {
         let pki = self.pki()?;
-        let mut command = command_in(
-            &self.server_netns,
-            None,
-            &self.binaries.join("clustermesh"),
-        );
+        let mut command = command_in(&self.server_netns, None, &self.binaries.join("clustermesh"));
         command
             .args(["--endpoint", &self.server_endpoint()])
             .arg("--ca")
@@ -327,6 +322,20 @@ key = "{pki}/{name}/remote.key"
             .arg(pki.join(&self.name).join("admin.key"))
             .args(arguments);
         Ok(command)
+    }
+
+    /// The operator's command as a person would type it.
+    #[must_use]
+    pub fn cli_text(&self) -> String {
+        let pki = self.folder.with_file_name("pki");
+        format!(
+            "nsenter --net=/run/netns/{} {} --endpoint {} --ca {ca} --cert {own}.crt --key {own}.key status",
+            self.server_netns,
+            self.binaries.join("clustermesh").display(),
+            self.server_endpoint(),
+            ca = pki.join("ca.crt").display(),
+            own = pki.join(&self.name).join("admin").display(),
+        )
     }
 
     /// Runs the operator's command and returns what it printed.
@@ -363,13 +372,8 @@ key = "{pki}/{name}/remote.key"
     /// # Errors
     /// When that takes longer than `seconds_max`; the message names the laggards.
     pub async fn wait_converged(&self, seconds_max: u32) -> Result<()> {
-        self.run_cli(&[
-            "status",
-            "--wait",
-            "--timeout",
-            &format!("{seconds_max}s"),
-        ])
-        .await?;
+        self.run_cli(&["status", "--wait", "--timeout", &format!("{seconds_max}s")])
+            .await?;
         Ok(())
     }
 

@@ -180,11 +180,35 @@ impl Lab {
             cluster.start_server(&all).await?;
         }
         for cluster in &mut self.clusters {
-            for node in cluster.nodes_mut().iter_mut().take(self.config.agents_per_cluster) {
+            for node in cluster
+                .nodes_mut()
+                .iter_mut()
+                .take(self.config.agents_per_cluster)
+            {
                 node.start_agent().await?;
             }
         }
         Ok(())
+    }
+
+    /// For people: the commands that lead into each machine of the lab.
+    #[must_use]
+    pub fn how_to_enter(&self) -> String {
+        use std::fmt::Write as _;
+        let mut text = format!("The lab runs; its files are in {}\n", self.folder.display());
+        for cluster in &self.clusters {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "  cluster {}: {}", cluster.name(), cluster.cli_text());
+            for node in cluster.nodes() {
+                let _ = writeln!(
+                    text,
+                    "    node {}: nsenter --net=/run/netns/{}",
+                    node.name(),
+                    node.netns()
+                );
+            }
+        }
+        text
     }
 
     /// First part of every name of this lab.

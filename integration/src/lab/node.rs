@@ -58,7 +58,6 @@ impl Node {
         let config_text = format!(
             r#"node = "{name}"
 cluster = "{cluster}"
-server_endpoints = ["{endpoint}"]
 state_dir = "{folder}/state"
 run_dir = "{folder}/run"
 bpffs = "{bpffs}"
@@ -67,10 +66,13 @@ attach_mode = "{attach_mode}"
 routing = "{routing}"
 underlay_devices = ["eth0"]
 underlay_addresses = [{underlay}]
-listen_admin = "127.0.0.1:9964"
+admin = "127.0.0.1:9964"
 probe_interval_ms = 200
 
-[tls]
+[server]
+endpoints = ["{endpoint}"]
+
+[server.tls]
 ca = "{pki}/ca.crt"
 cert = "{pki}/{cluster}/{name}.crt"
 key = "{pki}/{cluster}/{name}.key"
@@ -114,9 +116,8 @@ key = "{pki}/{cluster}/{name}.key"
         let mut command = command_in(&self.netns, Some(&self.cgroup), program);
         command.arg("--config").arg(self.config_path());
         let name = format!("agent of {}/{}", self.cluster, self.name);
-        self.agent = Some(
-            Process::start_ready(&name, &mut command, &self.folder.join("agent.log")).await?,
-        );
+        self.agent =
+            Some(Process::start_ready(&name, &mut command, &self.folder.join("agent.log")).await?);
         Ok(())
     }
 
@@ -244,10 +245,7 @@ key = "{pki}/{cluster}/{name}.key"
     #[must_use]
     pub fn underlay_addresses(&self) -> (String, String) {
         let (id, host) = (self.cluster_id, 10 + self.number);
-        (
-            format!("172.30.{id}.{host}"),
-            format!("fd30:{id}::{host}"),
-        )
+        (format!("172.30.{id}.{host}"), format!("fd30:{id}::{host}"))
     }
 
     fn config_path(&self) -> PathBuf {

@@ -110,9 +110,11 @@ impl Cluster {
         identities
             .iter()
             .find(|identity| {
-                identity["labels"]
-                    .as_array()
-                    .is_some_and(|labels| labels.iter().any(|l| l.as_str().is_some_and(|l| l.ends_with(label))))
+                identity["labels"].as_array().is_some_and(|labels| {
+                    labels
+                        .iter()
+                        .any(|l| l.as_str().is_some_and(|l| l.ends_with(label)))
+                })
             })
             .and_then(|identity| identity["id"].as_u64())
             .with_context(|| format!("no identity with {label} is known to {}", self.name()))

@@ -66,8 +66,11 @@ impl Pod {
     /// # Errors
     /// When the plugin fails; the message is its JSON error.
     pub async fn cni(&self, verb: &str) -> Result<Value> {
-        let mut command =
-            command_in(&self.node_netns, None, &self.binaries.join("clustermesh-cni"));
+        let mut command = command_in(
+            &self.node_netns,
+            None,
+            &self.binaries.join("clustermesh-cni"),
+        );
         let mut child = command
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", &self.container_id)

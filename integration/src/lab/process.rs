@@ -59,8 +59,8 @@ impl Process {
     pub async fn start_ready(name: &str, command: &mut Command, log: &Path) -> Result<Self> {
         let socket_path = log.with_extension("notify");
         let _ = std::fs::remove_file(&socket_path);
-        let socket = UnixDatagram::bind(&socket_path)
-            .with_context(|| socket_path.display().to_string())?;
+        let socket =
+            UnixDatagram::bind(&socket_path).with_context(|| socket_path.display().to_string())?;
         command.env("NOTIFY_SOCKET", &socket_path);
         let mut process = Self::start(name, command, log)?;
         let ready = async {
@@ -133,7 +133,10 @@ impl Process {
             Err(_) => {
                 self.signal(Signal::SIGKILL)?;
                 self.child.wait().await?;
-                bail!("{} did not end within {STOP_SECONDS_MAX} s of {signal}", self.name)
+                bail!(
+                    "{} did not end within {STOP_SECONDS_MAX} s of {signal}",
+                    self.name
+                )
             }
         }
     }

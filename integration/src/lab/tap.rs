@@ -37,7 +37,10 @@ pub fn open_tap(name: &str) -> Result<File> {
         flags: libc::c_short::try_from(libc::IFF_TAP | libc::IFF_NO_PI)?,
         padding: [0; 22],
     };
-    anyhow::ensure!(name.len() < libc::IFNAMSIZ, "device name {name} is too long");
+    anyhow::ensure!(
+        name.len() < libc::IFNAMSIZ,
+        "device name {name} is too long"
+    );
     request.name[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: the descriptor is a tun file and the pointer is to a whole ifreq that outlives the call.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw const request) };

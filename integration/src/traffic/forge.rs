@@ -59,7 +59,11 @@ mod tests {
 
     #[test]
     fn a_forged_packet_has_the_identity_in_its_vni_and_a_valid_inner_header() {
-        let packet = vxlan_packet(0x01_0203, Ipv4Addr::new(10, 1, 0, 4), Ipv4Addr::new(10, 2, 0, 4));
+        let packet = vxlan_packet(
+            0x01_0203,
+            Ipv4Addr::new(10, 1, 0, 4),
+            Ipv4Addr::new(10, 2, 0, 4),
+        );
         assert_eq!(packet[..8], [0x08, 0, 0, 0, 1, 2, 3, 0]);
         assert_eq!(ip_checksum(&packet[22..42]), 0);
         assert_eq!(packet.len(), 8 + 14 + 28);

@@ -53,7 +53,11 @@ async fn accept(listener: TcpListener, name: String) {
 
 async fn echo(mut stream: TcpStream, name: String) {
     let _ = stream.set_nodelay(true);
-    if stream.write_all(format!("{name}\n").as_bytes()).await.is_err() {
+    if stream
+        .write_all(format!("{name}\n").as_bytes())
+        .await
+        .is_err()
+    {
         return;
     }
     let mut buffer = vec![0; BUFFER_BYTES];

@@ -62,8 +62,11 @@ pub async fn udp(to: SocketAddr, every: Duration) -> Result<UdpReport> {
             }
         }
     }
-    while let Ok(Ok(length)) =
-        timeout(Duration::from_millis(LAST_ECHO_MS_MAX), socket.recv(&mut buffer)).await
+    while let Ok(Ok(length)) = timeout(
+        Duration::from_millis(LAST_ECHO_MS_MAX),
+        socket.recv(&mut buffer),
+    )
+    .await
     {
         note(&buffer[..length], &mut seen);
         if seen.iter().all(|echoed| *echoed) {
