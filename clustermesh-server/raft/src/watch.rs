@@ -131,4 +131,6 @@ pub(crate) enum Publication {
 }
 
 #[cfg(test)]
+mod model_tests;
+#[cfg(test)]
 mod tests;

@@ -19,7 +19,9 @@ use crate::{
     Types,
     batcher::Batcher,
     compaction,
-    config::{Data, MAX_HUB_QUEUE_ENTRIES, MemoryData, ReplicaConfig, Start},
+    config::{
+        Data, MAX_HUB_QUEUE_ENTRIES, MAX_WATCHER_QUEUE_ITEMS, MemoryData, ReplicaConfig, Start,
+    },
     error::StartError,
     lease, maintenance,
     metrics::Metrics,
@@ -155,6 +157,7 @@ impl<R: AsyncRuntime> Replica<R> {
         let hub = Arc::new(Hub::new(
             metrics.clone(),
             shared.applied.read().state.revision(),
+            MAX_WATCHER_QUEUE_ITEMS,
         ));
         // Recovery applies entries already, so the hub must run before.
         spawn::<R>(distribute(hub.clone(), publications, stop.clone()));

@@ -46,6 +46,7 @@ struct Attached {
 pub(crate) struct Hub {
     registry: Mutex<Registry>,
     metrics: Arc<Metrics>,
+    max_queue_items: usize,
 }
 
 impl Registry {
@@ -143,18 +144,23 @@ impl Registry {
 }
 
 impl Hub {
-    /// A hub for a state of this revision and publication number.
-    pub(crate) fn new(metrics: Arc<Metrics>, revision: i64) -> Self {
+    /// A hub for a state of this revision; a watcher may have `max_queue_items` waiting.
+    pub(crate) fn new(metrics: Arc<Metrics>, revision: i64, max_queue_items: usize) -> Self {
         Self {
             registry: Mutex::new(Registry {
                 revision,
                 ..Registry::default()
             }),
             metrics,
+            max_queue_items,
         }
     }
 
-    fn hand_out(&self, publication: Publication) {
+    pub(super) fn max_queue_items(&self) -> usize {
+        self.max_queue_items
+    }
+
+    pub(super) fn hand_out(&self, publication: Publication) {
         let mut registry = self.registry.lock();
         match publication {
             Publication::Applied {

@@ -8,10 +8,11 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{EventFilter, WatchItem};
-use crate::config::{MAX_WATCHER_QUEUE_BYTES, MAX_WATCHER_QUEUE_ITEMS};
+use crate::config::MAX_WATCHER_QUEUE_BYTES;
 
 pub(super) struct Slot {
     pub(super) filter: Option<EventFilter>,
+    max_items: usize,
     queue: Mutex<Queue>,
 }
 
@@ -59,7 +60,7 @@ pub(super) enum Taken {
 }
 
 impl Slot {
-    pub(super) fn new(filter: Option<EventFilter>, first_revision: i64) -> Self {
+    pub(super) fn new(filter: Option<EventFilter>, first_revision: i64, max_items: usize) -> Self {
         let queue = Queue {
             items: VecDeque::new(),
             bytes: 0,
@@ -72,6 +73,7 @@ impl Slot {
         };
         Self {
             filter,
+            max_items,
             queue: Mutex::new(queue),
         }
     }
@@ -95,7 +97,7 @@ impl Slot {
             let Some(item) = wanted.then(make).flatten() else {
                 return Offered::NotWanted;
             };
-            let fits = queue.items.len() < MAX_WATCHER_QUEUE_ITEMS
+            let fits = queue.items.len() < self.max_items
                 && (queue.items.is_empty() || queue.bytes + offer.bytes <= MAX_WATCHER_QUEUE_BYTES);
             if !fits {
                 queue.behind_after = Some(offer.complete_revision);

@@ -53,7 +53,11 @@ impl<R: AsyncRuntime> Watcher<R> {
         };
         hub.opened();
         Self {
-            slot: Arc::new(Slot::new(spec.filter, start_revision)),
+            slot: Arc::new(Slot::new(
+                spec.filter,
+                start_revision,
+                hub.max_queue_items(),
+            )),
             shared,
             hub,
             ranges: spec.ranges,
@@ -104,6 +108,16 @@ impl<R: AsyncRuntime> Watcher<R> {
                 Taken::Closed => return Err(WatchEnd::Stopped),
             }
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn shared_history(&self) -> Vec<Arc<clustermesh_core::EventGroup>> {
+        self.shared
+            .applied
+            .read()
+            .state
+            .history(0, usize::MAX)
+            .unwrap_or_default()
     }
 
     /// Asks for a [`WatchItem::Progress`] once all before it is delivered.
