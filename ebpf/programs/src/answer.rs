@@ -2,16 +2,19 @@
 //!
 //! The host's stack cannot answer: its route for the pod CIDR leads here, and an ICMP
 //! error would not end an established TCP connection. What was made here leaves with
-//! the identity of a remote node; its source is the pod's address for RST and the
-//! router's for ICMP, both in this node's pod CIDR.
+//! the identity of a remote node and the pod's own address, so the node that gets it
+//! must know whose pod CIDR that is. The router's address would not do for ICMP: the
+//! host refuses packets from its own address.
 
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::helpers::generated::{bpf_skb_adjust_room, bpf_skb_change_tail};
-use clustermesh_ebpf_abi::{DropReason, NodeConfig};
+use clustermesh_ebpf_abi::DropReason;
 
 use crate::checksum::{fold, pseudo, sum};
 use crate::frame::{ETHERNET_BYTES, Frame, IPV4_BYTES, IPV6_BYTES};
-use crate::parse::{Family, PROTOCOL_ICMP, PROTOCOL_ICMPV6, PROTOCOL_TCP, Packet, Words};
+use crate::parse::{
+    Family, PROTOCOL_ICMP, PROTOCOL_ICMPV6, PROTOCOL_TCP, PROTOCOL_UDP, Packet, Words,
+};
 
 const TTL: u32 = 64;
 const TCP_BYTES: usize = 20;
@@ -25,10 +28,14 @@ const TCP_RST: u32 = 1 << 18;
 const TCP_ACK: u32 = 1 << 20;
 const TCP_HEADER_WORDS: u32 = 5;
 
-/// Destination unreachable, host unreachable (RFC 792).
+/// Destination unreachable: host (RFC 792).
 const ICMP_HOST_UNREACHABLE: u32 = 0x0301_0000;
-/// Destination unreachable, address unreachable (RFC 4443, 3.1).
+/// Destination unreachable: port. To UDP, because sockets hear of no other code unless they ask.
+const ICMP_PORT_UNREACHABLE: u32 = 0x0303_0000;
+/// Destination unreachable: address (RFC 4443, 3.1).
 const ICMPV6_ADDRESS_UNREACHABLE: u32 = 0x0103_0000;
+/// Destination unreachable: port.
+const ICMPV6_PORT_UNREACHABLE: u32 = 0x0104_0000;
 const ICMP_ECHO: u8 = 8;
 const ICMPV6_ERRORS_END: u8 = 128;
 
@@ -38,12 +45,7 @@ const ICMPV6_ERRORS_END: u8 = 128;
 /// `UnknownPod` if nothing may be answered: to a RST, an ICMP error, a later fragment, a
 /// packet with IP options or too short to be quoted.
 #[inline(always)]
-pub fn make(
-    frame: Frame,
-    config: &NodeConfig,
-    packet: &Packet,
-    answer: &mut Packet,
-) -> Result<(), DropReason> {
+pub fn make(frame: Frame, packet: &Packet, answer: &mut Packet) -> Result<(), DropReason> {
     if packet.later_fragment {
         return Err(DropReason::UnknownPod);
     }
@@ -52,15 +54,34 @@ pub fn make(
             Err(DropReason::UnknownPod)
         }
         Family::V4 if packet.protocol == PROTOCOL_TCP => reset::<IPV4_BYTES>(frame, packet, answer),
-        Family::V4 => unreachable_v4(frame, config, packet, answer),
-        Family::V6 if packet.protocol != PROTOCOL_TCP => {
-            unreachable_v6(frame, config, packet, answer)
-        }
+        Family::V4 => unreachable_v4(frame, packet, answer),
+        Family::V6 if packet.protocol != PROTOCOL_TCP => unreachable_v6(frame, packet, answer),
         Family::V6 if packet.transport_offset as usize != ETHERNET_BYTES + IPV6_BYTES => {
             Err(DropReason::UnknownPod)
         }
         Family::V6 => reset::<IPV6_BYTES>(frame, packet, answer),
     }
+}
+
+/// Cuts a packet, whose IP header is at `offset`, to what the answer needs of it.
+///
+/// A tunnel packet is cut before it is unpacked: afterwards the kernel still has the
+/// outer transport header's place in mind, and refuses.
+///
+/// # Errors
+/// `UnknownPod` if the kernel refuses.
+#[inline(always)]
+pub fn shorten(frame: Frame, packet: &Packet, offset: usize) -> Result<(), DropReason> {
+    let ip_bytes = match packet.family {
+        Family::V4 => IPV4_BYTES,
+        Family::V6 => IPV6_BYTES,
+    };
+    let payload_bytes = if packet.protocol == PROTOCOL_TCP {
+        TCP_BYTES
+    } else {
+        QUOTED_PAYLOAD_BYTES
+    };
+    cut(frame, offset + ip_bytes + payload_bytes)
 }
 
 #[inline(always)]
@@ -252,16 +273,16 @@ fn icmp_type(frame: Frame, packet: &Packet) -> Result<u8, DropReason> {
 }
 
 #[inline(always)]
-fn unreachable_v4(
-    frame: Frame,
-    config: &NodeConfig,
-    packet: &Packet,
-    answer: &mut Packet,
-) -> Result<(), DropReason> {
+fn unreachable_v4(frame: Frame, packet: &Packet, answer: &mut Packet) -> Result<(), DropReason> {
     const QUOTED_WORDS: usize = (IPV4_BYTES + QUOTED_PAYLOAD_BYTES) / 4;
     if packet.protocol == PROTOCOL_ICMP && icmp_type(frame, packet)? != ICMP_ECHO {
         return Err(DropReason::UnknownPod);
     }
+    let kind = if packet.protocol == PROTOCOL_UDP {
+        ICMP_PORT_UNREACHABLE
+    } else {
+        ICMP_HOST_UNREACHABLE
+    };
     make_room(frame, IPV4_BYTES)?;
     let quoted = frame
         .at::<[u32; QUOTED_WORDS]>(ETHERNET_BYTES + IPV4_BYTES + ICMP_BYTES)
@@ -270,31 +291,26 @@ fn unreachable_v4(
     let covered = sum(unsafe { &*quoted });
     *answer = reply(
         packet,
-        router(&config.pod_cidr_v4),
+        packet.destination,
         PROTOCOL_ICMP,
         ICMP_BYTES + QUOTED_WORDS * 4,
     );
     write_ip(frame, answer)?;
-    write_icmp(
-        frame,
-        ETHERNET_BYTES + IPV4_BYTES,
-        ICMP_HOST_UNREACHABLE,
-        covered,
-    )?;
+    write_icmp(frame, ETHERNET_BYTES + IPV4_BYTES, kind, covered)?;
     Ok(())
 }
 
 #[inline(always)]
-fn unreachable_v6(
-    frame: Frame,
-    config: &NodeConfig,
-    packet: &Packet,
-    answer: &mut Packet,
-) -> Result<(), DropReason> {
+fn unreachable_v6(frame: Frame, packet: &Packet, answer: &mut Packet) -> Result<(), DropReason> {
     const QUOTED_WORDS: usize = (IPV6_BYTES + QUOTED_PAYLOAD_BYTES) / 4;
     if packet.protocol == PROTOCOL_ICMPV6 && icmp_type(frame, packet)? < ICMPV6_ERRORS_END {
         return Err(DropReason::UnknownPod);
     }
+    let kind = if packet.protocol == PROTOCOL_UDP {
+        ICMPV6_PORT_UNREACHABLE
+    } else {
+        ICMPV6_ADDRESS_UNREACHABLE
+    };
     make_room(frame, IPV6_BYTES)?;
     let quoted = frame
         .at::<[u32; QUOTED_WORDS]>(ETHERNET_BYTES + IPV6_BYTES + ICMP_BYTES)
@@ -302,27 +318,9 @@ fn unreachable_v6(
     // SAFETY: `at` has checked the bounds.
     let quoted = sum(unsafe { &*quoted });
     let payload_bytes = ICMP_BYTES + QUOTED_WORDS * 4;
-    *answer = reply(
-        packet,
-        router(&config.pod_cidr_v6),
-        PROTOCOL_ICMPV6,
-        payload_bytes,
-    );
+    *answer = reply(packet, packet.destination, PROTOCOL_ICMPV6, payload_bytes);
     let covered = quoted + addresses(answer) + pseudo(PROTOCOL_ICMPV6, payload_bytes as u32);
     write_ip(frame, answer)?;
-    write_icmp(
-        frame,
-        ETHERNET_BYTES + IPV6_BYTES,
-        ICMPV6_ADDRESS_UNREACHABLE,
-        covered,
-    )?;
+    write_icmp(frame, ETHERNET_BYTES + IPV6_BYTES, kind, covered)?;
     Ok(())
-}
-
-/// The router's address: the first one of the pod CIDR.
-#[inline(always)]
-fn router(cidr: &clustermesh_ebpf_abi::Address) -> Words {
-    let mut address = Words::from_value(cidr);
-    address.0[3] |= 1_u32.to_be();
-    address
 }

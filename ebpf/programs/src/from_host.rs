@@ -46,7 +46,7 @@ fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
         Next::TooBig => Err(DropReason::TooBig),
         Next::UnknownPod => {
             let mut reply = Packet::EMPTY;
-            answer::make(frame, config, &seen.packet, &mut reply)?;
+            answer::make(frame, &seen.packet, &mut reply)?;
             redirect_to_host(frame, config, seen.packet.family)?;
             Ok(Action::Answer(DropReason::UnknownPod))
         }

@@ -284,6 +284,10 @@ fn inside(
     if !inner_packet(frame, udp_offset + TUNNEL_BYTES, &mut seen.packet)? {
         return Ok(Action::Ignore);
     }
+    // A VXLAN device of the kernel floods what its own link chatters.
+    if parse::is_link_scoped(&seen.packet) {
+        return Ok(Action::Ignore);
+    }
     seen.read_ports(config, frame);
     let packet = &seen.packet;
     // Our ends mark only what can be marked inside too.
@@ -297,7 +301,14 @@ fn inside(
         Some(value) if value.node_index == node_index && node_index != NODE_INDEX_LOCAL => {}
         Some(_) | None => return Err(DropReason::TunnelForgedSource),
     }
-    deliver(frame, config, outer, packet, node)
+    deliver(
+        frame,
+        config,
+        outer,
+        packet,
+        node,
+        udp_offset + TUNNEL_BYTES,
+    )
 }
 
 /// Parses the inner IP packet at `offset`; false if it is ARP, which flooding devices send and nobody here asks for.
@@ -334,6 +345,7 @@ fn deliver(
     outer: &Outer,
     packet: &Packet,
     node: &NodeValue,
+    inner_offset: usize,
 ) -> Result<Action, DropReason> {
     match endpoint(&packet.destination) {
         Some(endpoint) => {
@@ -344,8 +356,9 @@ fn deliver(
             to_endpoint(frame, endpoint, packet.family, TrafficPath::TunnelIn)
         }
         None if in_pod_cidr(config, packet.family, &packet.destination) => {
+            answer::shorten(frame, packet, inner_offset)?;
             decapsulate(frame, outer.family, packet.family, outer.congested)?;
-            answer_to_node(frame, config, packet, node)
+            answer_to_node(frame, config, packet, node, inner_offset - ETHERNET_BYTES)
         }
         None if is_underlay(config, packet) => {
             decapsulate(frame, outer.family, packet.family, outer.congested)?;
@@ -385,25 +398,24 @@ fn direct(frame: Frame, config: &NodeConfig, seen: &mut Seen) -> Result<Action, 
             to_host(frame, config, packet.family)
         }
         Some(endpoint) => to_endpoint(frame, endpoint, packet.family, TrafficPath::DirectIn),
-        None => answer_to_node(frame, config, packet, node),
+        None => answer_to_node(frame, config, packet, node, 0),
     }
 }
 
-/// Refuses a packet for a pod that is gone; the answer goes to the node that sent it.
+/// Refuses a packet for a pod that is gone; the answer goes to the node that sent it. `removed_bytes`
+/// were in front of the packet when it was parsed.
 #[inline(always)]
 fn answer_to_node(
     frame: Frame,
     config: &NodeConfig,
     packet: &Packet,
     node: &NodeValue,
+    removed_bytes: usize,
 ) -> Result<Action, DropReason> {
-    // The offsets of the inner packet moved when the tunnel's headers went.
-    let (mut here, mut reply) = (Packet::EMPTY, Packet::EMPTY);
-    match packet.family {
-        Family::V4 => parse::ipv4(frame, ETHERNET_BYTES, &mut here)?,
-        Family::V6 => parse::ipv6(frame, ETHERNET_BYTES, &mut here)?,
-    }
-    answer::make(frame, config, &here, &mut reply)?;
+    let mut here = *packet;
+    here.transport_offset -= removed_bytes as u32;
+    let mut reply = Packet::EMPTY;
+    answer::make(frame, &here, &mut reply)?;
     send(frame, config, &reply, node, IDENTITY_REMOTE_NODE)?;
     Ok(Action::Answer(DropReason::UnknownPod))
 }

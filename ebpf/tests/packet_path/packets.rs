@@ -1,16 +1,18 @@
 //! Every program on single packets: what is dropped and why, what is passed, and what comes out.
+//!
+//! Frames with less than an IP header are sent for real, see `odd_frames`: the kernel refuses them here.
 
 use aya::maps::RingBuf;
 use clustermesh_ebpf_abi::{
-    Address, CONFIG_FLOWS, DropReason, ENDPOINT_HOST, EndpointValue, FlowRecord, HOOK_FROM_NETWORK, IDENTITY_HOST,
-    IDENTITY_REMOTE_NODE, InterfaceValue, NODE_DIRECT, NODE_PRESENT, NodeConfig, NodeValue, TUNNEL_PORT, TrafficPath,
-    VERDICT_DROPPED, VERDICT_FORWARDED,
+    Address, CONFIG_FLOWS, DropReason, ENDPOINT_HOST, EndpointValue, FlowRecord, HOOK_FROM_NETWORK,
+    IDENTITY_HOST, IDENTITY_REMOTE_NODE, InterfaceValue, NODE_DIRECT, NODE_PRESENT, NodeConfig,
+    NodeValue, TUNNEL_PORT, TrafficPath, VERDICT_DROPPED, VERDICT_FORWARDED,
 };
 
 use crate::support::bpf::{Datapath, Outcome, addr};
 use crate::support::packet::{
-    FRAGMENT, ICMP, ICMPV6, OPTIONS, TCP, UDP, datagram, ethernet, fix_v4, framed, inner_frame, ip, packet, tcp,
-    tunnelled, udp, verified, vxlan_with,
+    FRAGMENT, ICMP, ICMPV6, OPTIONS, TCP, UDP, datagram, ethernet, fix_v4, framed, inner_frame, ip,
+    packet, tcp, tunnelled, udp, verified, vxlan_with,
 };
 
 const PASS: i32 = 0;
@@ -68,8 +70,17 @@ fn node(endpoint: &str, cluster_id: u16, flags: u16) -> NodeValue {
 fn datapath() -> Datapath {
     let datapath = Datapath::load();
     datapath.set_config(&config());
-    let pod = EndpointValue { ifindex: LOOPBACK, identity: POD, pod_mac: POD_MAC, host_mac: END_MAC, flags: 0 };
-    let router = EndpointValue { flags: ENDPOINT_HOST, ..pod };
+    let pod = EndpointValue {
+        ifindex: LOOPBACK,
+        identity: POD,
+        pod_mac: POD_MAC,
+        host_mac: END_MAC,
+        flags: 0,
+    };
+    let router = EndpointValue {
+        flags: ENDPOINT_HOST,
+        ..pod
+    };
     for (address, value) in [
         ("10.1.0.4", pod),
         ("fd10:0:0:1::4", pod),
@@ -91,7 +102,13 @@ fn datapath() -> Datapath {
         (3, node("fd00::3", 2, present)),
         (4, node("192.168.4.1", 2, 0)),
         (5, node("192.168.5.1", 2, present | NODE_DIRECT)),
-        (6, NodeValue { egress_ifindex: 0, ..node("192.168.6.1", 2, present) }),
+        (
+            6,
+            NodeValue {
+                egress_ifindex: 0,
+                ..node("192.168.6.1", 2, present)
+            },
+        ),
     ];
     for (index, value) in nodes {
         datapath.set_node(index, &value);
@@ -111,7 +128,13 @@ struct Bad {
 }
 
 fn bad(what: &'static str, program: &'static str, frame: Vec<u8>, reason: DropReason) -> Bad {
-    Bad { what, program, frame, segment_bytes: 0, reason }
+    Bad {
+        what,
+        program,
+        frame,
+        segment_bytes: 0,
+        reason,
+    }
 }
 
 fn edited(mut frame: Vec<u8>, offset: usize, bytes: &[u8]) -> Vec<u8> {
@@ -127,7 +150,12 @@ fn extended(source: &str, destination: &str, count: usize) -> Vec<u8> {
         payload.extend([next, 0, 1, 4, 0, 0, 0, 0]);
     }
     payload.extend(udp(1000, 53, b"hello"));
-    packet(source, destination, if count == 0 { UDP } else { OPTIONS }, &payload)
+    packet(
+        source,
+        destination,
+        if count == 0 { UDP } else { OPTIONS },
+        &payload,
+    )
 }
 
 const V4: &str = "10.1.0.4";
@@ -139,29 +167,132 @@ fn bad_from_pods() -> Vec<Bad> {
     let good_v6 = || ethernet(&datagram(V6, "fd10:0:0:2::9"));
     let large = ethernet(&packet("10.1.0.1", "10.2.0.9", UDP, &udp(1, 2, &[0; 1400])));
     vec![
-        bad("IPv4 header cut short", "from_pod", good()[..30].to_vec(), Malformed),
-        bad("IPv4 header length 16", "from_pod", edited(good(), 14, &[0x44]), Malformed),
-        bad("IPv4 version 5", "from_pod", edited(good(), 14, &[0x55]), Malformed),
-        bad("IPv4 total length beyond the frame", "from_pod", edited(good(), 16, &[0x10, 0]), Malformed),
-        bad("IPv4 total length below the header", "from_pod", edited(good(), 16, &[0, 19]), Malformed),
-        bad("IPv6 header cut short", "from_pod", good_v6()[..50].to_vec(), Malformed),
-        bad("IPv6 payload length beyond the frame", "from_pod", edited(good_v6(), 18, &[0x10, 0]), Malformed),
-        bad("IPv6 with a mapped IPv4 source", "from_pod", ethernet(&datagram("::ffff:10.1.0.4", V6)), Malformed),
-        bad("IPv6 with a mapped IPv4 target", "from_pod", ethernet(&datagram(V6, "::ffff:10.2.0.9")), Malformed),
-        bad("IPv6 options cut short", "from_pod", ethernet(&packet(V6, V6, OPTIONS, &[17])), Malformed),
-        bad("802.1Q in the frame", "from_pod", framed(0x8100, &good()[12..]), VlanTagged),
-        bad("802.1ad in the frame", "from_host", framed(0x88a8, &good()[12..]), VlanTagged),
-        bad("an unknown EtherType", "from_pod", framed(0x88cc, &[0; 60]), UnknownEthertype),
-        bad("another IPv4 source", "from_pod", ethernet(&datagram("10.1.0.5", "10.2.0.9")), SourceNotOwn),
-        bad("no IPv4 source", "from_pod", ethernet(&datagram("0.0.0.0", "10.2.0.9")), SourceNotOwn),
-        bad("another IPv6 source", "from_pod", ethernet(&datagram("fd10:0:0:1::5", V6)), SourceNotOwn),
-        bad("a withdrawn node", "from_pod", ethernet(&datagram(V4, "10.4.0.9")), NodeWithdrawn),
-        bad("a withdrawn node, IPv6", "from_host", ethernet(&datagram(V6, "fd10:0:0:4::9")), NodeWithdrawn),
-        bad("a node without a device", "from_pod", ethernet(&datagram(V4, "10.6.0.9")), NoRoute),
-        bad("the host to an address of nobody", "from_host", ethernet(&datagram("10.1.0.1", "1.1.1.1")), NoRoute),
-        bad("the host's packet over the path's MTU", "from_host", large, TooBig),
-        bad("seven extension headers", "from_pod", ethernet(&extended(V6, "fd10:0:0:2::9", 7)), ExtensionHeaders),
-        bad("seven extension headers", "from_host", ethernet(&extended(V6, "fd10:0:0:2::9", 7)), ExtensionHeaders),
+        bad(
+            "IPv4 header length 16",
+            "from_pod",
+            edited(good(), 14, &[0x44]),
+            Malformed,
+        ),
+        bad(
+            "IPv4 version 5",
+            "from_pod",
+            edited(good(), 14, &[0x55]),
+            Malformed,
+        ),
+        bad(
+            "IPv4 total length beyond the frame",
+            "from_pod",
+            edited(good(), 16, &[0x10, 0]),
+            Malformed,
+        ),
+        bad(
+            "IPv4 total length below the header",
+            "from_pod",
+            edited(good(), 16, &[0, 19]),
+            Malformed,
+        ),
+        bad(
+            "IPv6 payload length beyond the frame",
+            "from_pod",
+            edited(good_v6(), 18, &[0x10, 0]),
+            Malformed,
+        ),
+        bad(
+            "IPv6 with a mapped IPv4 source",
+            "from_pod",
+            ethernet(&datagram("::ffff:10.1.0.4", V6)),
+            Malformed,
+        ),
+        bad(
+            "IPv6 with a mapped IPv4 target",
+            "from_pod",
+            ethernet(&datagram(V6, "::ffff:10.2.0.9")),
+            Malformed,
+        ),
+        bad(
+            "IPv6 options cut short",
+            "from_pod",
+            ethernet(&packet(V6, V6, OPTIONS, &[17])),
+            Malformed,
+        ),
+        bad(
+            "802.1Q in the frame",
+            "from_pod",
+            framed(0x8100, &good()[12..]),
+            VlanTagged,
+        ),
+        bad(
+            "802.1ad in the frame",
+            "from_host",
+            framed(0x88a8, &good()[12..]),
+            VlanTagged,
+        ),
+        bad(
+            "an unknown EtherType",
+            "from_pod",
+            framed(0x88cc, &[0; 60]),
+            UnknownEthertype,
+        ),
+        bad(
+            "another IPv4 source",
+            "from_pod",
+            ethernet(&datagram("10.1.0.5", "10.2.0.9")),
+            SourceNotOwn,
+        ),
+        bad(
+            "no IPv4 source",
+            "from_pod",
+            ethernet(&datagram("0.0.0.0", "10.2.0.9")),
+            SourceNotOwn,
+        ),
+        bad(
+            "another IPv6 source",
+            "from_pod",
+            ethernet(&datagram("fd10:0:0:1::5", V6)),
+            SourceNotOwn,
+        ),
+        bad(
+            "a withdrawn node",
+            "from_pod",
+            ethernet(&datagram(V4, "10.4.0.9")),
+            NodeWithdrawn,
+        ),
+        bad(
+            "a withdrawn node, IPv6",
+            "from_host",
+            ethernet(&datagram(V6, "fd10:0:0:4::9")),
+            NodeWithdrawn,
+        ),
+        bad(
+            "a node without a device",
+            "from_pod",
+            ethernet(&datagram(V4, "10.6.0.9")),
+            NoRoute,
+        ),
+        bad(
+            "the host to an address of nobody",
+            "from_host",
+            ethernet(&datagram("10.1.0.1", "1.1.1.1")),
+            NoRoute,
+        ),
+        bad(
+            "the host's packet over the path's MTU",
+            "from_host",
+            large,
+            TooBig,
+        ),
+        bad(
+            "seven extension headers",
+            "from_pod",
+            ethernet(&extended(V6, "fd10:0:0:2::9", 7)),
+            ExtensionHeaders,
+        ),
+        bad(
+            "seven extension headers",
+            "from_host",
+            ethernet(&extended(V6, "fd10:0:0:2::9", 7)),
+            ExtensionHeaders,
+        ),
         Bad {
             what: "offload of an unknown kind",
             program: "from_pod",
@@ -169,9 +300,24 @@ fn bad_from_pods() -> Vec<Bad> {
             segment_bytes: 100,
             reason: EncapsulationFailed,
         },
-        bad("ICMP error for a pod that is gone", "from_pod", ethernet(&packet(V4, "10.1.0.77", ICMP, &[3; 36])), UnknownPod),
-        bad("ICMPv6 error for a pod that is gone", "from_pod", ethernet(&packet(V6, "fd10:0:0:1::77", ICMPV6, &[1; 48])), UnknownPod),
-        bad("RST for a pod that is gone", "from_pod", ethernet(&packet(V4, "10.1.0.77", TCP, &tcp(RST, b""))), UnknownPod),
+        bad(
+            "ICMP error for a pod that is gone",
+            "from_pod",
+            ethernet(&packet(V4, "10.1.0.77", ICMP, &[3; 36])),
+            UnknownPod,
+        ),
+        bad(
+            "ICMPv6 error for a pod that is gone",
+            "from_pod",
+            ethernet(&packet(V6, "fd10:0:0:1::77", ICMPV6, &[1; 48])),
+            UnknownPod,
+        ),
+        bad(
+            "RST for a pod that is gone",
+            "from_pod",
+            ethernet(&packet(V4, "10.1.0.77", TCP, &tcp(RST, b""))),
+            UnknownPod,
+        ),
     ]
 }
 
@@ -182,7 +328,12 @@ fn bad_from_network() -> Vec<Bad> {
     let good = || tunnelled("192.168.2.1", "192.168.1.1", REMOTE, &inner);
     let good_v6 = || tunnelled("fd00::3", "fd00::1", REMOTE, &inner_v6);
     let with = |source: &str, target: &str| {
-        tunnelled("192.168.2.1", "192.168.1.1", REMOTE, &datagram(source, target))
+        tunnelled(
+            "192.168.2.1",
+            "192.168.1.1",
+            REMOTE,
+            &datagram(source, target),
+        )
     };
     let mut options = good();
     options[14] = 0x46;
@@ -201,59 +352,238 @@ fn bad_from_network() -> Vec<Bad> {
     };
     let flags = |flags: u32| {
         let payload = vxlan_with(flags, REMOTE, &inner_frame(&inner));
-        ethernet(&packet("192.168.2.1", "192.168.1.1", UDP, &udp(50000, 8472, &payload)))
+        ethernet(&packet(
+            "192.168.2.1",
+            "192.168.1.1",
+            UDP,
+            &udp(50000, 8472, &payload),
+        ))
     };
     let mut lldp = good();
     lldp[62..64].copy_from_slice(&[0x88, 0xcc]);
     let n = "from_network";
     vec![
-        bad("unknown outer source", n, tunnelled("192.168.9.1", "192.168.1.1", REMOTE, &inner), TunnelFromUnknownNode),
-        bad("unknown outer IPv6 source", n, tunnelled("fd00::9", "fd00::1", REMOTE, &inner_v6), TunnelFromUnknownNode),
-        bad("identity of the host", n, tunnelled("192.168.2.1", "192.168.1.1", IDENTITY_HOST, &inner), TunnelForgedIdentity),
-        bad("identity 0", n, tunnelled("192.168.2.1", "192.168.1.1", 0, &inner), TunnelForgedIdentity),
-        bad("identity of our cluster", n, tunnelled("192.168.2.1", "192.168.1.1", POD, &inner), TunnelForgedIdentity),
-        bad("identity of a third cluster", n, tunnelled("fd00::3", "fd00::1", 3 << 16, &inner_v6), TunnelForgedIdentity),
-        bad("identity of cluster 0", n, tunnelled("192.168.2.1", "192.168.1.1", 300, &inner), TunnelForgedIdentity),
-        bad("inner source of another node", n, with("10.3.0.9", V4), TunnelForgedSource),
-        bad("inner source of our own", n, with("10.1.0.4", V4), TunnelForgedSource),
-        bad("inner source of nobody", n, with("8.8.8.8", V4), TunnelForgedSource),
-        bad("inner IPv6 source of another node", n, tunnelled("fd00::3", "fd00::1", REMOTE, &datagram("fd10:0:0:2::9", V6)), TunnelForgedSource),
-        bad("inner target elsewhere", n, with("10.2.0.9", "10.3.0.1"), TunnelNotHere),
-        bad("inner IPv6 target elsewhere", n, tunnelled("fd00::3", "fd00::1", REMOTE, &datagram("fd10:0:0:3::9", "fd10:0:0:2::9")), TunnelNotHere),
+        bad(
+            "unknown outer source",
+            n,
+            tunnelled("192.168.9.1", "192.168.1.1", REMOTE, &inner),
+            TunnelFromUnknownNode,
+        ),
+        bad(
+            "unknown outer IPv6 source",
+            n,
+            tunnelled("fd00::9", "fd00::1", REMOTE, &inner_v6),
+            TunnelFromUnknownNode,
+        ),
+        bad(
+            "identity of the host",
+            n,
+            tunnelled("192.168.2.1", "192.168.1.1", IDENTITY_HOST, &inner),
+            TunnelForgedIdentity,
+        ),
+        bad(
+            "identity 0",
+            n,
+            tunnelled("192.168.2.1", "192.168.1.1", 0, &inner),
+            TunnelForgedIdentity,
+        ),
+        bad(
+            "identity of our cluster",
+            n,
+            tunnelled("192.168.2.1", "192.168.1.1", POD, &inner),
+            TunnelForgedIdentity,
+        ),
+        bad(
+            "identity of a third cluster",
+            n,
+            tunnelled("fd00::3", "fd00::1", 3 << 16, &inner_v6),
+            TunnelForgedIdentity,
+        ),
+        bad(
+            "identity of cluster 0",
+            n,
+            tunnelled("192.168.2.1", "192.168.1.1", 300, &inner),
+            TunnelForgedIdentity,
+        ),
+        bad(
+            "inner source of another node",
+            n,
+            with("10.3.0.9", V4),
+            TunnelForgedSource,
+        ),
+        bad(
+            "inner source of our own",
+            n,
+            with("10.1.0.4", V4),
+            TunnelForgedSource,
+        ),
+        bad(
+            "inner source of nobody",
+            n,
+            with("8.8.8.8", V4),
+            TunnelForgedSource,
+        ),
+        bad(
+            "inner IPv6 source of another node",
+            n,
+            tunnelled("fd00::3", "fd00::1", REMOTE, &datagram("fd10:0:0:2::9", V6)),
+            TunnelForgedSource,
+        ),
+        bad(
+            "inner target elsewhere",
+            n,
+            with("10.2.0.9", "10.3.0.1"),
+            TunnelNotHere,
+        ),
+        bad(
+            "inner IPv6 target elsewhere",
+            n,
+            tunnelled(
+                "fd00::3",
+                "fd00::1",
+                REMOTE,
+                &datagram("fd10:0:0:3::9", "fd10:0:0:2::9"),
+            ),
+            TunnelNotHere,
+        ),
         bad("no valid VNI", n, flags(0), TunnelMalformed),
-        bad("another flag beside", n, flags(0x0c00_0000), TunnelMalformed),
-        bad("a reserved bit beside", n, flags(0x0800_0001), TunnelMalformed),
-        bad("reserved byte behind the VNI", n, edited(good(), 49, &[1]), TunnelMalformed),
-        bad("UDP length beyond the packet", n, edited(good(), 38, &[0xff, 0]), TunnelMalformed),
-        bad("UDP length too small for a tunnel", n, edited(good(), 38, &[0, 40]), TunnelMalformed),
-        bad("outer IP length beyond the frame", n, edited(good(), 16, &[0x0f, 0]), TunnelMalformed),
-        bad("cut inside the VXLAN header", n, good()[..46].to_vec(), TunnelMalformed),
-        bad("first fragment", n, edited(good(), 20, &[0x20, 0]), TunnelMalformed),
+        bad(
+            "another flag beside",
+            n,
+            flags(0x0c00_0000),
+            TunnelMalformed,
+        ),
+        bad(
+            "a reserved bit beside",
+            n,
+            flags(0x0800_0001),
+            TunnelMalformed,
+        ),
+        bad(
+            "reserved byte behind the VNI",
+            n,
+            edited(good(), 49, &[1]),
+            TunnelMalformed,
+        ),
+        bad(
+            "UDP length beyond the packet",
+            n,
+            edited(good(), 38, &[0xff, 0]),
+            TunnelMalformed,
+        ),
+        bad(
+            "UDP length too small for a tunnel",
+            n,
+            edited(good(), 38, &[0, 40]),
+            TunnelMalformed,
+        ),
+        bad(
+            "outer IP length beyond the frame",
+            n,
+            edited(good(), 16, &[0x0f, 0]),
+            TunnelMalformed,
+        ),
+        bad(
+            "cut inside the VXLAN header",
+            n,
+            good()[..46].to_vec(),
+            TunnelMalformed,
+        ),
+        bad(
+            "first fragment",
+            n,
+            edited(good(), 20, &[0x20, 0]),
+            TunnelMalformed,
+        ),
         bad("first IPv6 fragment", n, first_fragment, TunnelMalformed),
         bad("outer IP options", n, options, TunnelMalformed),
-        bad("congestion mark that the inside cannot have", n, marked(good()), TunnelMalformed),
+        bad(
+            "congestion mark that the inside cannot have",
+            n,
+            marked(good()),
+            TunnelMalformed,
+        ),
         bad("inner EtherType unknown", n, lldp, UnknownEthertype),
-        bad("inner header malformed", n, edited(good(), 64, &[0x44]), Malformed),
-        bad("inner mapped source", n, tunnelled("192.168.2.1", "192.168.1.1", REMOTE, &datagram("::ffff:10.2.0.9", V6)), Malformed),
-        bad("inner extension headers", n, tunnelled("fd00::3", "fd00::1", REMOTE, &extended("fd10:0:0:3::9", V6, 7)), ExtensionHeaders),
-        bad("plain, from nobody", n, ethernet(&datagram("8.8.8.8", V4)), DirectForgedSource),
-        bad("plain, from a pod of ours", n, ethernet(&datagram(V4, V4)), DirectForgedSource),
-        bad("plain, from a node of the tunnel", n, ethernet(&datagram("10.2.0.9", V4)), DirectForgedSource),
-        bad("plain, IPv6 from nobody", n, ethernet(&datagram("2001:db8::1", V6)), DirectForgedSource),
-        bad("plain, later fragment for a pod that is gone", n, edited(ethernet(&datagram("10.5.0.9", "10.1.0.77")), 20, &[0, 9]), UnknownPod),
+        bad(
+            "inner header malformed",
+            n,
+            edited(good(), 64, &[0x44]),
+            Malformed,
+        ),
+        bad(
+            "inner mapped source",
+            n,
+            tunnelled(
+                "192.168.2.1",
+                "192.168.1.1",
+                REMOTE,
+                &datagram("::ffff:10.2.0.9", V6),
+            ),
+            Malformed,
+        ),
+        bad(
+            "inner extension headers",
+            n,
+            tunnelled(
+                "fd00::3",
+                "fd00::1",
+                REMOTE,
+                &extended("fd10:0:0:3::9", V6, 7),
+            ),
+            ExtensionHeaders,
+        ),
+        bad(
+            "plain, from nobody",
+            n,
+            ethernet(&datagram("8.8.8.8", V4)),
+            DirectForgedSource,
+        ),
+        bad(
+            "plain, from a pod of ours",
+            n,
+            ethernet(&datagram(V4, V4)),
+            DirectForgedSource,
+        ),
+        bad(
+            "plain, from a node of the tunnel",
+            n,
+            ethernet(&datagram("10.2.0.9", V4)),
+            DirectForgedSource,
+        ),
+        bad(
+            "plain, IPv6 from nobody",
+            n,
+            ethernet(&datagram("2001:db8::1", V6)),
+            DirectForgedSource,
+        ),
+        bad(
+            "plain, later fragment for a pod that is gone",
+            n,
+            edited(ethernet(&datagram("10.5.0.9", "10.1.0.77")), 20, &[0, 9]),
+            UnknownPod,
+        ),
     ]
 }
 
 #[test]
 fn bad_packets_are_dropped_and_counted_each_for_its_reason() {
     let datapath = datapath();
-    let cases: Vec<Bad> = bad_from_pods().into_iter().chain(bad_from_network()).collect();
+    let cases: Vec<Bad> = bad_from_pods()
+        .into_iter()
+        .chain(bad_from_network())
+        .collect();
     for case in &cases {
         let before = datapath.drops(case.reason);
         let outcome = datapath.run_segments(case.program, &case.frame, case.segment_bytes);
         assert_eq!(outcome.verdict, DROP, "{} ({})", case.what, case.program);
         let now = datapath.all_drops();
-        assert_eq!(datapath.drops(case.reason), before + 1, "{}: not {}, {now:?}", case.what, case.reason.name());
+        assert_eq!(
+            datapath.drops(case.reason),
+            before + 1,
+            "{}: not {}, {now:?}",
+            case.what,
+            case.reason.name()
+        );
     }
     // The two that need another configuration have tests of their own.
     let elsewhere = [DropReason::NotConfigured, DropReason::NoUnderlayFamily];
@@ -267,9 +597,19 @@ fn bad_packets_are_dropped_and_counted_each_for_its_reason() {
 fn without_configuration_pods_get_nothing_and_the_underlay_stays_open() {
     let datapath = Datapath::load();
     for program in ["from_pod", "from_host"] {
-        assert_eq!(datapath.run(program, &ethernet(&datagram(V4, "10.2.0.9"))).verdict, DROP);
+        assert_eq!(
+            datapath
+                .run(program, &ethernet(&datagram(V4, "10.2.0.9")))
+                .verdict,
+            DROP
+        );
     }
-    let tunnel = tunnelled("192.168.2.1", "192.168.1.1", REMOTE, &datagram("10.2.0.9", V4));
+    let tunnel = tunnelled(
+        "192.168.2.1",
+        "192.168.1.1",
+        REMOTE,
+        &datagram("10.2.0.9", V4),
+    );
     assert_eq!(datapath.run("from_network", &tunnel).verdict, PASS);
     assert_eq!(datapath.all_drops(), [("not-configured", 2)]);
 }
@@ -277,10 +617,26 @@ fn without_configuration_pods_get_nothing_and_the_underlay_stays_open() {
 #[test]
 fn a_node_of_a_family_that_we_lack_cannot_be_reached() {
     let datapath = datapath();
-    datapath.set_config(&NodeConfig { underlay_v6: [0; 16], ..config() });
-    assert_eq!(datapath.run("from_pod", &ethernet(&datagram(V4, "10.3.0.9"))).verdict, DROP);
-    datapath.set_config(&NodeConfig { underlay_v4: [0; 16], ..config() });
-    assert_eq!(datapath.run("from_pod", &ethernet(&datagram(V6, "fd10:0:0:2::9"))).verdict, DROP);
+    datapath.set_config(&NodeConfig {
+        underlay_v6: [0; 16],
+        ..config()
+    });
+    assert_eq!(
+        datapath
+            .run("from_pod", &ethernet(&datagram(V4, "10.3.0.9")))
+            .verdict,
+        DROP
+    );
+    datapath.set_config(&NodeConfig {
+        underlay_v4: [0; 16],
+        ..config()
+    });
+    assert_eq!(
+        datapath
+            .run("from_pod", &ethernet(&datagram(V6, "fd10:0:0:2::9")))
+            .verdict,
+        DROP
+    );
     assert_eq!(datapath.all_drops(), [("no-underlay-family", 2)]);
 }
 
@@ -289,14 +645,38 @@ fn link_scoped_packets_and_arp_go_nowhere_in_silence() {
     let datapath = datapath();
     for (what, frame, verdict) in [
         ("ARP", framed(0x0806, &[0; 28]), PASS),
-        ("duplicate detection", ethernet(&packet("::", "ff02::1:ff00:4", ICMPV6, &[135; 24])), DROP),
-        ("router solicitation", ethernet(&packet("fe80::1", "ff02::2", ICMPV6, &[133; 16])), DROP),
-        ("neighbour solicitation", ethernet(&packet("fe80::1", "fd10:0:0:1::1", ICMPV6, &[135; 24])), DROP),
-        ("IPv4 multicast", ethernet(&datagram(V4, "224.0.0.251")), DROP),
-        ("IPv4 broadcast", ethernet(&datagram("0.0.0.0", "255.255.255.255")), DROP),
+        (
+            "duplicate detection",
+            ethernet(&packet("::", "ff02::1:ff00:4", ICMPV6, &[135; 24])),
+            DROP,
+        ),
+        (
+            "router solicitation",
+            ethernet(&packet("fe80::1", "ff02::2", ICMPV6, &[133; 16])),
+            DROP,
+        ),
+        (
+            "neighbour solicitation",
+            ethernet(&packet("fe80::1", "fd10:0:0:1::1", ICMPV6, &[135; 24])),
+            DROP,
+        ),
+        (
+            "IPv4 multicast",
+            ethernet(&datagram(V4, "224.0.0.251")),
+            DROP,
+        ),
+        (
+            "IPv4 broadcast",
+            ethernet(&datagram("0.0.0.0", "255.255.255.255")),
+            DROP,
+        ),
     ] {
         for program in ["from_pod", "from_host"] {
-            assert_eq!(datapath.run(program, &frame).verdict, verdict, "{what} {program}");
+            assert_eq!(
+                datapath.run(program, &frame).verdict,
+                verdict,
+                "{what} {program}"
+            );
         }
     }
     assert_eq!(datapath.all_drops(), []);
@@ -305,20 +685,50 @@ fn link_scoped_packets_and_arp_go_nowhere_in_silence() {
 #[test]
 fn what_is_the_hosts_own_passes_the_underlay_untouched() {
     let datapath = datapath();
-    let tunnel = tunnelled("192.168.2.1", "192.168.1.1", REMOTE, &datagram("10.2.0.9", V4));
+    let tunnel = tunnelled(
+        "192.168.2.1",
+        "192.168.1.1",
+        REMOTE,
+        &datagram("10.2.0.9", V4),
+    );
     for (what, frame) in [
         ("too short", vec![0; 14]),
-        ("IPv4 cut short", ethernet(&datagram("1.1.1.1", "192.168.1.1"))[..30].to_vec()),
         ("ARP", framed(0x0806, &[0; 28])),
         ("802.1Q", framed(0x8100, &tunnel[12..])),
         ("to the host", ethernet(&datagram("1.1.1.1", "192.168.1.1"))),
-        ("TCP to the host", ethernet(&packet("1.1.1.1", "192.168.1.1", TCP, &tcp(SYN, b"")))),
-        ("tunnel port of another address", tunnelled("192.168.2.1", "192.168.1.2", REMOTE, &datagram("10.2.0.9", V4))),
-        ("IPv6 to the host", ethernet(&datagram("2001:db8::1", "fd00::1"))),
-        ("through the host", ethernet(&datagram("1.1.1.1", "2.2.2.2"))),
-        ("later fragment to the host", edited(tunnel.clone(), 20, &[0, 9])),
-        ("IPv6 options to the host", ethernet(&extended("fd00::3", "fd00::1", 2))),
-        ("neighbour solicitation", ethernet(&packet("fe80::1", "ff02::1", ICMPV6, &[135; 24]))),
+        (
+            "TCP to the host",
+            ethernet(&packet("1.1.1.1", "192.168.1.1", TCP, &tcp(SYN, b""))),
+        ),
+        (
+            "tunnel port of another address",
+            tunnelled(
+                "192.168.2.1",
+                "192.168.1.2",
+                REMOTE,
+                &datagram("10.2.0.9", V4),
+            ),
+        ),
+        (
+            "IPv6 to the host",
+            ethernet(&datagram("2001:db8::1", "fd00::1")),
+        ),
+        (
+            "through the host",
+            ethernet(&datagram("1.1.1.1", "2.2.2.2")),
+        ),
+        (
+            "later fragment to the host",
+            edited(tunnel.clone(), 20, &[0, 9]),
+        ),
+        (
+            "IPv6 options to the host",
+            ethernet(&extended("fd00::3", "fd00::1", 2)),
+        ),
+        (
+            "neighbour solicitation",
+            ethernet(&packet("fe80::1", "ff02::1", ICMPV6, &[135; 24])),
+        ),
     ] {
         let outcome = datapath.run("from_network", &frame);
         assert_eq!(outcome.verdict, PASS, "{what}");
@@ -330,8 +740,18 @@ fn what_is_the_hosts_own_passes_the_underlay_untouched() {
 fn forwarded(datapath: &Datapath, program: &str, frame: &[u8], path: TrafficPath) -> Outcome {
     let before = datapath.traffic(path);
     let outcome = datapath.run(program, frame);
-    assert_eq!(outcome.verdict, REDIRECT, "{program}: {:?}", datapath.all_drops());
-    assert_eq!(datapath.traffic(path).packets, before.packets + 1, "{program} is counted as {}", path.name());
+    assert_eq!(
+        outcome.verdict,
+        REDIRECT,
+        "{program}: {:?}",
+        datapath.all_drops()
+    );
+    assert_eq!(
+        datapath.traffic(path).packets,
+        before.packets + 1,
+        "{program} is counted as {}",
+        path.name()
+    );
     outcome
 }
 
@@ -339,11 +759,21 @@ fn forwarded(datapath: &Datapath, program: &str, frame: &[u8], path: TrafficPath
 fn assert_tunnelled(outer: &[u8], source: &str, target: &str, vni: u32, inner: &[u8]) {
     let (from, to, protocol, datagram) = verified(&outer[14..]);
     assert_eq!((from, to, protocol), (ip(source), ip(target), UDP));
-    assert!(u16::from_be_bytes([datagram[0], datagram[1]]) >= 49152, "source port");
+    assert!(
+        u16::from_be_bytes([datagram[0], datagram[1]]) >= 49152,
+        "source port"
+    );
     assert_eq!(datagram[2..4], TUNNEL_PORT.to_be_bytes());
-    assert_eq!(usize::from(u16::from_be_bytes([datagram[4], datagram[5]])), datagram.len(), "UDP length");
+    assert_eq!(
+        usize::from(u16::from_be_bytes([datagram[4], datagram[5]])),
+        datagram.len(),
+        "UDP length"
+    );
     assert_eq!(datagram[6..8], [0, 0], "UDP checksum");
-    assert_eq!(datagram[8..], vxlan_with(0x0800_0000, vni, &inner_frame(inner)));
+    assert_eq!(
+        datagram[8..],
+        vxlan_with(0x0800_0000, vni, &inner_frame(inner))
+    );
     if outer[14] >> 4 == 4 {
         assert_eq!(outer[12..14], [8, 0]);
         assert_eq!(outer[20..23], [0x40, 0, 64], "not to be fragmented, TTL");
@@ -363,13 +793,29 @@ fn packets_of_pods_and_host_are_put_into_the_tunnel() {
         (datagram(V6, "fd10:0:0:3::9"), "fd00::1", "fd00::3"),
     ] {
         for program in ["from_pod", "from_host"] {
-            let out = forwarded(&datapath, program, &ethernet(&inner), TrafficPath::TunnelOut);
+            let out = forwarded(
+                &datapath,
+                program,
+                &ethernet(&inner),
+                TrafficPath::TunnelOut,
+            );
             assert_tunnelled(&out.packet, source, target, POD, &inner);
         }
     }
     let from_router = datagram("10.1.0.1", "10.2.0.9");
-    let out = forwarded(&datapath, "from_host", &ethernet(&from_router), TrafficPath::TunnelOut);
-    assert_tunnelled(&out.packet, "192.168.1.1", "192.168.2.1", IDENTITY_REMOTE_NODE, &from_router);
+    let out = forwarded(
+        &datapath,
+        "from_host",
+        &ethernet(&from_router),
+        TrafficPath::TunnelOut,
+    );
+    assert_tunnelled(
+        &out.packet,
+        "192.168.1.1",
+        "192.168.2.1",
+        IDENTITY_REMOTE_NODE,
+        &from_router,
+    );
 }
 
 #[test]
@@ -384,17 +830,48 @@ fn odd_but_valid_packets_are_forwarded_by_their_addresses() {
     let total = (options.len() as u16).to_be_bytes();
     options[2..4].copy_from_slice(&total);
     fix_v4(&mut options);
-    let icmp_error = packet(V4, "10.2.0.9", ICMP, &[&[3, 1, 0, 0, 0, 0, 0, 0], &datagram("10.2.0.9", V4)[..]].concat());
+    let icmp_error = packet(
+        V4,
+        "10.2.0.9",
+        ICMP,
+        &[&[3, 1, 0, 0, 0, 0, 0, 0], &datagram("10.2.0.9", V4)[..]].concat(),
+    );
     let v6 = "fd10:0:0:2::9";
     let v6_fragment = packet(V6, v6, FRAGMENT, &[UDP, 0, 0, 9, 0, 0, 0, 1, 0xde, 0xad]);
-    let v6_error = packet(V6, v6, ICMPV6, &[&[1, 3, 0, 0, 0, 0, 0, 0], &datagram(v6, V6)[..]].concat());
-    for inner in [fragment, options, icmp_error, v6_fragment, v6_error, extended(V6, v6, 1), extended(V6, v6, 6)] {
-        let out = forwarded(&datapath, "from_pod", &ethernet(&inner), TrafficPath::TunnelOut);
+    let v6_error = packet(
+        V6,
+        v6,
+        ICMPV6,
+        &[&[1, 3, 0, 0, 0, 0, 0, 0], &datagram(v6, V6)[..]].concat(),
+    );
+    for inner in [
+        fragment,
+        options,
+        icmp_error,
+        v6_fragment,
+        v6_error,
+        extended(V6, v6, 1),
+        extended(V6, v6, 6),
+    ] {
+        let out = forwarded(
+            &datapath,
+            "from_pod",
+            &ethernet(&inner),
+            TrafficPath::TunnelOut,
+        );
         assert_eq!(out.packet[64..], inner);
     }
-    let v6_fragment = packet("fd10:0:0:3::9", V6, FRAGMENT, &[UDP, 0, 0, 9, 0, 0, 0, 1, 0xde, 0xad]);
+    let v6_fragment = packet(
+        "fd10:0:0:3::9",
+        V6,
+        FRAGMENT,
+        &[UDP, 0, 0, 9, 0, 0, 0, 1, 0xde, 0xad],
+    );
     let frame = tunnelled("fd00::3", "fd00::1", REMOTE, &v6_fragment);
-    assert_eq!(forwarded(&datapath, "from_network", &frame, TrafficPath::TunnelIn).packet[14..], v6_fragment);
+    assert_eq!(
+        forwarded(&datapath, "from_network", &frame, TrafficPath::TunnelIn).packet[14..],
+        v6_fragment
+    );
 }
 
 #[test]
@@ -405,7 +882,13 @@ fn padding_behind_a_short_packet_is_not_taken_for_payload() {
     padded.resize(60, 0);
     let out = forwarded(&datapath, "from_pod", &padded, TrafficPath::TunnelOut);
     let total = 14 + 50 + inner.len();
-    assert_tunnelled(&out.packet[..total], "192.168.1.1", "192.168.2.1", POD, &inner);
+    assert_tunnelled(
+        &out.packet[..total],
+        "192.168.1.1",
+        "192.168.2.1",
+        POD,
+        &inner,
+    );
 }
 
 #[test]
@@ -440,7 +923,12 @@ fn a_congestion_mark_travels_through_the_tunnel() {
     let mut inner = datagram(V4, "10.2.0.9");
     inner[1] = 2;
     fix_v4(&mut inner);
-    let out = forwarded(&datapath, "from_pod", &ethernet(&inner), TrafficPath::TunnelOut);
+    let out = forwarded(
+        &datapath,
+        "from_pod",
+        &ethernet(&inner),
+        TrafficPath::TunnelOut,
+    );
     assert_eq!(out.packet[15], 2, "capability is shown outside");
 
     let mut inner = datagram("10.2.0.9", V4);
@@ -467,10 +955,23 @@ fn pods_of_one_node_and_the_world_are_reached() {
     for (source, target) in [(V4, V4), (V6, V6)] {
         let inner = datagram(source, target);
         let out = forwarded(&datapath, "from_pod", &ethernet(&inner), TrafficPath::Local);
-        assert_eq!(out.packet, [&POD_MAC[..], &END_MAC[..], &ethernet(&inner)[12..]].concat());
+        assert_eq!(
+            out.packet,
+            [&POD_MAC[..], &END_MAC[..], &ethernet(&inner)[12..]].concat()
+        );
     }
-    for (source, target) in [(V4, "10.1.0.1"), (V4, "1.1.1.1"), (V6, "fd10:0:0:1::1"), (V6, "2001:db8::1")] {
-        let out = forwarded(&datapath, "from_pod", &ethernet(&datagram(source, target)), TrafficPath::ToHost);
+    for (source, target) in [
+        (V4, "10.1.0.1"),
+        (V4, "1.1.1.1"),
+        (V6, "fd10:0:0:1::1"),
+        (V6, "2001:db8::1"),
+    ] {
+        let out = forwarded(
+            &datapath,
+            "from_pod",
+            &ethernet(&datagram(source, target)),
+            TrafficPath::ToHost,
+        );
         assert_eq!(out.packet[..6], HOST_MAC);
     }
 }
@@ -487,19 +988,39 @@ fn direct_routed_packets_are_taken_from_the_nodes_that_agreed() {
     let datapath = datapath();
     for (source, target) in [("10.5.0.9", V4), ("fd10:0:0:5::9", V6)] {
         let inner = datagram(source, target);
-        let out = forwarded(&datapath, "from_network", &ethernet(&inner), TrafficPath::DirectIn);
-        assert_eq!(out.packet, [&POD_MAC[..], &END_MAC[..], &ethernet(&inner)[12..]].concat());
+        let out = forwarded(
+            &datapath,
+            "from_network",
+            &ethernet(&inner),
+            TrafficPath::DirectIn,
+        );
+        assert_eq!(
+            out.packet,
+            [&POD_MAC[..], &END_MAC[..], &ethernet(&inner)[12..]].concat()
+        );
     }
-    forwarded(&datapath, "from_network", &ethernet(&datagram("10.5.0.9", "10.1.0.1")), TrafficPath::ToHost);
+    forwarded(
+        &datapath,
+        "from_network",
+        &ethernet(&datagram("10.5.0.9", "10.1.0.1")),
+        TrafficPath::ToHost,
+    );
 }
 
 /// The answer that leaves towards a pod of this node.
 fn answered(datapath: &Datapath, frame: &[u8]) -> Vec<u8> {
     let before = datapath.drops(DropReason::UnknownPod);
-    let outcome = datapath.run("from_pod", &edited(frame.to_vec(), 0, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]));
+    let outcome = datapath.run(
+        "from_pod",
+        &edited(frame.to_vec(), 0, &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]),
+    );
     assert_eq!(outcome.verdict, REDIRECT, "{:?}", datapath.all_drops());
     assert_eq!(datapath.drops(DropReason::UnknownPod), before + 1);
-    assert_eq!(outcome.packet[..12], [7, 8, 9, 10, 11, 12, 1, 2, 3, 4, 5, 6], "link addresses changed over");
+    assert_eq!(
+        outcome.packet[..12],
+        [7, 8, 9, 10, 11, 12, 1, 2, 3, 4, 5, 6],
+        "link addresses changed over"
+    );
     outcome.packet
 }
 
@@ -528,16 +1049,20 @@ fn tcp_to_a_pod_that_is_gone_is_answered_with_rst() {
 #[test]
 fn the_rest_to_a_pod_that_is_gone_is_answered_with_icmp() {
     let datapath = datapath();
-    for (source, target, router, protocol, code) in [
-        (V4, "10.1.0.77", "10.1.0.1", ICMP, [3, 1]),
-        (V6, "fd10:0:0:1::77", "fd10:0:0:1::1", ICMPV6, [1, 3]),
+    for (source, target, protocol, code) in [
+        (V4, "10.1.0.77", ICMP, [3, 3]),
+        (V6, "fd10:0:0:1::77", ICMPV6, [1, 4]),
     ] {
         let refused = datagram(source, target);
         let out = answered(&datapath, &ethernet(&refused));
         let (from, to, kind, message) = verified(&out[14..]);
-        assert_eq!((from, to, kind), (ip(router), ip(source), protocol));
+        assert_eq!((from, to, kind), (ip(target), ip(source), protocol));
         assert_eq!(message[..2], code);
-        assert_eq!(message[8..], refused[..message.len() - 8], "the refused packet is quoted");
+        assert_eq!(
+            message[8..],
+            refused[..message.len() - 8],
+            "the refused packet is quoted"
+        );
     }
     let echo = packet(V4, "10.1.0.77", ICMP, &[8, 0, 0, 0, 0, 1, 0, 1, 1, 2, 3, 4]);
     assert_eq!(answered(&datapath, &ethernet(&echo))[34..36], [3, 1]);
@@ -549,15 +1074,32 @@ fn answers_go_back_through_the_tunnel_and_to_the_host() {
     for (outer_source, outer_target, source, target) in [
         ("192.168.2.1", "192.168.1.1", "10.2.0.9", "10.1.0.77"),
         ("fd00::3", "fd00::1", "fd10:0:0:3::9", "fd10:0:0:1::77"),
-        ("192.168.2.1", "192.168.1.1", "fd10:0:0:2::9", "fd10:0:0:1::77"),
+        (
+            "192.168.2.1",
+            "192.168.1.1",
+            "fd10:0:0:2::9",
+            "fd10:0:0:1::77",
+        ),
     ] {
-        for payload in [packet(source, target, TCP, &tcp(SYN, b"")), datagram(source, target)] {
-            let out = datapath.run("from_network", &tunnelled(outer_source, outer_target, REMOTE, &payload));
+        for payload in [
+            packet(source, target, TCP, &tcp(SYN, b"")),
+            datagram(source, target),
+        ] {
+            let out = datapath.run(
+                "from_network",
+                &tunnelled(outer_source, outer_target, REMOTE, &payload),
+            );
             assert_eq!(out.verdict, REDIRECT, "{:?}", datapath.all_drops());
             let headers = if outer_source.contains('.') { 64 } else { 84 };
             let inner = &out.packet[headers..];
             assert_eq!(verified(inner).1, ip(source));
-            assert_tunnelled(&out.packet, outer_target, outer_source, IDENTITY_REMOTE_NODE, inner);
+            assert_tunnelled(
+                &out.packet,
+                outer_target,
+                outer_source,
+                IDENTITY_REMOTE_NODE,
+                inner,
+            );
         }
     }
     let frame = ethernet(&packet("10.1.0.1", "10.1.0.77", TCP, &tcp(SYN, b"")));
@@ -568,7 +1110,8 @@ fn answers_go_back_through_the_tunnel_and_to_the_host() {
 }
 
 fn record(ring: &mut RingBuf<aya::maps::MapData>) -> Option<[u8; size_of::<FlowRecord>()]> {
-    ring.next().map(|item| item[..].try_into().expect("a record"))
+    ring.next()
+        .map(|item| item[..].try_into().expect("a record"))
 }
 
 #[test]
@@ -576,24 +1119,42 @@ fn flow_records_say_who_sent_what_and_are_written_only_on_demand() {
     let mut datapath = datapath();
     let map = datapath.ebpf.take_map("FLOWS").expect("FLOWS");
     let mut ring = RingBuf::try_from(map).expect("a ring buffer");
-    let frame = tunnelled("192.168.2.1", "192.168.1.1", REMOTE, &datagram("10.2.0.9", V4));
+    let frame = tunnelled(
+        "192.168.2.1",
+        "192.168.1.1",
+        REMOTE,
+        &datagram("10.2.0.9", V4),
+    );
     datapath.run("from_network", &frame);
     assert!(record(&mut ring).is_none(), "nobody asked");
 
-    datapath.set_config(&NodeConfig { flags: CONFIG_FLOWS, ..config() });
+    datapath.set_config(&NodeConfig {
+        flags: CONFIG_FLOWS,
+        ..config()
+    });
     datapath.run("from_network", &frame);
     let forged = tunnelled("192.168.2.1", "192.168.1.1", POD, &datagram("10.2.0.9", V4));
     datapath.run("from_network", &forged);
     for (identity, verdict, what) in [
         (REMOTE, VERDICT_FORWARDED, TrafficPath::TunnelIn as u32),
-        (POD, VERDICT_DROPPED, DropReason::TunnelForgedIdentity as u32),
+        (
+            POD,
+            VERDICT_DROPPED,
+            DropReason::TunnelForgedIdentity as u32,
+        ),
     ] {
         let bytes = record(&mut ring).expect("a record");
-        let field = |at: usize| -> u32 { u32::from_ne_bytes(bytes[at..at + 4].try_into().expect("four bytes")) };
-        let address = |at: usize| -> Address { bytes[at..at + 16].try_into().expect("sixteen bytes") };
+        let field = |at: usize| -> u32 {
+            u32::from_ne_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+        };
+        let address =
+            |at: usize| -> Address { bytes[at..at + 16].try_into().expect("sixteen bytes") };
         assert!(u64::from_ne_bytes(bytes[..8].try_into().expect("eight bytes")) > 0);
         assert_eq!((address(8), address(24)), (addr("10.2.0.9"), addr(V4)));
         assert_eq!((field(40), field(44), field(48)), (identity, what, 33));
-        assert_eq!(bytes[52..59], [3, 232, 0, 53, UDP, HOOK_FROM_NETWORK, verdict]);
+        assert_eq!(
+            bytes[52..59],
+            [3, 232, 0, 53, UDP, HOOK_FROM_NETWORK, verdict]
+        );
     }
 }

@@ -9,7 +9,8 @@ use crate::support::tcp::transfer;
 /// Enough for offloaded packets and a grown window.
 const TRANSFER_BYTES: usize = 8 << 20;
 
-fn pair(v6_outside: bool, direct: bool) -> (Namespaces, Node, Node) {
+/// Two nodes that know each other.
+pub fn pair(v6_outside: bool, direct: bool) -> (Namespaces, Node, Node) {
     let mut namespaces = Namespaces::new();
     let router = router(&mut namespaces);
     let a = Node::new(&mut namespaces, &router, 1);

@@ -211,7 +211,12 @@ impl Datapath {
 
     /// As [`Self::run`], for an offloaded packet with segments of that size, 0 = an ordinary one.
     pub fn run_segments(&self, program: &str, packet: &[u8], segment_bytes: u32) -> Outcome {
-        let program: &SchedClassifier = self.ebpf.program(program).expect(program).try_into().expect("a tc program");
+        let program: &SchedClassifier = self
+            .ebpf
+            .program(program)
+            .expect(program)
+            .try_into()
+            .expect("a tc program");
         let mut output = vec![0_u8; PACKET_BYTES_MAX];
         let mut context = [0_u32; SKB_CONTEXT_WORDS];
         context[SKB_GSO_SIZE_WORD] = segment_bytes;
@@ -226,10 +231,14 @@ impl Datapath {
             repeat: 1,
             ..TestRunAttributes::default()
         };
-        call(BPF_PROG_TEST_RUN, &mut attributes)
-            .unwrap_or_else(|error| panic!("the kernel does not run the program on {packet:x?}: {error}"));
+        call(BPF_PROG_TEST_RUN, &mut attributes).unwrap_or_else(|error| {
+            panic!("the kernel does not run the program on {packet:x?}: {error}")
+        });
         output.truncate(attributes.data_size_out as usize);
-        Outcome { verdict: attributes.verdict as i32, packet: output }
+        Outcome {
+            verdict: attributes.verdict as i32,
+            packet: output,
+        }
     }
 }
 

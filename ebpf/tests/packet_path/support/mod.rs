@@ -4,4 +4,5 @@ pub mod bpf;
 pub mod net;
 pub mod node;
 pub mod packet;
+pub mod raw;
 pub mod tcp;

@@ -131,32 +131,32 @@ impl Node {
         ));
         let pod = pod(namespaces, &host, n, POD_MTU);
 
-        let mut datapath = Datapath::load();
+        let (underlay_ifindex, _) = device(&host, "eth0");
+        let mut node = Self {
+            number: n,
+            host,
+            pod,
+            datapath: Datapath::load(),
+            underlay_ifindex,
+        };
+        node.fill_own_maps();
         for (link, program) in [
             ("pod0", "from_pod"),
             ("cm_net", "from_host"),
             ("eth0", "from_network"),
         ] {
-            let program: &mut SchedClassifier = datapath
+            let program: &mut SchedClassifier = node
+                .datapath
                 .ebpf
                 .program_mut(program)
                 .expect(program)
                 .try_into()
                 .expect("a tc program");
-            inside(&host, || {
+            inside(&node.host, || {
                 program.attach(link, TcAttachType::Ingress).map(drop)
             })
             .expect("attach");
         }
-        let (underlay_ifindex, _) = device(&host, "eth0");
-        let node = Self {
-            number: n,
-            host,
-            pod,
-            datapath,
-            underlay_ifindex,
-        };
-        node.fill_own_maps();
         node
     }
 
@@ -215,13 +215,18 @@ impl Node {
         );
     }
 
-    /// Makes node `other` known, with its pod, its router and the rest of its pod CIDRs.
+    /// Makes node `other` known, of the cluster with its number.
     pub fn learn(&self, other: u8, v6_outside: bool, direct: bool) {
+        self.learn_in_cluster(other, other, v6_outside, direct);
+    }
+
+    /// Makes node `other` known, with its pod, its router and the rest of its pod CIDRs.
+    pub fn learn_in_cluster(&self, other: u8, cluster: u8, v6_outside: bool, direct: bool) {
         self.datapath.set_node(
             u32::from(other),
             &NodeValue {
                 endpoint: mapped(underlay(other, v6_outside)),
-                cluster_id: u16::from(other),
+                cluster_id: u16::from(cluster),
                 flags: NODE_PRESENT | if direct { NODE_DIRECT } else { 0 },
                 path_mtu_bytes: POD_MTU as u16,
                 reserved: 0,

@@ -24,7 +24,11 @@ pub fn ip(text: &str) -> IpAddr {
 
 /// Ethernet without addresses (those of the loopback device), around an IP packet.
 pub fn ethernet(ip_packet: &[u8]) -> Vec<u8> {
-    let kind: u16 = if ip_packet[0] >> 4 == 4 { 0x0800 } else { 0x86dd };
+    let kind: u16 = if ip_packet[0] >> 4 == 4 {
+        0x0800
+    } else {
+        0x86dd
+    };
     framed(kind, ip_packet)
 }
 
@@ -77,7 +81,9 @@ pub fn packet(source: &str, destination: &str, protocol: u8, payload: &[u8]) -> 
             packet
         }
         (s, d) => {
-            let (IpAddr::V6(s), IpAddr::V6(d)) = (s, d) else { panic!("{s} and {d} are of two families") };
+            let (IpAddr::V6(s), IpAddr::V6(d)) = (s, d) else {
+                panic!("{s} and {d} are of two families")
+            };
             let mut packet = vec![0x60, 0, 0, 0];
             packet.extend((payload.len() as u16).to_be_bytes());
             packet.extend([protocol, 64]);
@@ -145,24 +151,46 @@ pub fn inner_frame(ip_packet: &[u8]) -> Vec<u8> {
 /// A tunnel packet.
 pub fn tunnelled(source: &str, destination: &str, vni: u32, inner: &[u8]) -> Vec<u8> {
     let payload = vxlan_with(0x0800_0000, vni, &inner_frame(inner));
-    ethernet(&packet(source, destination, UDP, &udp(50000, 8472, &payload)))
+    ethernet(&packet(
+        source,
+        destination,
+        UDP,
+        &udp(50000, 8472, &payload),
+    ))
 }
 
 /// Checks the transport checksum of an IP packet (and the header's, for IPv4); returns protocol and payload.
 pub fn verified(packet: &[u8]) -> (IpAddr, IpAddr, u8, Vec<u8>) {
-    let (source, destination, protocol, payload): (IpAddr, IpAddr, u8, &[u8]) = if packet[0] >> 4 == 4 {
+    let (source, destination, protocol, payload): (IpAddr, IpAddr, u8, &[u8]) = if packet[0] >> 4
+        == 4
+    {
         assert_eq!(fold(sum(&packet[..20], 0)), 0xffff, "IPv4 header checksum");
         let total = usize::from(u16::from_be_bytes([packet[2], packet[3]]));
         assert_eq!(total, packet.len(), "IPv4 total length");
         let address = |at: usize| -> [u8; 4] { packet[at..at + 4].try_into().expect("four bytes") };
-        (address(12).into(), address(16).into(), packet[9], &packet[20..])
+        (
+            address(12).into(),
+            address(16).into(),
+            packet[9],
+            &packet[20..],
+        )
     } else {
         let length = usize::from(u16::from_be_bytes([packet[4], packet[5]]));
         assert_eq!(length + 40, packet.len(), "IPv6 payload length");
-        let address = |at: usize| -> [u8; 16] { packet[at..at + 16].try_into().expect("sixteen bytes") };
-        (address(8).into(), address(24).into(), packet[6], &packet[40..])
+        let address =
+            |at: usize| -> [u8; 16] { packet[at..at + 16].try_into().expect("sixteen bytes") };
+        (
+            address(8).into(),
+            address(24).into(),
+            packet[6],
+            &packet[40..],
+        )
     };
-    let start = if protocol == ICMP { 0 } else { pseudo(source, destination, protocol, payload.len()) };
+    let start = if protocol == ICMP {
+        0
+    } else {
+        pseudo(source, destination, protocol, payload.len())
+    };
     if protocol != UDP {
         assert_eq!(fold(sum(payload, start)), 0xffff, "transport checksum");
     }

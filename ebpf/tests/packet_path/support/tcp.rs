@@ -28,8 +28,10 @@ pub fn transfer(from: &str, to: &str, address: IpAddr, bytes: usize) -> Result<(
         let received = server
             .join()
             .unwrap_or_else(|_| Err("the receiver panicked".to_owned()));
-        sent?;
-        received
+        match (sent, received) {
+            (Ok(()), Ok(())) => Ok(()),
+            (sent, received) => Err(format!("sender: {sent:?}, receiver: {received:?}")),
+        }
     })
 }
 
