@@ -69,6 +69,8 @@ pub struct PeeringMetrics {
     pub reconnects: Family<ClusterLabels, Counter>,
     /// Records that were refused, by reason.
     pub refused: Family<ClusterReasonLabels, Counter>,
+    /// Records whose values were read in listings.
+    pub values_read: Family<ClusterLabels, Counter>,
     /// Records written or deleted.
     pub changes: Family<ClusterLabels, Counter>,
 }
@@ -305,6 +307,11 @@ impl PeeringMetrics {
             "records_refused",
             "Refused records by reason",
             self.refused.clone(),
+        );
+        registry.register(
+            "listing_values_read",
+            "Records whose values were read in listings",
+            self.values_read.clone(),
         );
         registry.register(
             "records_changed",

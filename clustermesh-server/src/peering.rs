@@ -1,6 +1,7 @@
 //! Copies of peers: one task per configured peer, and the end of those that are not configured any more.
 
 mod link;
+mod listing;
 mod status;
 mod sync;
 mod writer;

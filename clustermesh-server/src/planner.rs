@@ -241,16 +241,16 @@ mod tests {
 
     use super::*;
 
-    fn counter(reply: oneshot::Sender<Result<Done<u32>, CommitError<String>>>) -> Box<dyn Job> {
+    fn counter(reply: oneshot::Sender<Result<Done<usize>, CommitError<String>>>) -> Box<dyn Job> {
         Box::new(TypedJob {
             plan: |view: &dyn View, _| {
                 let mut draft = Draft::new(view);
                 draft.guard("counter");
-                let value = draft.get(b"counter").map_or(0, |kv| kv.value.len() as u32) + 1;
+                let value = draft.get(b"counter").map_or(0, |kv| kv.value.len()) + 1;
                 if value > 3 {
                     return Err("full".to_owned());
                 }
-                draft.put("counter", vec![b'x'; value as usize]);
+                draft.put("counter", vec![b'x'; value]);
                 Ok(Plan {
                     txn: draft.into_txn(),
                     result: value,

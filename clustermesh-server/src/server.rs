@@ -23,7 +23,7 @@ use crate::agents::registry::Registry;
 use crate::agents::session::NodeSessionService;
 use crate::agents::stream::AgentStreamService;
 use crate::config::Config;
-use crate::controllers::{own_records, services, sessions};
+use crate::controllers::{identities, own_records, services, sessions};
 use crate::etcd;
 use crate::mesh_api::MeshService;
 use crate::metrics::Metrics;
@@ -239,6 +239,13 @@ fn start_controllers(
     tasks.spawn(own_records::beat(
         store.clone(),
         parts.planner.clone(),
+        metrics.controllers.clone(),
+        drain.clone(),
+    ));
+    tasks.spawn(identities::release(
+        store.clone(),
+        parts.planner.clone(),
+        Arc::clone(&parts.settings),
         metrics.controllers.clone(),
         drain.clone(),
     ));

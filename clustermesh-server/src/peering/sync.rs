@@ -18,14 +18,13 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::link::LinkError;
+use super::listing::{self, range_of};
 use super::status::config_key;
 use super::writer::Writer;
 use super::{Shared, drain_copy};
-use crate::metrics::ClusterReasonLabels;
+use crate::metrics::{ClusterLabels, ClusterReasonLabels};
 use crate::view::StateView;
 
-/// Most keys of one kind of one peer.
-const MAX_KEYS_PER_KIND: usize = 2_000_000;
 /// While things change, the peer is asked for its revision this often.
 const PROGRESS_INTERVAL_BUSY: Duration = Duration::from_millis(250);
 /// While nothing changes, this often.
@@ -171,6 +170,9 @@ impl<'a> Sync<'a> {
             .update(self.name, |state| state.state = State::Syncing);
         self.listed = Some(Instant::now());
         let revision = self.canaries(0).await?;
+        // A copy that equals a revision of this store spares reading what did not change since.
+        let since = (self.writer.is_synced() && self.writer.store_id() == self.store_id)
+            .then(|| self.writer.revision());
         self.writer.begin(self.store_id, revision);
         // The configuration stands before the records, the canaries after them: readers rely on that order.
         let config = self.own_config()?;
@@ -182,17 +184,24 @@ impl<'a> Sync<'a> {
                 continue;
             }
             let prefix = self.copy.peer().source_prefix(kind);
-            let listing = self
-                .client
-                .list(range_of(&prefix, revision))
-                .collect(MAX_KEYS_PER_KIND)
-                .await?;
-            self.check_store(listing.store_id)?;
-            let records: Vec<_> = listing
-                .kvs
-                .into_iter()
-                .map(|kv| (kv.key, kv.value))
-                .collect();
+            let read = match since {
+                Some(since) => {
+                    let store = &self.shared.store;
+                    listing::since(
+                        &self.client,
+                        store,
+                        self.copy.peer(),
+                        &prefix,
+                        revision,
+                        since,
+                    )
+                    .await?
+                }
+                None => listing::full(&self.client, &prefix, revision).await?,
+            };
+            self.check_store(read.store_id)?;
+            self.count_read(read.values_read);
+            let records = read.records;
             self.replace(kind, &records).await?;
         }
         let complete = self.is_complete();
@@ -213,6 +222,17 @@ impl<'a> Sync<'a> {
         self.log_refused(&outcome);
         self.writer.write(outcome.changes).await?;
         Ok(())
+    }
+
+    fn count_read(&self, values: usize) {
+        let labels = ClusterLabels {
+            cluster: self.name.to_owned(),
+        };
+        self.shared
+            .metrics
+            .values_read
+            .get_or_create(&labels)
+            .inc_by(values as u64);
     }
 
     fn is_complete(&self) -> bool {
@@ -418,15 +438,6 @@ async fn drain_if_renumbered(shared: &Shared, peer: &Peer) -> Result<(), LinkErr
             .insert(peer.cluster_id, peer.cluster.clone());
     }
     Ok(())
-}
-
-fn range_of(prefix: &str, revision: i64) -> RangeRequest {
-    RangeRequest {
-        key: prefix.to_owned().into(),
-        range_end: prefix_end(prefix.as_bytes()),
-        revision,
-        ..RangeRequest::default()
-    }
 }
 
 /// What arrived together.

@@ -1,11 +1,12 @@
 //! Two servers: what one writes, the other copies, through cuts and restarts.
 
-use clustermesh_api::etcd::rpc::DeleteRangeRequest;
+use clustermesh_api::etcd::rpc::kv_client::KvClient;
+use clustermesh_api::etcd::rpc::{CompactionRequest, DeleteRangeRequest};
 use clustermesh_api::v1::agent_watch_response::Message;
 use clustermesh_api::v1::peer_status::State;
 use clustermesh_client::Client;
 
-use crate::support::{Cluster, Pki, put, soon, until};
+use crate::support::{Cluster, Pki, http_get, put, soon, until};
 
 fn node(cluster: u32, name: &str, third: u32) -> (String, String) {
     let key = format!("cilium/state/nodes/v1/c{cluster}/{name}");
@@ -159,6 +160,56 @@ async fn a_new_store_of_the_peer_is_listed_and_only_differences_are_written() {
     );
     let status = until_state(&at_b, State::Synced).await;
     assert_eq!(status.store_id, a.server().store().cluster_id());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_compaction_only_what_changed_is_read_again() {
+    let pki = Pki::new();
+    let a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    for host in 4..54 {
+        write(&at_a, address(1, 1, host, 65_600)).await;
+    }
+    // Refused, so that the copy does not have it.
+    write(&at_a, address(1, 9, 9, 65_600)).await;
+    let mut b = Cluster::start(&pki, 2, &[&a]).await;
+    until_state(&b.operator(&pki), State::Synced).await;
+    b.stop().await;
+
+    write(&at_a, address(1, 1, 4, 65_601)).await;
+    delete(&at_a, "cilium/state/ip/v1/default/10.1.1.5").await;
+    write(&at_a, address(1, 1, 60, 65_601)).await;
+    let revision = at_a
+        .put(put("clustermesh.io/alloc/x", "x"))
+        .await
+        .unwrap()
+        .header
+        .unwrap()
+        .revision;
+    KvClient::new(at_a.channel())
+        .compact(CompactionRequest {
+            revision,
+            physical: false,
+        })
+        .await
+        .unwrap();
+    b.restart(&pki).await;
+    let at_b = b.operator(&pki);
+    let status = until_state(&at_b, State::Synced).await;
+    assert_eq!((status.nodes, status.endpoints), (1, 50), "{status:?}");
+    assert!(at_b.get(format!("{COPY}5")).await.unwrap().is_none());
+    let changed = at_b.get(format!("{COPY}4")).await.unwrap().unwrap();
+    assert!(String::from_utf8_lossy(&changed.value).contains("65601"));
+    assert_eq!(status.refused_records.values().sum::<u64>(), 1);
+    let metrics = http_get(b.address(), &pki.issue("node", "c2", "n1"), "/metrics").await;
+    let line = metrics
+        .lines()
+        .find(|line| line.contains("listing_values_read_total{"))
+        .unwrap();
+    let values: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
+    // Two addresses that changed, one that was refused.
+    assert_eq!(values, 3, "{line}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -76,7 +76,8 @@ async fn kill_9_loses_nothing_that_was_acknowledged() {
         server.child.kill().unwrap();
         server.child.wait().unwrap();
         acknowledged = soon("the writer's end", writer).await.unwrap();
-        assert!(acknowledged > target);
+        // The target was seen; whether its answer came before the kill is open.
+        assert!(acknowledged >= target);
     }
 }
 

@@ -216,7 +216,7 @@ pub async fn http_get(address: SocketAddr, tls: &TlsPaths, path: &str) -> String
     let mut config = (*config).clone();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let name = address.ip().into();
+    let name = address.ip();
     let mut tls = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config))
         .connect(rustls_name(name), stream)
         .await
