@@ -258,11 +258,12 @@ proptest! {
                     }
                     Step::Purge { ahead } => {
                         let upto = purged.map_or(0, |purged| purged.index) + ahead;
-                        // Past the end is what a snapshot from the leader does.
-                        let upto = id(if upto >= next { term } else { RaftLogReader::<C>::try_get_log_entries(&mut twin, upto..=upto).await.unwrap().first().map_or(term, |entry| entry.log_id.leader_id.term) }, upto);
-                        if purged.is_some_and(|purged| purged >= upto) {
+                        if purged.is_some_and(|purged| purged.index >= upto) {
                             continue;
                         }
+                        // Past the end is what a snapshot from the leader does; elsewhere the id is that of the entry.
+                        let found = RaftLogReader::<C>::try_get_log_entries(&mut twin, upto..=upto).await.unwrap();
+                        let upto = found.first().map_or(id(term, upto), |entry| entry.log_id);
                         purged = Some(upto);
                         next = next.max(upto.index + 1);
                         RaftLogStorage::<C>::purge(&mut durable, upto).await.unwrap();
