@@ -17,23 +17,26 @@ help: ## Show the targets
 setup: ## Install what a fresh Debian 12 machine with rustup lacks (idempotent)
 	@deploy/setup.sh $(BPF_LINKER_VERSION) $(CARGO_DENY_VERSION)
 
-build: ## Build all binaries
-	@cargo build --locked --workspace --exclude clustermesh-ebpf-programs --bins
+WORKSPACE := --locked --workspace --exclude clustermesh-ebpf-programs
 
-# The agent with another map layout, for the rows that replace one build by another.
-build-next: build
-	@CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/layout-next cargo build --locked -p clustermesh-node --features layout-next --bin clustermesh-node
+# First the agent with another map layout, for what is checked of replacing one build by another; it shares
+# everything but the crates that know the layout, and is put aside before the normal build takes its place.
+build: ## Build all binaries
+	@cargo build $(WORKSPACE) --features clustermesh-node/layout-next --bin clustermesh-node
+	@mkdir -p $(CARGO_TARGET_DIR)/debug/layout-next
+	@cp $(CARGO_TARGET_DIR)/debug/clustermesh-node $(CARGO_TARGET_DIR)/debug/layout-next/
+	@cargo build $(WORKSPACE) --bins
 
 lint: ## Format, clippy, docs, dependency rules
 	@cargo fmt --all --check
-	@cargo clippy --locked --workspace --exclude clustermesh-ebpf-programs --all-targets -- -D warnings
-	@RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --exclude clustermesh-ebpf-programs --no-deps --quiet
+	@cargo clippy $(WORKSPACE) --all-targets -- -D warnings
+	@RUSTDOCFLAGS="-D warnings" cargo doc $(WORKSPACE) --no-deps --quiet
 	@cargo deny --log-level error check bans licenses sources
 
-test: build build-next ## All tests: unit, property, conformance, and the scenarios in namespaces
-	@cargo test --locked --workspace --exclude clustermesh-ebpf-programs
+test: build ## All tests: unit, property, conformance, and the scenarios in namespaces
+	@cargo test $(WORKSPACE)
 
-demo: build build-next ## The main job on one machine, as a table (KEEP=1 leaves the lab running)
+demo: build ## The main job on one machine, as a table (KEEP=1 leaves the lab running)
 	@$(CARGO_TARGET_DIR)/debug/clustermesh-demo $(if $(filter 1,$(KEEP)),--keep)
 
 bench: ## Figures against peers, as ratios

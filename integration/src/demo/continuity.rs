@@ -90,18 +90,17 @@ pub async fn agent_replaced(scene: &mut Scene) -> Result<String> {
     Ok(format!("to layout {layout} and back; {figures}"))
 }
 
-/// Where the build with the other layout lies: beside the normal one.
+/// The build with the other layout lies in a folder below the normal one's.
 fn other_layout(scene: &Scene) -> Result<std::path::PathBuf> {
-    let binaries = &scene.lab.config().binaries;
-    let target = binaries.parent().context("target folder")?;
-    let profile = binaries.file_name().context("profile folder")?;
-    let program = target
+    let program = scene
+        .lab
+        .config()
+        .binaries
         .join("layout-next")
-        .join(profile)
         .join("clustermesh-node");
     ensure!(
         program.exists(),
-        "{} is not built (make build-next)",
+        "{} is not built (make build)",
         program.display()
     );
     Ok(program)
