@@ -11,8 +11,7 @@ use clustermesh_ebpf_abi::{
 
 /// First of the addresses: 100.64.0.0/10 is nobody's (RFC 6598).
 const FIRST_ADDRESS: u32 = u32::from_be_bytes([100, 64, 0, 0]);
-/// Addresses of that block.
-const ADDRESSES_MAX: u32 = 1 << 22;
+const _: () = assert!(IPCACHE_ENTRIES_MAX <= 1 << 22, "the block has room");
 /// Cluster of the identities: not that of any lab.
 const CLUSTER_ID: u32 = 200;
 /// Identities that take turns.
@@ -26,10 +25,7 @@ const FIRST_IDENTITY: u32 = 256;
 /// # Errors
 /// When `bpffs` has no maps of this layout, or the map is full.
 pub fn ipcache(bpffs: &Path, count: u32) -> Result<()> {
-    ensure!(
-        count <= ADDRESSES_MAX && count < IPCACHE_ENTRIES_MAX,
-        "{count} addresses do not fit"
-    );
+    ensure!(count < IPCACHE_ENTRIES_MAX, "{count} addresses do not fit");
     let maps = Maps::open_pinned(bpffs)?;
     let node_index = maps
         .nodes
