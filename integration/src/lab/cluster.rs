@@ -146,7 +146,7 @@ impl Cluster {
         }
     }
 
-    fn pki(&self) -> Result<PathBuf> {
+    pub(super) fn pki(&self) -> Result<PathBuf> {
         Ok(self.folder.parent().context("lab folder")?.join("pki"))
     }
 
@@ -227,6 +227,17 @@ key = "{pki}/{name}/remote.key"
         self.folder.join("server.toml")
     }
 
+    /// Changes the server's configuration file; the server reads it when it starts again.
+    ///
+    /// # Errors
+    /// When the file cannot be read or written.
+    pub fn edit_server_config(&self, edit: impl FnOnce(String) -> String) -> Result<()> {
+        let path = self.server_config();
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        std::fs::write(&path, edit(text))?;
+        Ok(())
+    }
+
     /// Starts the server again with the configuration that it had.
     ///
     /// # Errors
@@ -276,6 +287,18 @@ key = "{pki}/{name}/remote.key"
 
     pub(super) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Network namespace of the server.
+    #[must_use]
+    pub fn server_netns(&self) -> &str {
+        &self.server_netns
+    }
+
+    /// Network namespace of the cluster's router.
+    #[must_use]
+    pub fn router_netns(&self) -> &str {
+        &self.router
     }
 
     /// Address of the server as its nodes and peers dial it.

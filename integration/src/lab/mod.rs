@@ -11,6 +11,7 @@ mod observe;
 pub mod pod;
 pub mod process;
 pub mod requirements;
+pub mod store;
 pub mod tap;
 pub mod teardown;
 pub mod wan;

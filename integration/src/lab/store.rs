@@ -1,0 +1,132 @@
+//! A cluster's store, read and written with the operator's certificate over etcd's API.
+
+use std::future::Future;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clustermesh_api::etcd::mvcc::KeyValue;
+use clustermesh_api::etcd::rpc::{DeleteRangeRequest, PutRequest};
+use clustermesh_client::{Client, ClientConfig, TlsPaths};
+
+use super::cluster::Cluster;
+use super::host::netns_path;
+use super::tap::in_netns;
+
+/// Keys of one listing.
+const LISTED_KEYS_MAX: usize = 100_000;
+
+/// Calls on one cluster's store. Each call is made from inside the cluster's own network.
+#[derive(Clone, Debug)]
+pub struct Store {
+    netns: PathBuf,
+    config: ClientConfig,
+}
+
+impl Cluster {
+    /// The store of this cluster, for its operator.
+    ///
+    /// # Errors
+    /// When the lab's folder is not there.
+    pub fn store(&self) -> Result<Store> {
+        let folder = self.pki()?.join(self.name());
+        Ok(Store {
+            netns: netns_path(self.server_netns()),
+            config: ClientConfig {
+                endpoints: vec![self.server_endpoint()],
+                tls: Some(TlsPaths {
+                    ca: self.pki()?.join("ca.crt"),
+                    cert: folder.join("admin.crt"),
+                    key: folder.join("admin.key"),
+                }),
+                server_name: None,
+            },
+        })
+    }
+}
+
+impl Store {
+    /// Writes a record and returns the revision of the write.
+    ///
+    /// # Errors
+    /// When the server refuses it or does not answer.
+    pub async fn put(&self, key: &str, value: impl Into<Vec<u8>>) -> Result<i64> {
+        let request = PutRequest {
+            key: key.to_owned().into(),
+            value: value.into().into(),
+            ..PutRequest::default()
+        };
+        let response = self
+            .call(move |client| async move { Ok(client.put(request).await?) })
+            .await?;
+        Ok(response
+            .header
+            .context("an answer without a header")?
+            .revision)
+    }
+
+    /// Reads a record.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn get(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let key = key.to_owned();
+        self.call(move |client| async move {
+            Ok(client.get(key).await?.map(|record| record.value.to_vec()))
+        })
+        .await
+    }
+
+    /// Deletes a record.
+    ///
+    /// # Errors
+    /// When the server refuses it or does not answer.
+    pub async fn delete(&self, key: &str) -> Result<()> {
+        let request = DeleteRangeRequest {
+            key: key.to_owned().into(),
+            ..DeleteRangeRequest::default()
+        };
+        self.call(move |client| async move {
+            client.delete_range(request).await?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// All records below a prefix, in the order of their keys.
+    ///
+    /// # Errors
+    /// When the server does not answer or there are too many.
+    pub async fn list(&self, prefix: &str) -> Result<Vec<KeyValue>> {
+        let prefix = prefix.to_owned();
+        self.call(move |client| async move {
+            Ok(client
+                .list_prefix(&prefix)
+                .collect(LISTED_KEYS_MAX)
+                .await?
+                .kvs)
+        })
+        .await
+    }
+
+    /// Makes calls with a client that lives in the cluster's network as long as they run.
+    ///
+    /// # Errors
+    /// What `work` fails with, and a connection that cannot be made.
+    pub async fn call<T, W, F>(&self, work: W) -> Result<T>
+    where
+        T: Send + 'static,
+        W: FnOnce(Client) -> F + Send + 'static,
+        F: Future<Output = Result<T>>,
+    {
+        let (netns, config) = (self.netns.clone(), self.config.clone());
+        tokio::task::spawn_blocking(move || {
+            in_netns(&netns, move || {
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .build()?;
+                runtime.block_on(async { work(Client::connect(&config).await?).await })
+            })
+        })
+        .await?
+    }
+}
