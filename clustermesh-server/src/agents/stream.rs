@@ -1,8 +1,9 @@
 //! `clustermesh.v1.AgentStream`: one ordered view of everything that a machine of this cluster may read.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use clustermesh_api::limits::STREAM_MESSAGE_TARGET_BYTES;
+use clustermesh_api::limits::{MAX_SESSIONS, STREAM_MESSAGE_TARGET_BYTES};
 use clustermesh_api::v1::agent_stream_server::AgentStream;
 use clustermesh_api::v1::agent_watch_response::Message;
 use clustermesh_api::v1::{
@@ -11,7 +12,7 @@ use clustermesh_api::v1::{
 use clustermesh_process::Drain;
 use clustermesh_raft::{WatchEnd, WatchItem, WatchSpec};
 use futures_util::FutureExt;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -33,6 +34,7 @@ pub struct AgentStreamService {
     cluster_id: u32,
     metrics: WatchMetrics,
     drain: Drain,
+    slots: Arc<Semaphore>,
 }
 
 impl AgentStreamService {
@@ -51,6 +53,7 @@ impl AgentStreamService {
             cluster_id,
             metrics,
             drain,
+            slots: Arc::new(Semaphore::new(MAX_SESSIONS)),
         }
     }
 }
@@ -64,6 +67,11 @@ impl AgentStream for AgentStreamService {
         request: Request<AgentWatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         Caller::of(&request)?.check_agent_stream()?;
+        let slot = Arc::clone(&self.slots).try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted(format!(
+                "{MAX_SESSIONS} agents' streams are open, which is the limit of one server"
+            ))
+        })?;
         let request = request.into_inner();
         // What the agent saw before must be here before it is told to go on.
         self.store.linearize().await?;
@@ -100,6 +108,7 @@ impl AgentStream for AgentStreamService {
                 let _ = messages.send(Err(status)).await;
             }
             metrics.agent_streams.dec();
+            drop(slot);
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }

@@ -118,9 +118,6 @@ impl Link {
         &mut self,
         synced: &mut bool,
     ) -> Result<std::convert::Infallible, LinkError> {
-        self.shared
-            .statuses
-            .update(&self.name, |state| state.state = State::Connecting);
         let client = Client::connect(&self.client).await?;
         self.shared.statuses.connected(&self.name, client.clone());
         let mut sync = Sync::begin(&self.shared, &self.name, client, &mut self.copy).await?;

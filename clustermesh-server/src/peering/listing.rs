@@ -5,15 +5,18 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::RangeRequest;
 use clustermesh_api::keys::RecordKey;
-use clustermesh_client::{Client, ClientError, Listing};
+use clustermesh_client::{Client, ListPager, Listing};
 use clustermesh_mesh::peering::Peer;
 use clustermesh_mesh::{View, prefix_end};
 
+use super::link::LinkError;
 use crate::store::Store;
 use crate::view::StateView;
 
 /// Most keys of one kind of one peer.
-const MAX_KEYS_PER_KIND: usize = 2_000_000;
+const MAX_LISTED_KEYS: usize = 2_000_000;
+/// Most bytes of keys and values of one kind of one peer.
+const MAX_LISTED_BYTES: usize = 1 << 30;
 /// Records that neither changed nor are in our copy (refused ones) are fetched one by one up to so many.
 const MAX_SINGLE_FETCHES: usize = 64;
 
@@ -38,16 +41,34 @@ pub(super) fn range_of(prefix: &str, revision: i64) -> RangeRequest {
     }
 }
 
+/// All pages; a peer cannot make this server hold more than a bounded amount.
+pub(super) async fn collect(mut pager: ListPager) -> Result<Listing, LinkError> {
+    let mut listing = Listing::default();
+    let mut bytes = 0;
+    while let Some(page) = pager.next_page().await? {
+        bytes += page
+            .iter()
+            .map(|kv| kv.key.len() + kv.value.len())
+            .sum::<usize>();
+        listing.kvs.extend(page);
+        if listing.kvs.len() > MAX_LISTED_KEYS || bytes > MAX_LISTED_BYTES {
+            return Err(LinkError::Protocol(format!(
+                "a listing of more than {MAX_LISTED_KEYS} keys or {MAX_LISTED_BYTES} bytes is not taken"
+            )));
+        }
+    }
+    listing.revision = pager.revision();
+    listing.store_id = pager.store_id();
+    Ok(listing)
+}
+
 /// Everything under `prefix` at `revision`.
 pub(super) async fn full(
     client: &Client,
     prefix: &str,
     revision: i64,
-) -> Result<Records, ClientError> {
-    let listing = client
-        .list(range_of(prefix, revision))
-        .collect(MAX_KEYS_PER_KIND)
-        .await?;
+) -> Result<Records, LinkError> {
+    let listing = collect(client.list(range_of(prefix, revision))).await?;
     let store_id = listing.store_id;
     let records = pairs(listing);
     Ok(Records {
@@ -65,21 +86,17 @@ pub(super) async fn since(
     prefix: &str,
     revision: i64,
     since: i64,
-) -> Result<Records, ClientError> {
-    let keys = client
-        .list(RangeRequest {
-            keys_only: true,
-            ..range_of(prefix, revision)
-        })
-        .collect(MAX_KEYS_PER_KIND)
-        .await?;
-    let changed = client
-        .list(RangeRequest {
-            min_mod_revision: since + 1,
-            ..range_of(prefix, revision)
-        })
-        .collect(MAX_KEYS_PER_KIND)
-        .await?;
+) -> Result<Records, LinkError> {
+    let keys = RangeRequest {
+        keys_only: true,
+        ..range_of(prefix, revision)
+    };
+    let changed = RangeRequest {
+        min_mod_revision: since + 1,
+        ..range_of(prefix, revision)
+    };
+    let keys = collect(client.list(keys)).await?;
+    let changed = collect(client.list(changed)).await?;
     let store_id = keys.store_id;
     let mut known: BTreeMap<Bytes, Bytes> = pairs(changed).into_iter().collect();
     let mut values_read = known.len();

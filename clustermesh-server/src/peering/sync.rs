@@ -10,11 +10,12 @@ use clustermesh_api::keys::{HEARTBEAT_KEY, Kind, SYNCED_PREFIX};
 use clustermesh_api::v1::peer_status::State;
 use clustermesh_client::{Client, WatchStream};
 use clustermesh_mesh::peering::{
-    Ingested, Peer, PeerChange, PeerCopyState, accept_config, copied_config,
+    ConfigRefused, Ingested, Peer, PeerChange, PeerCopyState, accept_config, copied_config,
 };
 use clustermesh_mesh::prefix_end;
 use futures_util::FutureExt;
 use tokio::time::Instant;
+use tonic::Code;
 use tracing::{info, warn};
 
 use super::link::LinkError;
@@ -33,6 +34,8 @@ const PROGRESS_INTERVAL_IDLE: Duration = Duration::from_secs(1);
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Responses that are ready join one write, up to so many events.
 const MAX_EVENTS_PER_WRITE: usize = 4_096;
+/// And so many bytes of values.
+const MAX_BYTES_PER_WRITE: usize = 4 << 20;
 /// A listing again because a range became free: at most this often.
 const RELIST_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -74,7 +77,11 @@ impl<'a> Sync<'a> {
                 key: config_key(name).into(),
                 ..RangeRequest::default()
             })
-            .await?;
+            .await
+            .map_err(|error| match error.code() {
+                Some(Code::PermissionDenied) => ConfigRefused::Denied(name.to_owned()).into(),
+                _ => LinkError::from(error),
+            })?;
         let store_id = response
             .header
             .map(|header| header.cluster_id)
@@ -150,8 +157,7 @@ impl<'a> Sync<'a> {
     /// Reads the canaries, at `revision` or (0) now; the revision at which they were read.
     async fn canaries(&mut self, revision: i64) -> Result<i64, LinkError> {
         let prefix = format!("{SYNCED_PREFIX}{}/", self.name);
-        let pager = self.client.list(range_of(&prefix, revision));
-        let listing = pager.collect(Kind::ALL.len() * 16).await?;
+        let listing = listing::collect(self.client.list(range_of(&prefix, revision))).await?;
         self.check_store(listing.store_id)?;
         let events: Vec<_> = listing
             .kvs
@@ -328,7 +334,10 @@ impl<'a> Sync<'a> {
                 .unwrap_or_default();
             self.check_store(store_id)?;
             batch.add(response)?;
-            if batch.events.len() >= MAX_EVENTS_PER_WRITE || batch.relist {
+            if batch.events.len() >= MAX_EVENTS_PER_WRITE
+                || batch.bytes >= MAX_BYTES_PER_WRITE
+                || batch.relist
+            {
                 break;
             }
             next = stream.next().now_or_never().transpose()?;
@@ -444,6 +453,7 @@ async fn drain_if_renumbered(shared: &Shared, peer: &Peer) -> Result<(), LinkErr
 #[derive(Default)]
 struct Batch {
     events: Vec<(Bytes, Option<Bytes>)>,
+    bytes: usize,
     config: Option<Bytes>,
     /// The records are complete up to here.
     revision: i64,
@@ -472,6 +482,7 @@ impl Batch {
         for event in response.events {
             let is_delete = event.r#type == i32::from(EventType::Delete);
             let Some(kv) = event.kv else { continue };
+            self.bytes += kv.key.len() + kv.value.len();
             match response.watch_id {
                 WATCH_RECORDS => {
                     self.changed = true;
