@@ -1,0 +1,146 @@
+//! The subcommands beside `run`.
+
+use anyhow::{Context as _, anyhow};
+use clustermesh_api::v1::agent_client::AgentClient;
+use clustermesh_api::v1::{AgentStatusRequest, AgentStatusResponse, FlowsRequest};
+use clustermesh_ebpf::Datapath;
+use serde_json::{Value, json};
+
+use crate::config::Config;
+use crate::local_client::connect;
+use crate::state::StateFiles;
+use crate::{host, netlink};
+
+/// Prints the agent's status as JSON.
+///
+/// # Errors
+/// No agent runs, or it cannot read its maps.
+pub async fn status(config: &Config) -> anyhow::Result<()> {
+    let channel = connect(&config.socket()).await.map_err(|e| anyhow!(e))?;
+    let status = AgentClient::new(channel)
+        .status(AgentStatusRequest {})
+        .await?
+        .into_inner();
+    println!("{}", serde_json::to_string_pretty(&status_json(&status))?);
+    Ok(())
+}
+
+fn status_json(status: &AgentStatusResponse) -> Value {
+    let applied: Vec<Value> = status
+        .applied
+        .iter()
+        .map(|s| json!({"cluster": s.cluster, "storeId": format!("{:x}", s.store_id), "revision": s.revision}))
+        .collect();
+    let endpoints: Vec<Value> = status
+        .endpoints
+        .iter()
+        .map(|e| {
+            let ports: Vec<Value> = e
+                .ports
+                .iter()
+                .map(|p| json!({"port": p.port, "protocol": p.protocol, "ready": p.ready}))
+                .collect();
+            json!({
+                "namespace": e.namespace, "name": e.name, "addresses": e.addresses,
+                "identity": e.identity, "interface": e.interface, "containerId": e.container_id,
+                "ports": ports, "registered": e.registered,
+            })
+        })
+        .collect();
+    let traffic: serde_json::Map<String, Value> = status
+        .traffic
+        .iter()
+        .map(|(path, t)| {
+            (
+                path.clone(),
+                json!({"packets": t.packets, "bytes": t.bytes}),
+            )
+        })
+        .collect();
+    json!({
+        "node": status.node,
+        "cluster": status.cluster,
+        "serverConnected": status.server_connected,
+        "applied": applied,
+        "attachMode": status.attach_mode,
+        "routingMode": status.routing_mode,
+        "mapLayoutVersion": status.map_layout_version,
+        "endpoints": endpoints,
+        "drops": status.drops,
+        "traffic": traffic,
+        "mapEntries": status.map_entries,
+        "refusedRecords": status.refused_records,
+    })
+}
+
+/// Prints flow records as lines of JSON until the agent ends or the reader of the output does.
+///
+/// # Errors
+/// No agent runs, or the stream broke.
+pub async fn flows(config: &Config) -> anyhow::Result<()> {
+    use std::io::Write as _;
+
+    let channel = connect(&config.socket()).await.map_err(|e| anyhow!(e))?;
+    let mut stream = AgentClient::new(channel)
+        .flows(FlowsRequest {})
+        .await?
+        .into_inner();
+    let mut out = std::io::stdout();
+    while let Some(flow) = stream.message().await? {
+        let line = json!({
+            "timeNs": flow.time_ns, "hook": flow.hook, "source": flow.source, "destination": flow.destination,
+            "sourcePort": flow.source_port, "destinationPort": flow.destination_port, "protocol": flow.protocol,
+            "sourceIdentity": flow.source_identity, "verdict": flow.verdict, "length": flow.length, "lost": flow.lost,
+        });
+        match writeln!(out, "{line}").and_then(|()| out.flush()) {
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+/// Detaches the programs, removes all pins and the host's pair. Pods keep their interfaces, without a way out.
+///
+/// # Errors
+/// An agent runs, or the kernel refused something.
+pub async fn uninstall(config: &Config) -> anyhow::Result<()> {
+    let _lock = StateFiles::open(&config.state_dir)?;
+    Datapath::uninstall(&config.datapath())?;
+    let handle = netlink::connect()?;
+    host::remove(&handle).await?;
+    println!("kernel programs, maps and {} removed", host::HOST_DEVICE);
+    Ok(())
+}
+
+/// [`uninstall`], and removes the pods' interfaces and the state folder's contents.
+///
+/// # Errors
+/// An agent runs, or the kernel or the file system refused something.
+pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
+    uninstall(config).await?;
+    let files = StateFiles::open(&config.state_dir)?;
+    let handle = netlink::connect()?;
+    for endpoint in files.endpoints()?.endpoints {
+        netlink::delete_link(&handle, &endpoint.host_interface).await?;
+    }
+    for name in ["node.json", "endpoints.json", "workloads.json"] {
+        remove_file(&config.state_dir.join(name))?;
+    }
+    remove_file(&config.socket())?;
+    match std::fs::remove_dir_all(config.queue_dir()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", config.queue_dir().display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn remove_file(path: &std::path::Path) -> anyhow::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,66 @@
+//! The local API on a Unix socket: the CNI plugin's calls, and status and flows for people.
+
+mod agent;
+mod cni;
+mod queue;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use clustermesh_api::v1::agent_server::AgentServer;
+use clustermesh_api::v1::cni_server::CniServer;
+use clustermesh_process::Drain;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+
+use crate::flows::Flows;
+use crate::shared::Shared;
+
+pub use queue::work_off as work_off_queue;
+
+/// The bound socket.
+pub struct LocalApi {
+    listener: UnixListener,
+}
+
+impl LocalApi {
+    /// Binds the socket, for root only. The state folder's lock is held: a socket that is there is a dead one's.
+    ///
+    /// # Errors
+    /// The run folder or the socket cannot be made.
+    pub fn bind(path: &Path) -> anyhow::Result<Self> {
+        let object = || format!("socket {}", path.display());
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).with_context(object)?;
+        }
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(object);
+            }
+            _ => {}
+        }
+        let listener = UnixListener::bind(path).with_context(object)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(object)?;
+        Ok(Self { listener })
+    }
+
+    /// Serves until the drain.
+    pub async fn serve(self, shared: Arc<Shared>, flows: Flows, drain: Drain) {
+        let until = drain.clone();
+        let served = tonic::transport::Server::builder()
+            .add_service(CniServer::new(cni::CniService::new(Arc::clone(&shared))))
+            .add_service(AgentServer::new(agent::AgentService::new(
+                shared, flows, drain,
+            )))
+            .serve_with_incoming_shutdown(UnixListenerStream::new(self.listener), async move {
+                until.draining().await;
+            })
+            .await;
+        if let Err(error) = served {
+            tracing::error!(%error, "local API");
+        }
+    }
+}

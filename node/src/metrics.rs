@@ -1,0 +1,136 @@
+//! Counters of the agent and of the kernel programs.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use clustermesh_ebpf::Maps;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+/// Labels of one value.
+pub type Labels = Vec<(String, String)>;
+
+/// The agent's own metrics. Clones share them.
+#[derive(Clone)]
+pub struct Metrics {
+    /// Records that were not taken, by reason.
+    pub refused_records: Family<Labels, Counter>,
+    /// Map calls that failed, by map.
+    pub map_failures: Family<Labels, Counter>,
+    /// Applied revision, by source cluster.
+    pub applied_revision: Family<Labels, Gauge>,
+    /// Time of one round of map calls, seconds.
+    pub apply_seconds: Histogram,
+    /// Reconnects of stream and session.
+    pub reconnects: Family<Labels, Counter<u64, AtomicU64>>,
+    /// CNI calls, by command and code.
+    pub cni_calls: Family<Labels, Counter>,
+}
+
+/// One label.
+#[must_use]
+pub fn label(name: &str, value: &str) -> Labels {
+    vec![(name.to_owned(), value.to_owned())]
+}
+
+impl Metrics {
+    /// Registers everything.
+    #[must_use]
+    pub fn register(registry: &mut Registry, maps: Maps) -> Self {
+        let metrics = Self {
+            refused_records: Family::default(),
+            map_failures: Family::default(),
+            applied_revision: Family::default(),
+            apply_seconds: Histogram::new(exponential_buckets(0.000_05, 2.0, 16)),
+            reconnects: Family::default(),
+            cni_calls: Family::default(),
+        };
+        let registry = registry.sub_registry_with_prefix("clustermesh_node");
+        registry.register(
+            "refused_records",
+            "Records that were not taken, by reason",
+            metrics.refused_records.clone(),
+        );
+        registry.register(
+            "map_failures",
+            "Map calls that failed, by map",
+            metrics.map_failures.clone(),
+        );
+        registry.register(
+            "applied_revision",
+            "Revision that the kernel holds, by source cluster",
+            metrics.applied_revision.clone(),
+        );
+        registry.register(
+            "apply_seconds",
+            "Time of one round of map calls",
+            metrics.apply_seconds.clone(),
+        );
+        registry.register(
+            "reconnects",
+            "Connections made again, by stream",
+            metrics.reconnects.clone(),
+        );
+        registry.register(
+            "cni_calls",
+            "CNI calls, by command and error code (0 = success)",
+            metrics.cni_calls.clone(),
+        );
+        registry.register_collector(Box::new(Kernel(Arc::new(maps))));
+        metrics
+    }
+}
+
+/// Reads the kernel's counters when somebody asks.
+#[derive(Debug)]
+struct Kernel(Arc<Maps>);
+
+impl Collector for Kernel {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let drops = Family::<Labels, Counter>::default();
+        for (reason, count) in self.0.drops().unwrap_or_default() {
+            drops
+                .get_or_create(&label("reason", reason.name()))
+                .inc_by(count);
+        }
+        let descriptor = encoder.encode_descriptor(
+            "dropped_packets",
+            "Packets that the kernel programs dropped, by reason",
+            None,
+            prometheus_client::metrics::MetricType::Counter,
+        )?;
+        drops.encode(descriptor)?;
+        let packets = Family::<Labels, Counter>::default();
+        let bytes = Family::<Labels, Counter>::default();
+        for (path, value) in self.0.traffic().unwrap_or_default() {
+            let labels = label("path", path.name());
+            packets.get_or_create(&labels).inc_by(value.packets);
+            bytes.get_or_create(&labels).inc_by(value.bytes);
+        }
+        for (name, help, family) in [
+            ("packets", "Packets by path", packets),
+            ("bytes", "Bytes by path", bytes),
+        ] {
+            let descriptor = encoder.encode_descriptor(
+                name,
+                help,
+                None,
+                prometheus_client::metrics::MetricType::Counter,
+            )?;
+            family.encode(descriptor)?;
+        }
+        let entries = ConstCounter::new(self.0.ipcache.len().map_or(0, |n| n as u64));
+        let descriptor = encoder.encode_descriptor(
+            "ipcache_entries",
+            "Entries of the ipcache",
+            None,
+            entries.metric_type(),
+        )?;
+        entries.encode(descriptor)
+    }
+}

@@ -1,0 +1,165 @@
+//! Readiness probes: TCP connections from the host's namespace to local pods.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use clustermesh_node_core::change::{WorkloadDeclaration, WorkloadName};
+use clustermesh_node_core::probes::{LocalEndpoint, Probes, Target, targets};
+use clustermesh_process::Drain;
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::Instant;
+
+use crate::shared::Shared;
+
+/// Probes that run at once.
+const PROBES_RUNNING_MAX: usize = 256;
+/// Longest wait for a connection, milliseconds.
+const PROBE_TIMEOUT_MS_MAX: u64 = 1_000;
+
+/// The known readiness, and its changes.
+pub struct Prober {
+    probes: Mutex<Probes>,
+    started: Instant,
+    timeout: Duration,
+    targets_changed: Notify,
+    /// Some port's readiness changed.
+    pub changed: Notify,
+}
+
+/// Ports of one address with their readiness.
+pub type AddressReadiness = (IpAddr, Vec<(Target, bool)>);
+
+impl Prober {
+    /// No targets yet.
+    #[must_use]
+    pub fn new(interval_ms: u64) -> Self {
+        Self {
+            probes: Mutex::new(Probes::new(interval_ms)),
+            started: Instant::now(),
+            timeout: Duration::from_millis(interval_ms.min(PROBE_TIMEOUT_MS_MAX)),
+            targets_changed: Notify::new(),
+            changed: Notify::new(),
+        }
+    }
+
+    fn probes(&self) -> MutexGuard<'_, Probes> {
+        self.probes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// What changed since the last call.
+    pub fn take_changes(&self) -> Vec<AddressReadiness> {
+        self.probes().take_changes()
+    }
+
+    /// Everything that is known.
+    #[must_use]
+    pub fn all(&self) -> Vec<AddressReadiness> {
+        self.probes().all()
+    }
+
+    /// Ports of one address.
+    #[must_use]
+    pub fn ports_of(&self, address: IpAddr) -> Vec<(Target, bool)> {
+        self.probes().ports_of(address)
+    }
+
+    fn set_targets(&self, targets: &BTreeSet<Target>) {
+        let now = self.now_ms();
+        self.probes().set_targets(targets, now);
+        self.targets_changed.notify_one();
+        self.changed.notify_one();
+    }
+}
+
+/// Computes the ports to probe from the present endpoints, workloads and services.
+pub fn refresh_targets(shared: &Shared) {
+    let endpoints = shared.endpoints.watch().borrow().clone();
+    let found = {
+        let model = shared.model();
+        let Some(model) = model.as_ref().filter(|model| model.is_listed()) else {
+            return;
+        };
+        let locals: Vec<(WorkloadName, &WorkloadDeclaration, &[IpAddr])> = endpoints
+            .iter()
+            .filter_map(|endpoint| {
+                let name = WorkloadName {
+                    namespace: endpoint.namespace.as_str().into(),
+                    name: endpoint.name.as_str().into(),
+                };
+                let declaration = model.workload(&name)?;
+                Some((name, declaration, endpoint.addresses.as_slice()))
+            })
+            .collect();
+        let services: Vec<_> = model.declared_services().collect();
+        targets(
+            locals
+                .iter()
+                .map(|(workload, declaration, addresses)| LocalEndpoint {
+                    workload,
+                    declaration,
+                    addresses,
+                }),
+            services.iter().copied(),
+        )
+    };
+    shared.prober.set_targets(&found);
+}
+
+/// Probes until the drain.
+pub async fn run(shared: Arc<Shared>, drain: Drain) {
+    let slots = Arc::new(Semaphore::new(PROBES_RUNNING_MAX));
+    let mut endpoints = shared.endpoints.watch();
+    loop {
+        let prober = &shared.prober;
+        let due = {
+            let now = prober.now_ms();
+            prober.probes().take_due(now)
+        };
+        for target in due {
+            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
+                return;
+            };
+            let shared = Arc::clone(&shared);
+            tokio::spawn(async move {
+                let address = SocketAddr::new(target.address, target.port);
+                let connection = TcpStream::connect(address);
+                let success = tokio::time::timeout(shared.prober.timeout, connection)
+                    .await
+                    .is_ok_and(|connected| connected.is_ok());
+                let now = shared.prober.now_ms();
+                shared.prober.probes().outcome(&target, success, now);
+                shared.prober.changed.notify_one();
+                shared.prober.targets_changed.notify_one();
+                drop(slot);
+            });
+        }
+        let next = {
+            let next = prober.probes().next_due_ms();
+            next.map(|due| prober.started + Duration::from_millis(due))
+        };
+        let until = async {
+            match next {
+                Some(next) => tokio::time::sleep_until(next).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = until => {}
+            () = prober.targets_changed.notified() => {}
+            changed = endpoints.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                refresh_targets(&shared);
+            }
+            () = drain.draining() => return,
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! Plans into map calls: the only place where records reach the kernel.
+
+use std::time::{Duration, Instant};
+
+use clustermesh_ebpf::{Error, Maps};
+use clustermesh_node_core::Model;
+use clustermesh_node_core::plan::{Plan, Step};
+use clustermesh_node_core::tables::Tables;
+use tracing::{error, warn};
+
+use crate::metrics::label;
+use crate::probe;
+use crate::shared::{Applied, Shared};
+
+/// After a map call that failed the next try waits so long.
+pub const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Refused records that are named in the log for one round.
+const REFUSALS_LOGGED_MAX: usize = 8;
+
+/// What the kernel holds now.
+///
+/// # Errors
+/// A map cannot be read.
+pub fn read_tables(maps: &Maps) -> Result<Tables, Error> {
+    Ok(Tables::from_entries(
+        maps.nodes.entries()?,
+        maps.node_addresses.entries()?,
+        maps.ipcache.entries()?,
+        maps.frontends.entries()?,
+        maps.backends.entries()?,
+    ))
+}
+
+/// Brings the kernel to what the model wants, and publishes what follows. False if something must be tried again.
+pub fn round(shared: &Shared) -> bool {
+    let started = Instant::now();
+    let mut guard = shared.model();
+    let Some(model) = guard.as_mut() else {
+        return true;
+    };
+    let plan = model.plan();
+    let listed = model.is_listed();
+    let complete = plan.is_empty() || carry_out(shared, model, &plan);
+    if complete && listed {
+        model.finish();
+    }
+    publish_refusals(shared, model);
+    let applied = Applied {
+        vector: model.applied().clone(),
+        refused: model
+            .refused()
+            .counts()
+            .map(|(reason, count)| (reason.name(), count))
+            .collect(),
+    };
+    let cidrs = model
+        .take_pod_cidrs_changed()
+        .then(|| model.remote_pod_cidrs());
+    let services = model.take_services_changed();
+    let workloads = model.take_workloads_changed();
+    drop(guard);
+    if !plan.is_empty() {
+        shared
+            .metrics
+            .apply_seconds
+            .observe(started.elapsed().as_secs_f64());
+    }
+    publish(shared, applied);
+    if let Some(cidrs) = cidrs.filter(|_| listed) {
+        shared.remote_cidrs.send_if_modified(|held| {
+            let changed = *held != cidrs;
+            *held = cidrs;
+            changed
+        });
+    }
+    if workloads && listed {
+        shared
+            .workload_changes
+            .send_modify(|n| *n = n.wrapping_add(1));
+    }
+    if (services || workloads) && listed {
+        probe::refresh_targets(shared);
+    }
+    if complete && listed {
+        shared
+            .synced
+            .send_if_modified(|synced| !std::mem::replace(synced, true));
+    }
+    complete
+}
+
+fn publish(shared: &Shared, applied: Applied) {
+    for (cluster, position) in applied.vector.iter() {
+        shared
+            .metrics
+            .applied_revision
+            .get_or_create(&label("source", cluster))
+            .set(position.revision);
+    }
+    shared.applied.send_if_modified(|held| {
+        let changed = *held != applied;
+        *held = applied;
+        changed
+    });
+}
+
+fn publish_refusals(shared: &Shared, model: &mut Model) {
+    let refused = model.refused().take_newest();
+    for refusal in &refused {
+        shared
+            .metrics
+            .refused_records
+            .get_or_create(&label("reason", refusal.reason.name()))
+            .inc();
+    }
+    for refusal in refused.iter().take(REFUSALS_LOGGED_MAX) {
+        warn!(
+            reason = refusal.reason.name(),
+            object = refusal.object,
+            detail = refusal.detail,
+            "record refused"
+        );
+    }
+    if refused.len() > REFUSALS_LOGGED_MAX {
+        warn!(
+            more = refused.len() - REFUSALS_LOGGED_MAX,
+            "records refused"
+        );
+    }
+}
+
+/// False if a step failed; it and the steps after it are planned again.
+fn carry_out(shared: &Shared, model: &mut Model, plan: &Plan) -> bool {
+    let mut failed = false;
+    for step in plan.steps() {
+        if failed {
+            model.reject(&step);
+            continue;
+        }
+        match take(&shared.maps, &step) {
+            Ok(()) => model.commit(&step),
+            Err(cause) => {
+                error!(map = step.map(), entries = step.len(), error = %cause, "map not brought up to date, trying again");
+                shared
+                    .metrics
+                    .map_failures
+                    .get_or_create(&label("map", step.map()))
+                    .inc();
+                model.reject(&step);
+                failed = true;
+            }
+        }
+    }
+    if failed {
+        // Part of a failed step may have been taken: what is there is read, not assumed.
+        match read_tables(&shared.maps) {
+            Ok(actual) => model.replace_actual(actual),
+            Err(cause) => error!(error = %cause, "maps cannot be read"),
+        }
+    }
+    !failed
+}
+
+fn take(maps: &Maps, step: &Step<'_>) -> Result<(), Error> {
+    match step {
+        Step::UpsertNodes(entries) => maps.nodes.upsert(entries),
+        Step::UpsertNodeAddresses(entries) => maps.node_addresses.upsert(entries),
+        Step::UpsertIpcache(entries) => maps.ipcache.upsert(entries),
+        Step::UpsertBackends(entries) => maps.backends.upsert(entries),
+        Step::UpsertFrontends(entries) => maps.frontends.upsert(entries),
+        Step::DeleteFrontends(keys) => maps.frontends.delete(keys),
+        Step::DeleteBackends(keys) => maps.backends.delete(keys),
+        Step::DeleteIpcache(keys) => maps.ipcache.delete(keys),
+        Step::DeleteNodeAddresses(keys) => maps.node_addresses.delete(keys),
+        Step::DeleteNodes(keys) => maps.nodes.clear(keys),
+    }
+}

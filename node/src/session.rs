@@ -1,0 +1,282 @@
+//! The session: the only way in which this node writes.
+
+mod claims;
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clustermesh_api::address::parse_cidr;
+use clustermesh_api::v1::session_request::Message as Request;
+use clustermesh_api::v1::session_response::Message as Response;
+use clustermesh_api::v1::{
+    EndpointReadiness, Heartbeat, Hello, PortReadiness, ReportApplied, ReportReadiness,
+    SourceRevision, Welcome,
+};
+use clustermesh_client::{Client, NodeSession};
+use clustermesh_ebpf::abi::LAYOUT_VERSION;
+use clustermesh_process::Drain;
+use ipnetwork::IpNetwork;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::metrics::label;
+use crate::probe::AddressReadiness;
+use crate::shared::{Applied, Shared};
+use crate::state::NodeFacts;
+use claims::Claims;
+
+/// Applied revisions are reported at most this often.
+const REPORT_EVERY: Duration = Duration::from_millis(50);
+/// The server's Welcome is waited for so long.
+const WELCOME_WAIT: Duration = Duration::from_secs(10);
+/// First wait before a new session.
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+/// Longest wait before a new session.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// Refused claims are looked at again this often.
+const CLAIMS_RETRIED_EVERY: Duration = Duration::from_secs(1);
+
+/// What does not change over sessions.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Addresses on the underlay.
+    pub underlay: Vec<String>,
+    /// Id of this boot of the machine.
+    pub boot_id: String,
+    /// Distinguishes this run of the agent.
+    pub instance_id: String,
+}
+
+/// Keeps a session open until the drain.
+pub async fn run(shared: Arc<Shared>, client: Client, identity: Identity, drain: Drain) {
+    let mut backoff = BACKOFF_MIN;
+    loop {
+        let started = Instant::now();
+        let ended = tokio::select! {
+            ended = serve(&shared, &client, &identity) => ended,
+            () = drain.draining() => return,
+        };
+        shared.connected.send_replace(false);
+        shared
+            .metrics
+            .reconnects
+            .get_or_create(&label("stream", "session"))
+            .inc();
+        if let Err(error) = ended {
+            warn!(error = %format!("{error:#}"), "session lost, opening another; traffic goes on");
+        }
+        if started.elapsed() > BACKOFF_MAX {
+            backoff = BACKOFF_MIN;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff) => {}
+            () = drain.draining() => return,
+        }
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow::Result<()> {
+    let hello = Hello {
+        node: shared.config.node.clone(),
+        boot_id: identity.boot_id.clone(),
+        underlay_addresses: identity.underlay.clone(),
+        labels: shared.config.labels.clone().into_iter().collect(),
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        map_layout_version: LAYOUT_VERSION,
+        session_ttl_seconds: shared.config.session_ttl_seconds,
+        pod_cidrs_held: shared.endpoints.cidrs_held().await,
+        instance_id: identity.instance_id.clone(),
+    };
+    let mut session = client.node_session(hello).await?;
+    let welcome = tokio::time::timeout(WELCOME_WAIT, welcome(&mut session))
+        .await
+        .context("the server does not answer the Hello")??;
+    let facts = facts(shared, &welcome)?;
+    let ttl = match welcome.session_ttl_seconds {
+        0 => shared.config.session_ttl_seconds,
+        granted => granted,
+    };
+    info!(
+        cluster = welcome.cluster,
+        pod_cidr_v4 = welcome.pod_cidr_v4,
+        pod_cidr_v6 = welcome.pod_cidr_v6,
+        ttl_seconds = ttl,
+        "session open"
+    );
+    shared.facts.send_if_modified(|held| {
+        let changed = held.as_ref() != Some(&facts);
+        *held = Some(facts);
+        changed
+    });
+    shared.connected.send_replace(true);
+    talk(shared, session, Duration::from_secs(u64::from(ttl)) / 3).await
+}
+
+async fn welcome(session: &mut NodeSession) -> anyhow::Result<Welcome> {
+    let first = session
+        .responses
+        .next()
+        .await?
+        .context("the server ended the session")?;
+    match first.message {
+        Some(Response::Welcome(welcome)) => Ok(welcome),
+        Some(Response::Refused(refused)) => bail!(
+            "the server refuses this node ({:?}): {}",
+            refused.reason(),
+            refused.message
+        ),
+        _ => bail!("the server's first answer is no Welcome"),
+    }
+}
+
+fn facts(shared: &Shared, welcome: &Welcome) -> anyhow::Result<NodeFacts> {
+    if welcome.cluster != shared.config.cluster {
+        bail!(
+            "the server is of cluster {:?}, this node of {:?}: check server.endpoints",
+            welcome.cluster,
+            shared.config.cluster
+        );
+    }
+    let one = |text: &str| -> anyhow::Result<Option<IpNetwork>> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(parse_cidr(text).context("pod CIDR of the Welcome")?))
+    };
+    Ok(NodeFacts {
+        cluster_id: u16::try_from(welcome.cluster_id).context("cluster id of the Welcome")?,
+        max_connected_clusters: welcome.max_connected_clusters,
+        pod_cidr_v4: one(&welcome.pod_cidr_v4)?,
+        pod_cidr_v6: one(&welcome.pod_cidr_v6)?,
+        cluster_pod_cidrs: welcome
+            .cluster_pod_cidrs
+            .iter()
+            .map(|text| parse_cidr(text).context("cluster pod CIDR of the Welcome"))
+            .collect::<Result<_, _>>()?,
+    })
+}
+
+async fn talk(shared: &Shared, session: NodeSession, beat: Duration) -> anyhow::Result<()> {
+    let NodeSession {
+        sender,
+        mut responses,
+    } = session;
+    let mut claims = Claims::default();
+    let mut endpoints = shared.endpoints.watch();
+    let present = endpoints.borrow_and_update().clone();
+    sender.send(claims.sync(&present)).await?;
+    // A new session knows nothing of earlier reports.
+    shared.prober.take_changes();
+    if let Some(report) = readiness(&mut claims, shared.prober.all()) {
+        sender.send(report).await?;
+    }
+    let mut applied = shared.applied.subscribe();
+    applied.mark_changed();
+    let mut applied_waits = false;
+    let mut next_report = Instant::now();
+    let mut beats = tokio::time::interval(beat);
+    beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut retries = tokio::time::interval(CLAIMS_RETRIED_EVERY);
+    retries.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            response = responses.next() => {
+                let response = response?.context("the server ended the session")?;
+                claims.answer(response.message);
+                let mut registered = shared.registered.lock().unwrap_or_else(PoisonError::into_inner);
+                registered.clone_from(claims.stored());
+            }
+            _ = beats.tick() => sender.send(Request::Heartbeat(Heartbeat {})).await?,
+            changed = endpoints.changed() => {
+                changed.context("the agent ends")?;
+                let present = endpoints.borrow_and_update().clone();
+                for request in claims.update(&present) {
+                    sender.send(request).await?;
+                }
+            }
+            _ = retries.tick() => {
+                claims.forget_refused();
+                let present = endpoints.borrow().clone();
+                for request in claims.update(&present) {
+                    sender.send(request).await?;
+                }
+            }
+            () = shared.prober.changed.notified() => {
+                if let Some(report) = readiness(&mut claims, shared.prober.take_changes()) {
+                    sender.send(report).await?;
+                }
+            }
+            changed = applied.changed(), if !applied_waits => {
+                changed.context("the agent ends")?;
+                applied_waits = true;
+            }
+            () = tokio::time::sleep_until(next_report), if applied_waits => {
+                applied_waits = false;
+                next_report = Instant::now() + REPORT_EVERY;
+                let report = report(&applied.borrow_and_update());
+                sender.send(Request::ReportApplied(report)).await?;
+            }
+        }
+    }
+}
+
+/// The wire form of applied revisions.
+#[must_use]
+pub fn source_revisions(applied: &Applied) -> Vec<SourceRevision> {
+    applied
+        .vector
+        .iter()
+        .map(|(cluster, position)| SourceRevision {
+            cluster: cluster.to_string(),
+            store_id: position.store_id,
+            revision: position.revision,
+        })
+        .collect()
+}
+
+fn report(applied: &Applied) -> ReportApplied {
+    ReportApplied {
+        sources: source_revisions(applied),
+        refused_records: applied
+            .refused
+            .iter()
+            .map(|(reason, count)| ((*reason).to_owned(), *count))
+            .collect(),
+    }
+}
+
+/// The wire form of ports' readiness.
+#[must_use]
+pub fn port_readiness(
+    ports: &[(clustermesh_node_core::probes::Target, bool)],
+) -> Vec<PortReadiness> {
+    ports
+        .iter()
+        .map(|(target, ready)| PortReadiness {
+            port: u32::from(target.port),
+            protocol: match target.protocol {
+                clustermesh_node_core::decode::PROTOCOL_UDP => "UDP".to_owned(),
+                _ => "TCP".to_owned(),
+            },
+            ready: *ready,
+        })
+        .collect()
+}
+
+fn readiness(claims: &mut Claims, changes: Vec<AddressReadiness>) -> Option<Request> {
+    if changes.is_empty() {
+        return None;
+    }
+    Some(Request::ReportReadiness(ReportReadiness {
+        request_id: claims.readiness_request(),
+        endpoints: changes
+            .into_iter()
+            .map(|(address, ports)| EndpointReadiness {
+                address: address.to_string(),
+                ports: port_readiness(&ports),
+            })
+            .collect(),
+    }))
+}

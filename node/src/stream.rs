@@ -1,0 +1,215 @@
+//! The agents' stream: records and watermarks into the model, resumed where it broke off.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clustermesh_api::etcd::mvcc::event::EventType;
+use clustermesh_api::v1::AgentWatchResponse;
+use clustermesh_api::v1::agent_watch_response::Message;
+use clustermesh_client::Client;
+use clustermesh_node_core::change::ClusterName;
+use clustermesh_node_core::decode::Decoder;
+use clustermesh_node_core::progress::Position;
+use clustermesh_process::Drain;
+use futures_util::FutureExt as _;
+use tracing::{info, warn};
+
+use crate::metrics::label;
+use crate::reconcile::{RETRY_AFTER, round};
+use crate::shared::Shared;
+
+/// Messages that are handled before the maps are written.
+const MESSAGES_PER_ROUND_MAX: usize = 256;
+/// First wait before a new connection.
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+/// Longest wait before a new connection.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// The known workloads are stored at most this often.
+const WORKLOADS_STORED_EVERY: Duration = Duration::from_secs(1);
+
+/// Follows the server's records.
+pub struct Follower {
+    shared: Arc<Shared>,
+    client: Client,
+    decoder: Decoder,
+    cluster: ClusterName,
+    store_id: u64,
+    revision: i64,
+    listing: bool,
+}
+
+impl Follower {
+    /// A follower that holds nothing yet.
+    #[must_use]
+    pub fn new(shared: Arc<Shared>, client: Client, decoder: Decoder) -> Self {
+        let cluster = shared.config.cluster.as_str().into();
+        Self {
+            shared,
+            client,
+            decoder,
+            cluster,
+            store_id: 0,
+            revision: 0,
+            listing: true,
+        }
+    }
+
+    /// Follows until the drain; a broken stream is made again.
+    pub async fn run(mut self, drain: Drain) {
+        let mut backoff = BACKOFF_MIN;
+        loop {
+            let before = self.revision;
+            let ended = tokio::select! {
+                ended = self.follow() => ended,
+                () = drain.draining() => return,
+            };
+            if let Err(error) = ended {
+                warn!(error = %format!("{error:#}"), "record stream broken, connecting again");
+            }
+            if self.listing {
+                // A listing that broke off says nothing of what was not sent.
+                self.store_id = 0;
+            }
+            self.shared
+                .metrics
+                .reconnects
+                .get_or_create(&label("stream", "records"))
+                .inc();
+            if self.revision > before {
+                backoff = BACKOFF_MIN;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff) => {}
+                () = drain.draining() => return,
+            }
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+        }
+    }
+
+    async fn follow(&mut self) -> anyhow::Result<()> {
+        let resume = if self.store_id == 0 { 0 } else { self.revision };
+        let mut stream = self.client.agent_watch(self.store_id, resume).await?;
+        let mut retry = false;
+        let mut store_due: Option<tokio::time::Instant> = None;
+        let mut workloads = self.shared.workload_changes.subscribe();
+        loop {
+            let first = tokio::select! {
+                message = stream.next() => Some(message?.context("the server ended the stream")?),
+                () = tokio::time::sleep(RETRY_AFTER), if retry => None,
+                Ok(()) = workloads.changed() => {
+                    store_due.get_or_insert_with(|| tokio::time::Instant::now() + WORKLOADS_STORED_EVERY);
+                    self.refresh_identities().await;
+                    continue;
+                }
+                () = until(store_due), if store_due.is_some() => {
+                    store_due = None;
+                    if let Err(error) = tokio::task::block_in_place(|| self.shared.store_workloads()) {
+                        warn!(%error, "workloads not stored for the next start");
+                    }
+                    continue;
+                }
+            };
+            if let Some(first) = first {
+                self.handle(first)?;
+                for _ in 1..MESSAGES_PER_ROUND_MAX {
+                    match stream.next().now_or_never() {
+                        Some(Ok(Some(message))) => self.handle(message)?,
+                        Some(Ok(None)) => bail!("the server ended the stream"),
+                        Some(Err(error)) => return Err(error.into()),
+                        None => break,
+                    }
+                }
+            }
+            if !self.listing {
+                retry = !tokio::task::block_in_place(|| round(&self.shared));
+            }
+        }
+    }
+
+    async fn refresh_identities(&self) {
+        let shared = &self.shared;
+        let refreshed = shared
+            .endpoints
+            .refresh_identities(|name| shared.identity_of(name))
+            .await;
+        if let Err(error) = refreshed {
+            warn!(%error, "identities of local endpoints not brought up to date");
+        }
+    }
+
+    fn handle(&mut self, message: AgentWatchResponse) -> anyhow::Result<()> {
+        let mut guard = self.shared.model();
+        let Some(model) = guard.as_mut() else {
+            bail!("there is no model yet");
+        };
+        let mut take = |key: &[u8], value: Option<&[u8]>| match self.decoder.decode(key, value) {
+            Ok(change) => model.apply(change),
+            Err(refusal) => model.refused().record(refusal),
+        };
+        match message.message {
+            Some(Message::Start(start)) => {
+                if start.cluster != *self.cluster {
+                    bail!(
+                        "the server is of cluster {:?}, this node of {:?}: check server.endpoints",
+                        start.cluster,
+                        self.cluster
+                    );
+                }
+                info!(
+                    store_id = format!("{:x}", start.store_id),
+                    full = start.full_listing,
+                    "following records"
+                );
+                self.store_id = start.store_id;
+                if start.full_listing {
+                    model.begin_listing();
+                    self.listing = true;
+                    self.revision = 0;
+                }
+            }
+            Some(Message::Listing(listing)) => {
+                for kv in &listing.kvs {
+                    take(&kv.key, Some(&kv.value));
+                }
+                if listing.last {
+                    model.end_listing();
+                    self.listing = false;
+                    self.revision = listing.revision;
+                }
+            }
+            Some(Message::Events(events)) => {
+                for event in &events.events {
+                    let Some(kv) = &event.kv else { continue };
+                    let put = event.r#type() == EventType::Put;
+                    take(&kv.key, put.then_some(kv.value.as_ref()));
+                }
+                self.revision = events.revision;
+            }
+            Some(Message::Progress(progress)) => self.revision = progress.revision,
+            Some(Message::Watermark(watermark)) => {
+                let position = Position {
+                    store_id: watermark.store_id,
+                    revision: watermark.revision,
+                };
+                model.progress(&watermark.cluster.into(), position);
+            }
+            None => {}
+        }
+        if !self.listing {
+            let position = Position {
+                store_id: self.store_id,
+                revision: self.revision,
+            };
+            model.progress(&self.cluster, position);
+        }
+        Ok(())
+    }
+}
+
+async fn until(instant: Option<tokio::time::Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}
