@@ -4,6 +4,7 @@ use std::{
     fs,
     ops::Range,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -25,6 +26,11 @@ const MAX_PART_BYTES: usize = 96 << 10;
 const SEGMENT_BYTES: usize = 8 << 20;
 /// sled's page cache, bytes: small, since recent entries are kept by us.
 const SLED_CACHE_BYTES: u64 = 32 << 20;
+
+/// How long an open waits for a database of this process to be let go.
+const REOPEN_TIMEOUT: Duration = Duration::from_secs(5);
+/// sled tells nobody when it lets go, so it is asked this often.
+const REOPEN_RETRY: Duration = Duration::from_millis(2);
 
 const VOTE: &[u8] = b"vote";
 const COMMITTED: &[u8] = b"committed";
@@ -67,13 +73,7 @@ impl Disk {
             path: path.to_owned(),
             source,
         };
-        let db = sled::Config::new()
-            .path(path)
-            .segment_size(SEGMENT_BYTES)
-            .cache_capacity(SLED_CACHE_BYTES)
-            .flush_every_ms(None)
-            .open()
-            .map_err(database)?;
+        let db = open_database(path).map_err(database)?;
         let log = db.open_tree("log").map_err(database)?;
         let meta = db.open_tree("meta").map_err(database)?;
         let file_path = path.join("db");
@@ -408,6 +408,28 @@ impl Disk {
     /// Size of the database's files, bytes.
     pub(in crate::log) fn size_bytes(&self) -> u64 {
         self.db.size_on_disk().unwrap_or(0)
+    }
+}
+
+/// Opens the database; waits a little for one of this process that was just closed, since sled's threads let go of it late.
+fn open_database(path: &Path) -> Result<sled::Db, sled::Error> {
+    let config = sled::Config::new()
+        .path(path)
+        .segment_size(SEGMENT_BYTES)
+        .cache_capacity(SLED_CACHE_BYTES)
+        .flush_every_ms(None);
+    let started = Instant::now();
+    loop {
+        match config.open() {
+            // Other processes are kept out by the data folder's lock already.
+            Err(sled::Error::Io(error))
+                if error.to_string().contains("could not acquire lock")
+                    && started.elapsed() < REOPEN_TIMEOUT =>
+            {
+                std::thread::park_timeout(REOPEN_RETRY);
+            }
+            opened => return opened,
+        }
     }
 }
 
