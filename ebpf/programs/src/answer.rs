@@ -6,15 +6,13 @@
 //! must know whose pod CIDR that is. The router's address would not do for ICMP: the
 //! host refuses packets from its own address.
 
-use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::bindings::{BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC};
 use aya_ebpf::helpers::generated::{bpf_skb_adjust_room, bpf_skb_change_tail};
 use clustermesh_ebpf_abi::DropReason;
 
 use crate::checksum::{fold, pseudo, sum};
 use crate::frame::{ETHERNET_BYTES, Frame, IPV4_BYTES, IPV6_BYTES};
-use crate::parse::{
-    Family, PROTOCOL_ICMP, PROTOCOL_ICMPV6, PROTOCOL_TCP, PROTOCOL_UDP, Packet, Words,
-};
+use crate::parse::{Family, PROTOCOL_ICMP, PROTOCOL_ICMPV6, PROTOCOL_TCP, PROTOCOL_UDP, Packet};
 
 const TTL: u32 = 64;
 const TCP_BYTES: usize = 20;
@@ -39,58 +37,56 @@ const ICMPV6_PORT_UNREACHABLE: u32 = 0x0104_0000;
 const ICMP_ECHO: u8 = 8;
 const ICMPV6_ERRORS_END: u8 = 128;
 
-/// Turns the packet into the answer to its sender, described in `answer`. The link layer is left to whoever sends it.
+/// Turns the packet, whose IP header is at `offset`, into the answer to its sender, described in
+/// `answer`. What is in front of it is left undefined, and to whoever sends it.
 ///
 /// # Errors
 /// `UnknownPod` if nothing may be answered: to a RST, an ICMP error, a later fragment, a
 /// packet with IP options or too short to be quoted.
 #[inline(always)]
-pub fn make(frame: Frame, packet: &Packet, answer: &mut Packet) -> Result<(), DropReason> {
+pub fn make(
+    frame: Frame,
+    packet: &Packet,
+    offset: usize,
+    answer: &mut Packet,
+) -> Result<(), DropReason> {
     if packet.later_fragment {
         return Err(DropReason::UnknownPod);
     }
     match packet.family {
-        Family::V4 if packet.transport_offset as usize != ETHERNET_BYTES + IPV4_BYTES => {
+        Family::V4 if packet.transport_offset as usize != offset + IPV4_BYTES => {
             Err(DropReason::UnknownPod)
         }
-        Family::V4 if packet.protocol == PROTOCOL_TCP => reset::<IPV4_BYTES>(frame, packet, answer),
-        Family::V4 => unreachable_v4(frame, packet, answer),
-        Family::V6 if packet.protocol != PROTOCOL_TCP => unreachable_v6(frame, packet, answer),
-        Family::V6 if packet.transport_offset as usize != ETHERNET_BYTES + IPV6_BYTES => {
+        Family::V4 if packet.protocol == PROTOCOL_TCP => {
+            reset::<IPV4_BYTES>(frame, packet, offset, answer)
+        }
+        Family::V4 => unreachable_v4(frame, packet, offset, answer),
+        Family::V6 if packet.protocol != PROTOCOL_TCP => {
+            unreachable_v6(frame, packet, offset, answer)
+        }
+        Family::V6 if packet.transport_offset as usize != offset + IPV6_BYTES => {
             Err(DropReason::UnknownPod)
         }
-        Family::V6 => reset::<IPV6_BYTES>(frame, packet, answer),
+        Family::V6 => reset::<IPV6_BYTES>(frame, packet, offset, answer),
     }
 }
 
-/// Cuts a packet, whose IP header is at `offset`, to what the answer needs of it.
-///
-/// A tunnel packet is cut before it is unpacked: afterwards the kernel still has the
-/// outer transport header's place in mind, and refuses.
-///
-/// # Errors
-/// `UnknownPod` if the kernel refuses.
+/// Makes the frame `bytes` long. What it holds afterwards is to be written anew, all of it.
 #[inline(always)]
-pub fn shorten(frame: Frame, packet: &Packet, offset: usize) -> Result<(), DropReason> {
-    let ip_bytes = match packet.family {
-        Family::V4 => IPV4_BYTES,
-        Family::V6 => IPV6_BYTES,
-    };
-    let payload_bytes = if packet.protocol == PROTOCOL_TCP {
-        TCP_BYTES
-    } else {
-        QUOTED_PAYLOAD_BYTES
-    };
-    cut(frame, offset + ip_bytes + payload_bytes)
-}
-
-#[inline(always)]
-fn cut(frame: Frame, bytes: usize) -> Result<(), DropReason> {
+fn resize(frame: Frame, bytes: usize) -> Result<(), DropReason> {
     if frame.len() > bytes as u32 {
+        // Takes off segmentation too. The kernel refuses it for a tunnel packet that came from
+        // a neighbour on this machine, which is still marked as one; what follows does for those.
         // SAFETY: the context is valid.
-        let status = unsafe { bpf_skb_change_tail(frame.skb, bytes as u32, 0) };
+        unsafe { bpf_skb_change_tail(frame.skb, bytes as u32, 0) };
+    }
+    let missing = (bytes as u32).wrapping_sub(frame.len()) as i32;
+    if missing != 0 {
+        let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
+        // SAFETY: the context is valid.
+        let status = unsafe { bpf_skb_adjust_room(frame.skb, missing, BPF_ADJ_ROOM_MAC, flags) };
         if status != 0 {
-            return Err(DropReason::UnknownPod);
+            return Err(DropReason::EncapsulationFailed);
         }
     }
     frame.make_linear(bytes);
@@ -99,31 +95,29 @@ fn cut(frame: Frame, bytes: usize) -> Result<(), DropReason> {
 
 /// The answer's IP packet: source and destination changed over.
 #[inline(always)]
-fn reply(packet: &Packet, source: Words, protocol: u8, payload_bytes: usize) -> Packet {
+fn reply(packet: &Packet, offset: usize, protocol: u8, payload_bytes: usize) -> Packet {
     let header_bytes = match packet.family {
         Family::V4 => IPV4_BYTES,
         Family::V6 => IPV6_BYTES,
     };
     Packet {
         family: packet.family,
-        source,
+        source: packet.destination,
         destination: packet.source,
         length_bytes: (header_bytes + payload_bytes) as u32,
-        transport_offset: (ETHERNET_BYTES + header_bytes) as u32,
+        transport_offset: (offset + header_bytes) as u32,
         protocol,
         tos: 0,
         later_fragment: false,
     }
 }
 
-/// Writes the IP header of `packet`.
+/// Writes the IP header of `packet` at `offset`.
 #[inline(always)]
-fn write_ip(frame: Frame, packet: &Packet) -> Result<(), DropReason> {
+fn write_ip(frame: Frame, packet: &Packet, offset: usize) -> Result<(), DropReason> {
     match packet.family {
         Family::V4 => {
-            let header = frame
-                .at::<[u32; 5]>(ETHERNET_BYTES)
-                .ok_or(DropReason::UnknownPod)?;
+            let header = frame.at::<[u32; 5]>(offset).ok_or(DropReason::UnknownPod)?;
             let mut words = [
                 (0x4500_0000 | packet.length_bytes).to_be(),
                 0x4000_u32.to_be(),
@@ -137,7 +131,7 @@ fn write_ip(frame: Frame, packet: &Packet) -> Result<(), DropReason> {
         }
         Family::V6 => {
             let header = frame
-                .at::<[u32; 10]>(ETHERNET_BYTES)
+                .at::<[u32; 10]>(offset)
                 .ok_or(DropReason::UnknownPod)?;
             let (s, d) = (packet.source.0, packet.destination.0);
             let payload_bytes = packet.length_bytes - IPV6_BYTES as u32;
@@ -176,11 +170,12 @@ fn addresses(packet: &Packet) -> u64 {
 fn reset<const IP_BYTES: usize>(
     frame: Frame,
     packet: &Packet,
+    offset: usize,
     answer: &mut Packet,
 ) -> Result<(), DropReason> {
-    frame.make_linear(ETHERNET_BYTES + IP_BYTES + TCP_BYTES);
+    frame.make_linear(offset + IP_BYTES + TCP_BYTES);
     let header = frame
-        .at::<[u32; 5]>(ETHERNET_BYTES + IP_BYTES)
+        .at::<[u32; 5]>(offset + IP_BYTES)
         .ok_or(DropReason::UnknownPod)?;
     // SAFETY: `at` has checked the bounds.
     let [ports, sequence, acknowledged, control, check] = unsafe { *header };
@@ -200,11 +195,12 @@ fn reset<const IP_BYTES: usize>(
             .wrapping_add(controls);
         (0, next.to_be(), TCP_RST | TCP_ACK)
     };
-    *answer = reply(packet, packet.destination, PROTOCOL_TCP, TCP_BYTES);
-    // A local sender leaves the sum over the pseudo header for its device to complete; the
-    // kernel then goes on expecting just that in the same place.
-    let left_to_device =
-        check as u16 == fold(addresses(packet) + pseudo(PROTOCOL_TCP, segment_bytes));
+    *answer = reply(packet, offset, PROTOCOL_TCP, TCP_BYTES);
+    // A local sender leaves the sum over the pseudo header for its device to complete, and the
+    // kernel goes on expecting just that in the same place. A tunnel packet is cut in front, which
+    // moves the place out of the way: there the whole sum is right.
+    let pseudo_sum = fold(addresses(packet) + pseudo(PROTOCOL_TCP, segment_bytes));
+    let left_to_device = offset == ETHERNET_BYTES && check as u16 == pseudo_sum;
     let covered = addresses(answer) + pseudo(PROTOCOL_TCP, TCP_BYTES as u32);
     let mut words = [
         ports.rotate_right(16),
@@ -220,47 +216,47 @@ fn reset<const IP_BYTES: usize>(
     };
     words[4] = u32::from(checksum);
 
-    cut(frame, ETHERNET_BYTES + IP_BYTES + TCP_BYTES)?;
-    write_ip(frame, answer)?;
+    resize(frame, offset + IP_BYTES + TCP_BYTES)?;
+    write_ip(frame, answer, offset)?;
     let header = frame
-        .at::<[u32; 5]>(ETHERNET_BYTES + IP_BYTES)
+        .at::<[u32; 5]>(offset + IP_BYTES)
         .ok_or(DropReason::UnknownPod)?;
     // SAFETY: `at` has checked the bounds.
     unsafe { *header = words };
     Ok(())
 }
 
-/// Cuts the packet to what is quoted and makes room for two headers before it.
+/// What an ICMP error quotes: header and the beginning of the payload.
 #[inline(always)]
-fn make_room(frame: Frame, ip_bytes: usize) -> Result<(), DropReason> {
-    let quoted = ETHERNET_BYTES + ip_bytes + QUOTED_PAYLOAD_BYTES;
-    if frame.len() < quoted as u32 {
-        return Err(DropReason::UnknownPod);
-    }
-    cut(frame, quoted)?;
-    // SAFETY: the context is valid.
-    let status = unsafe {
-        bpf_skb_adjust_room(
-            frame.skb,
-            (ip_bytes + ICMP_BYTES) as i32,
-            BPF_ADJ_ROOM_MAC,
-            0,
-        )
-    };
-    if status != 0 {
-        return Err(DropReason::EncapsulationFailed);
-    }
-    frame.make_linear(quoted + ip_bytes + ICMP_BYTES);
-    Ok(())
+fn quote<const WORDS: usize>(frame: Frame, offset: usize) -> Result<[u32; WORDS], DropReason> {
+    frame.make_linear(offset + WORDS * 4);
+    let quoted = frame
+        .at::<[u32; WORDS]>(offset)
+        .ok_or(DropReason::UnknownPod)?;
+    // SAFETY: `at` has checked the bounds.
+    Ok(unsafe { *quoted })
 }
 
+/// Writes the ICMP header and the quotation; `pseudo_header` is 0 for IPv4.
 #[inline(always)]
-fn write_icmp(frame: Frame, offset: usize, kind: u32, covered: u64) -> Result<(), DropReason> {
+fn write_icmp<const WORDS: usize>(
+    frame: Frame,
+    offset: usize,
+    kind: u32,
+    quoted: &[u32; WORDS],
+    pseudo_header: u64,
+) -> Result<(), DropReason> {
     let header = frame.at::<[u32; 2]>(offset).ok_or(DropReason::UnknownPod)?;
+    let rest = frame
+        .at::<[u32; WORDS]>(offset + ICMP_BYTES)
+        .ok_or(DropReason::UnknownPod)?;
     let first = kind.to_be();
-    let checksum = !fold(covered + u64::from(first));
+    let checksum = !fold(pseudo_header + sum(quoted) + u64::from(first));
     // SAFETY: `at` has checked the bounds.
-    unsafe { *header = [first | (u32::from(checksum) << 16), 0] };
+    unsafe {
+        *header = [first | (u32::from(checksum) << 16), 0];
+        *rest = *quoted;
+    }
     Ok(())
 }
 
@@ -273,7 +269,12 @@ fn icmp_type(frame: Frame, packet: &Packet) -> Result<u8, DropReason> {
 }
 
 #[inline(always)]
-fn unreachable_v4(frame: Frame, packet: &Packet, answer: &mut Packet) -> Result<(), DropReason> {
+fn unreachable_v4(
+    frame: Frame,
+    packet: &Packet,
+    offset: usize,
+    answer: &mut Packet,
+) -> Result<(), DropReason> {
     const QUOTED_WORDS: usize = (IPV4_BYTES + QUOTED_PAYLOAD_BYTES) / 4;
     if packet.protocol == PROTOCOL_ICMP && icmp_type(frame, packet)? != ICMP_ECHO {
         return Err(DropReason::UnknownPod);
@@ -283,25 +284,21 @@ fn unreachable_v4(frame: Frame, packet: &Packet, answer: &mut Packet) -> Result<
     } else {
         ICMP_HOST_UNREACHABLE
     };
-    make_room(frame, IPV4_BYTES)?;
-    let quoted = frame
-        .at::<[u32; QUOTED_WORDS]>(ETHERNET_BYTES + IPV4_BYTES + ICMP_BYTES)
-        .ok_or(DropReason::UnknownPod)?;
-    // SAFETY: `at` has checked the bounds.
-    let covered = sum(unsafe { &*quoted });
-    *answer = reply(
-        packet,
-        packet.destination,
-        PROTOCOL_ICMP,
-        ICMP_BYTES + QUOTED_WORDS * 4,
-    );
-    write_ip(frame, answer)?;
-    write_icmp(frame, ETHERNET_BYTES + IPV4_BYTES, kind, covered)?;
-    Ok(())
+    let quoted = quote::<QUOTED_WORDS>(frame, offset)?;
+    let payload_bytes = ICMP_BYTES + QUOTED_WORDS * 4;
+    *answer = reply(packet, offset, PROTOCOL_ICMP, payload_bytes);
+    resize(frame, offset + IPV4_BYTES + payload_bytes)?;
+    write_ip(frame, answer, offset)?;
+    write_icmp(frame, offset + IPV4_BYTES, kind, &quoted, 0)
 }
 
 #[inline(always)]
-fn unreachable_v6(frame: Frame, packet: &Packet, answer: &mut Packet) -> Result<(), DropReason> {
+fn unreachable_v6(
+    frame: Frame,
+    packet: &Packet,
+    offset: usize,
+    answer: &mut Packet,
+) -> Result<(), DropReason> {
     const QUOTED_WORDS: usize = (IPV6_BYTES + QUOTED_PAYLOAD_BYTES) / 4;
     if packet.protocol == PROTOCOL_ICMPV6 && icmp_type(frame, packet)? < ICMPV6_ERRORS_END {
         return Err(DropReason::UnknownPod);
@@ -311,16 +308,11 @@ fn unreachable_v6(frame: Frame, packet: &Packet, answer: &mut Packet) -> Result<
     } else {
         ICMPV6_ADDRESS_UNREACHABLE
     };
-    make_room(frame, IPV6_BYTES)?;
-    let quoted = frame
-        .at::<[u32; QUOTED_WORDS]>(ETHERNET_BYTES + IPV6_BYTES + ICMP_BYTES)
-        .ok_or(DropReason::UnknownPod)?;
-    // SAFETY: `at` has checked the bounds.
-    let quoted = sum(unsafe { &*quoted });
+    let quoted = quote::<QUOTED_WORDS>(frame, offset)?;
     let payload_bytes = ICMP_BYTES + QUOTED_WORDS * 4;
-    *answer = reply(packet, packet.destination, PROTOCOL_ICMPV6, payload_bytes);
-    let covered = quoted + addresses(answer) + pseudo(PROTOCOL_ICMPV6, payload_bytes as u32);
-    write_ip(frame, answer)?;
-    write_icmp(frame, ETHERNET_BYTES + IPV6_BYTES, kind, covered)?;
-    Ok(())
+    *answer = reply(packet, offset, PROTOCOL_ICMPV6, payload_bytes);
+    let pseudo_header = addresses(answer) + pseudo(PROTOCOL_ICMPV6, payload_bytes as u32);
+    resize(frame, offset + IPV6_BYTES + payload_bytes)?;
+    write_ip(frame, answer, offset)?;
+    write_icmp(frame, offset + IPV6_BYTES, kind, &quoted, pseudo_header)
 }

@@ -187,9 +187,15 @@ pub fn send(
         return Err(DropReason::NoUnderlayFamily);
     }
     encapsulate(frame, config, packet, &endpoint, identity)?;
-    // SAFETY: without parameters the kernel routes by the outer header.
-    unsafe { bpf_redirect_neigh(node.egress_ifindex, core::ptr::null_mut(), 0, 0) };
+    route_outer(node);
     Ok(Action::Forward(TrafficPath::TunnelOut))
+}
+
+/// Sends a tunnel packet by its outer header.
+#[inline(always)]
+pub fn route_outer(node: &NodeValue) {
+    // SAFETY: without parameters the kernel asks its routes.
+    unsafe { bpf_redirect_neigh(node.egress_ifindex, core::ptr::null_mut(), 0, 0) };
 }
 
 #[inline(always)]

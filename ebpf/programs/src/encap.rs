@@ -75,9 +75,36 @@ pub fn encapsulate(
     endpoint: &Words,
     identity: u32,
 ) -> Result<(), DropReason> {
-    // SAFETY: the context is valid; the hash is of the inner flow, so it is taken first.
+    let port = source_port(frame);
+    if endpoint.is_mapped() {
+        grow(frame, IPV4_BYTES, u64::from(BPF_F_ADJ_ROOM_ENCAP_L3_IPV4))?;
+    } else {
+        grow(frame, IPV6_BYTES, u64::from(BPF_F_ADJ_ROOM_ENCAP_L3_IPV6))?;
+    }
+    write_outer(frame, config, packet, endpoint, identity, port)
+}
+
+/// Source port of the tunnel packet: from the flow inside, so it is taken before the headers change.
+#[inline(always)]
+pub fn source_port(frame: Frame) -> u32 {
+    // SAFETY: the context is valid.
     let hash = unsafe { bpf_get_hash_recalc(frame.skb) };
-    let source_port = SOURCE_PORT_BASE | ((hash ^ (hash >> 16)) & SOURCE_PORT_MASK);
+    SOURCE_PORT_BASE | ((hash ^ (hash >> 16)) & SOURCE_PORT_MASK)
+}
+
+/// Writes the tunnel's headers into the room before `packet`.
+///
+/// # Errors
+/// `EncapsulationFailed`.
+#[inline(always)]
+pub fn write_outer(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+    endpoint: &Words,
+    identity: u32,
+    source_port: u32,
+) -> Result<(), DropReason> {
     let udp_bytes = packet.length_bytes + TUNNEL_BYTES as u32;
     let tunnel = tunnel_words(config, source_port, udp_bytes, identity);
     let inner_type = match packet.family {
@@ -87,7 +114,6 @@ pub fn encapsulate(
     // Congestion marks are carried outside (RFC 6040, 4.1).
     let tos = packet.tos & ECN_MASK;
     if endpoint.is_mapped() {
-        grow(frame, IPV4_BYTES, u64::from(BPF_F_ADJ_ROOM_ENCAP_L3_IPV4))?;
         write(
             frame,
             ETHERTYPE_IPV4,
@@ -96,7 +122,6 @@ pub fn encapsulate(
             inner_type,
         )
     } else {
-        grow(frame, IPV6_BYTES, u64::from(BPF_F_ADJ_ROOM_ENCAP_L3_IPV6))?;
         write(
             frame,
             ETHERTYPE_IPV6,

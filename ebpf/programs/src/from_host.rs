@@ -6,7 +6,7 @@ use clustermesh_ebpf_abi::{DropReason, ENDPOINT_HOST, HOOK_FROM_HOST, IDENTITY_R
 
 use crate::answer;
 use crate::deliver::{redirect_to_host, to_host};
-use crate::frame::Frame;
+use crate::frame::{ETHERNET_BYTES, Frame};
 use crate::from_pod::{Inside, on_own_device};
 use crate::parse::{self, Packet};
 use crate::route::{Next, endpoint, forward};
@@ -46,7 +46,7 @@ fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
         Next::TooBig => Err(DropReason::TooBig),
         Next::UnknownPod => {
             let mut reply = Packet::EMPTY;
-            answer::make(frame, &seen.packet, &mut reply)?;
+            answer::make(frame, &seen.packet, ETHERNET_BYTES, &mut reply)?;
             redirect_to_host(frame, config, seen.packet.family)?;
             Ok(Action::Answer(DropReason::UnknownPod))
         }

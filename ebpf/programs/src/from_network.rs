@@ -9,8 +9,10 @@ use clustermesh_ebpf_abi::{
 };
 
 use crate::answer;
-use crate::deliver::{send, to_endpoint, to_host};
-use crate::encap::{ECN_MASK, TUNNEL_BYTES, UDP_BYTES, VXLAN_FLAGS, decapsulate};
+use crate::deliver::{route_outer, send, to_endpoint, to_host};
+use crate::encap::{
+    ECN_MASK, TUNNEL_BYTES, UDP_BYTES, VXLAN_FLAGS, decapsulate, source_port, write_outer,
+};
 use crate::frame::{
     ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES, IPV6_BYTES,
 };
@@ -356,9 +358,7 @@ fn deliver(
             to_endpoint(frame, endpoint, packet.family, TrafficPath::TunnelIn)
         }
         None if in_pod_cidr(config, packet.family, &packet.destination) => {
-            answer::shorten(frame, packet, inner_offset)?;
-            decapsulate(frame, outer.family, packet.family, outer.congested)?;
-            answer_to_node(frame, config, packet, node, inner_offset - ETHERNET_BYTES)
+            answer_through_tunnel(frame, config, outer, packet, node, inner_offset)
         }
         None if is_underlay(config, packet) => {
             decapsulate(frame, outer.family, packet.family, outer.congested)?;
@@ -398,24 +398,49 @@ fn direct(frame: Frame, config: &NodeConfig, seen: &mut Seen) -> Result<Action, 
             to_host(frame, config, packet.family)
         }
         Some(endpoint) => to_endpoint(frame, endpoint, packet.family, TrafficPath::DirectIn),
-        None => answer_to_node(frame, config, packet, node, 0),
+        None => answer_directly(frame, config, packet, node),
     }
 }
 
-/// Refuses a packet for a pod that is gone; the answer goes to the node that sent it. `removed_bytes`
-/// were in front of the packet when it was parsed.
+/// Refuses a packet for a pod that is gone; the answer goes back as it came.
 #[inline(always)]
-fn answer_to_node(
+fn answer_directly(
     frame: Frame,
     config: &NodeConfig,
     packet: &Packet,
     node: &NodeValue,
-    removed_bytes: usize,
 ) -> Result<Action, DropReason> {
-    let mut here = *packet;
-    here.transport_offset -= removed_bytes as u32;
     let mut reply = Packet::EMPTY;
-    answer::make(frame, &here, &mut reply)?;
+    answer::make(frame, packet, ETHERNET_BYTES, &mut reply)?;
     send(frame, config, &reply, node, IDENTITY_REMOTE_NODE)?;
+    Ok(Action::Answer(DropReason::UnknownPod))
+}
+
+/// As [`answer_directly`], in the tunnel packet itself: one that was unpacked cannot always be
+/// packed again, because the kernel does not forget that it came out of a tunnel.
+#[inline(always)]
+fn answer_through_tunnel(
+    frame: Frame,
+    config: &NodeConfig,
+    outer: &Outer,
+    packet: &Packet,
+    node: &NodeValue,
+    inner_offset: usize,
+) -> Result<Action, DropReason> {
+    if node.egress_ifindex == 0 {
+        return Err(DropReason::NoRoute);
+    }
+    let port = source_port(frame);
+    let mut reply = Packet::EMPTY;
+    answer::make(frame, packet, inner_offset, &mut reply)?;
+    write_outer(
+        frame,
+        config,
+        &reply,
+        &outer.source,
+        IDENTITY_REMOTE_NODE,
+        port,
+    )?;
+    route_outer(node);
     Ok(Action::Answer(DropReason::UnknownPod))
 }

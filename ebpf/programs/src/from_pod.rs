@@ -52,7 +52,7 @@ fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
         Next::Host | Next::Elsewhere | Next::TooBig => to_host(frame, config, seen.packet.family),
         Next::UnknownPod => {
             let mut reply = Packet::EMPTY;
-            answer::make(frame, &seen.packet, &mut reply)?;
+            answer::make(frame, &seen.packet, ETHERNET_BYTES, &mut reply)?;
             back_to_pod(frame, seen.packet.family)?;
             Ok(Action::Answer(DropReason::UnknownPod))
         }
