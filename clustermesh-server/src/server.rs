@@ -182,7 +182,12 @@ async fn start_replica(config: &Config) -> anyhow::Result<crate::store::TokioRep
             name.to_owned()
         },
         peer_url: String::new(),
-        client_urls: vec![format!("https://{}", config.listen_client)],
+        // "Every address" is none that a client could use.
+        client_urls: Some(config.listen_client)
+            .filter(|address| !address.ip().is_unspecified())
+            .map(|address| format!("https://{address}"))
+            .into_iter()
+            .collect(),
     };
     replica.auto_compaction = match config.compaction.retention() {
         Some(keep) => AutoCompaction::Age { keep },

@@ -421,7 +421,10 @@ impl Store {
             .map(|member| Member {
                 id: member.id,
                 name: member.node.name,
-                peer_ur_ls: vec![member.node.peer_url],
+                peer_ur_ls: Some(member.node.peer_url)
+                    .filter(|url| !url.is_empty())
+                    .into_iter()
+                    .collect(),
                 client_ur_ls: member.node.client_urls,
                 is_learner: !member.voter,
             })

@@ -320,3 +320,47 @@ async fn agents_hear_the_watermark_and_a_former_peer_leaves_nothing_behind() {
         .unwrap();
     assert!(synced.kvs.is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_clusters_that_copy_each_other_come_to_rest() {
+    let pki = Pki::new();
+    let mut a = Cluster::start(&pki, 1, &[]).await;
+    let b = Cluster::start(&pki, 2, &[&a]).await;
+    a.stop().await;
+    a.add_peer(&b);
+    a.restart(&pki).await;
+    let (at_a, at_b) = (a.operator(&pki), b.operator(&pki));
+    let written = write(&at_a, node(1, "w1", 1)).await;
+    write(&at_b, node(2, "w1", 2)).await;
+    until(&at_a, "cilium/cache/nodes/v1/c2/w1", |value| {
+        value.is_some()
+    })
+    .await;
+    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
+        value.is_some()
+    })
+    .await;
+    until_state(&at_a, State::Synced).await;
+    until_state(&at_b, State::Synced).await;
+    let mut watch = b.node(&pki, "n1").agent_watch(0, 0).await.unwrap();
+    // Until the copies have told each other all that there is, then twice the idle interval.
+    let mut told = 0;
+    while told < written {
+        let response = soon("the watermark", watch.next()).await.unwrap().unwrap();
+        if let Some(Message::Watermark(mark)) = response.message {
+            told = mark.revision;
+        }
+    }
+    let (before_a, before_b) = (a.server().store().revision(), b.server().store().revision());
+    let mut marks = 0;
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(3);
+    while let Ok(response) = tokio::time::timeout_at(deadline, watch.next()).await {
+        match response.unwrap().unwrap().message {
+            Some(Message::Watermark(_)) => marks += 1,
+            other => panic!("nothing changes here: {other:?}"),
+        }
+    }
+    assert!(marks <= 1, "{marks} watermarks while nothing changed");
+    assert_eq!(a.server().store().revision(), before_a);
+    assert_eq!(b.server().store().revision(), before_b);
+}

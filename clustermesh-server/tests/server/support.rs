@@ -148,6 +148,10 @@ impl Cluster {
         self.server.take().unwrap().shutdown().await;
     }
 
+    pub fn add_peer(&mut self, peer: &Cluster) {
+        self.peers.push((peer.name.clone(), peer.port));
+    }
+
     pub fn forget_peers(&mut self) {
         self.peers.clear();
     }
