@@ -306,7 +306,11 @@ async fn a_peer_with_our_id_or_another_name_is_refused_with_the_remedy_and_its_c
     .await
     .unwrap();
     let text = seen["lastError"].as_str().unwrap();
-    assert!(text.contains("other"), "{seen}");
+    assert!(
+        text.contains("check that the peer's cluster name is really other"),
+        "{seen}"
+    );
+    assert_eq!(seen["state"], "refused");
     assert_eq!(seen["nodes"], 0, "{seen}");
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }

@@ -38,6 +38,12 @@ pub enum ConfigRefused {
          cluster name is really {0}"
     )]
     Missing(String),
+    /// The peer's server does not let us read it: it serves its own configuration only.
+    #[error(
+        "peer {0}: its server does not let us read cilium/cluster-config/{0}: check that the peer's cluster name is \
+         really {0} and that our certificate for it has the role of a peer"
+    )]
+    Denied(String),
     /// The record cannot be read.
     #[error("peer {peer}: its cluster configuration cannot be read: {reason}")]
     Malformed {
