@@ -74,6 +74,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             endpoints,
             metrics,
             attach_mode,
+            underlay: underlay.addresses.clone(),
             pod_mtu: underlay.pod_mtu,
         },
         cached_workloads,

@@ -11,25 +11,106 @@ use crate::local_client::connect;
 use crate::state::StateFiles;
 use crate::{host, netlink};
 
-/// Prints the agent's status as JSON.
+/// How the status is printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object; fields are named as in `local.proto`.
+    Json,
+}
+
+/// Prints the agent's status.
 ///
 /// # Errors
 /// No agent runs, or it cannot read its maps.
-pub async fn status(config: &Config) -> anyhow::Result<()> {
+pub async fn status(config: &Config, output: Output) -> anyhow::Result<()> {
     let channel = connect(&config.socket()).await.map_err(|e| anyhow!(e))?;
     let status = AgentClient::new(channel)
         .status(AgentStatusRequest {})
         .await?
         .into_inner();
-    println!("{}", serde_json::to_string_pretty(&status_json(&status))?);
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&status_json(&status))?),
+        Output::Text => print!("{}", status_text(&status)),
+    }
     Ok(())
+}
+
+fn status_text(status: &AgentStatusResponse) -> String {
+    use std::fmt::Write as _;
+
+    let mut text = String::new();
+    let connected = if status.server_connected {
+        "connected"
+    } else {
+        "not connected, the kernel keeps what it has"
+    };
+    let mut line = |name: &str, value: String| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{name:<18}{value}");
+    };
+    line(
+        "Node:",
+        format!("{} (cluster {})", status.node, status.cluster),
+    );
+    line("Server:", connected.to_owned());
+    line("Pod CIDRs:", status.pod_cidrs.join(", "));
+    line("Underlay:", status.underlay_addresses.join(", "));
+    line(
+        "Data path:",
+        format!(
+            "{}, {}, map layout {}",
+            status.routing_mode, status.attach_mode, status.map_layout_version
+        ),
+    );
+    for source in &status.applied {
+        line(
+            "Applied:",
+            format!("revision {} of {}", source.revision, source.cluster),
+        );
+    }
+    for endpoint in &status.endpoints {
+        let ports: Vec<String> = endpoint
+            .ports
+            .iter()
+            .map(|p| {
+                let state = if p.ready { "ready" } else { "not ready" };
+                format!("{}/{} {state}", p.port, p.protocol)
+            })
+            .collect();
+        line(
+            "Endpoint:",
+            format!(
+                "{}/{} {} identity {}{} {}",
+                endpoint.namespace,
+                endpoint.name,
+                endpoint.addresses.join(" "),
+                endpoint.identity,
+                if endpoint.registered {
+                    ""
+                } else {
+                    " (not registered yet)"
+                },
+                ports.join(", ")
+            ),
+        );
+    }
+    for (reason, count) in status.drops.iter().filter(|(_, count)| **count > 0) {
+        line("Dropped:", format!("{count} packets: {reason}"));
+    }
+    for (reason, count) in &status.refused_records {
+        line("Refused records:", format!("{count}: {reason}"));
+    }
+    text
 }
 
 fn status_json(status: &AgentStatusResponse) -> Value {
     let applied: Vec<Value> = status
         .applied
         .iter()
-        .map(|s| json!({"cluster": s.cluster, "storeId": format!("{:x}", s.store_id), "revision": s.revision}))
+        .map(|s| json!({"cluster": s.cluster, "store_id": format!("{:x}", s.store_id), "revision": s.revision}))
         .collect();
     let endpoints: Vec<Value> = status
         .endpoints
@@ -42,7 +123,7 @@ fn status_json(status: &AgentStatusResponse) -> Value {
                 .collect();
             json!({
                 "namespace": e.namespace, "name": e.name, "addresses": e.addresses,
-                "identity": e.identity, "interface": e.interface, "containerId": e.container_id,
+                "identity": e.identity, "interface": e.interface, "container_id": e.container_id,
                 "ports": ports, "registered": e.registered,
             })
         })
@@ -60,16 +141,18 @@ fn status_json(status: &AgentStatusResponse) -> Value {
     json!({
         "node": status.node,
         "cluster": status.cluster,
-        "serverConnected": status.server_connected,
+        "server_connected": status.server_connected,
         "applied": applied,
-        "attachMode": status.attach_mode,
-        "routingMode": status.routing_mode,
-        "mapLayoutVersion": status.map_layout_version,
+        "attach_mode": status.attach_mode,
+        "routing_mode": status.routing_mode,
+        "map_layout_version": status.map_layout_version,
         "endpoints": endpoints,
         "drops": status.drops,
         "traffic": traffic,
-        "mapEntries": status.map_entries,
-        "refusedRecords": status.refused_records,
+        "map_entries": status.map_entries,
+        "refused_records": status.refused_records,
+        "pod_cidrs": status.pod_cidrs,
+        "underlay_addresses": status.underlay_addresses,
     })
 }
 
@@ -88,9 +171,9 @@ pub async fn flows(config: &Config) -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     while let Some(flow) = stream.message().await? {
         let line = json!({
-            "timeNs": flow.time_ns, "hook": flow.hook, "source": flow.source, "destination": flow.destination,
-            "sourcePort": flow.source_port, "destinationPort": flow.destination_port, "protocol": flow.protocol,
-            "sourceIdentity": flow.source_identity, "verdict": flow.verdict, "length": flow.length, "lost": flow.lost,
+            "time_ns": flow.time_ns, "hook": flow.hook, "source": flow.source, "destination": flow.destination,
+            "source_port": flow.source_port, "destination_port": flow.destination_port, "protocol": flow.protocol,
+            "source_identity": flow.source_identity, "verdict": flow.verdict, "length": flow.length, "lost": flow.lost,
         });
         match writeln!(out, "{line}").and_then(|()| out.flush()) {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),

@@ -23,8 +23,12 @@ struct Arguments {
 enum Command {
     /// Run the agent (the default).
     Run,
-    /// Print the running agent's status as JSON.
-    Status,
+    /// Print the running agent's status.
+    Status {
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t)]
+        output: command::Output,
+    },
     /// Print what the kernel programs see, one JSON object per packet and line.
     Flows,
     /// Detach the kernel programs and remove their maps; pods lose the network.
@@ -62,7 +66,7 @@ fn start(config: Config, command: Command) -> anyhow::Result<()> {
                 logging::init(config.log_format.parse()?)?;
                 agent::run(config).await
             }
-            Command::Status => command::status(&config).await,
+            Command::Status { output } => command::status(&config, output).await,
             Command::Flows => command::flows(&config).await,
             Command::Uninstall => command::uninstall(&config).await,
             Command::Cleanup => command::cleanup(&config).await,

@@ -46,6 +46,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// How programs are attached.
     pub attach_mode: &'static str,
+    /// Addresses on the underlay.
+    pub underlay: Vec<std::net::IpAddr>,
     /// Largest packet of pods, bytes.
     pub pod_mtu: u32,
     /// `None` until the server has welcomed this node for the first time.
@@ -85,6 +87,7 @@ impl Shared {
             endpoints: parts.endpoints,
             metrics: parts.metrics,
             attach_mode: parts.attach_mode,
+            underlay: parts.underlay,
             pod_mtu: parts.pod_mtu,
             facts: watch::Sender::new(None),
             connected: watch::Sender::new(false),
@@ -174,6 +177,8 @@ pub struct Parts {
     pub metrics: Metrics,
     /// How programs are attached.
     pub attach_mode: &'static str,
+    /// Addresses on the underlay.
+    pub underlay: Vec<std::net::IpAddr>,
     /// Largest packet of pods, bytes.
     pub pod_mtu: u32,
 }

@@ -114,6 +114,15 @@ impl Agent for AgentService {
                 })
                 .collect(),
             map_entries,
+            pod_cidrs: shared
+                .facts
+                .borrow()
+                .iter()
+                .flat_map(|facts| [facts.pod_cidr_v4, facts.pod_cidr_v6])
+                .flatten()
+                .map(|cidr| cidr.to_string())
+                .collect(),
+            underlay_addresses: shared.underlay.iter().map(ToString::to_string).collect(),
             refused_records: applied
                 .refused
                 .iter()
