@@ -13,11 +13,11 @@ use nix::sys::signal::Signal;
 use serde::Deserialize;
 use tokio::process::Command;
 
-use super::Wanted;
 use super::compare::{Figure, Named, Series, Target, against};
 use super::kube_proxy;
 use super::services::{BACKEND_PORT, PORT, SERVICES, Services, VIRTUAL_CIDR, client};
 use super::site::{Site, at};
+use super::{Wanted, real_time};
 use crate::lab::host::{command_in, run};
 use crate::lab::process::Process;
 
@@ -26,8 +26,6 @@ pub const IDS: [&str; 5] = ["lb-rate", "lb-p99", "lb-flat", "lb-iptables", "lb-n
 
 /// Length of one measurement.
 const MEASURE_MILLIS: &str = "500";
-/// Arguments of `chrt`: other work on this machine waits for as long, or it would be measured too.
-const REAL_TIME: [&str; 2] = ["-f", "50"];
 /// CPU of the client.
 const CLIENT_CPU: &str = "0";
 /// CPU of the server.
@@ -252,13 +250,11 @@ async fn connect_once(site: &Site, contender: &Contender) -> Result<Rate> {
     let traffic = crate::lab::binaries_folder()?.join("clustermesh-lab-traffic");
     let log = site.folder().join("server.log");
     let listen = at(std::net::Ipv4Addr::UNSPECIFIED, BACKEND_PORT);
-    let mut serve = command_in(&contender.netns, None, Path::new("chrt"));
-    serve.args(REAL_TIME).arg(&traffic);
+    let mut serve = real_time(&contender.netns, None, &traffic);
     serve.args(["spin-serve", "--listen", &listen, "--cpu", SERVER_CPU]);
     let server = Process::start_ready("the spinning server", &mut serve, &log).await?;
     let cgroup = Some(contender.cgroup.as_path());
-    let mut connect = command_in(&contender.netns, cgroup, Path::new("chrt"));
-    connect.args(REAL_TIME).arg(&traffic);
+    let mut connect = real_time(&contender.netns, cgroup, &traffic);
     connect.args(["spin-connect", "--cpu", CLIENT_CPU]);
     connect.args(["--millis", MEASURE_MILLIS]);
     for target in &contender.targets {

@@ -14,6 +14,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use tokio::process::Command;
+
+use crate::lab::host::command_in;
 use compare::Figure;
 
 /// A group of rows that are measured together and written to one file.
@@ -81,6 +84,13 @@ impl Suite {
             .filter(|figure| wanted.has(&figure.id))
             .collect())
     }
+}
+
+/// A command that runs before all other work of the machine, which would be measured otherwise.
+fn real_time(netns: &str, cgroup: Option<&Path>, program: &Path) -> Command {
+    let mut command = command_in(netns, cgroup, Path::new("chrt"));
+    command.args(["-f", "50"]).arg(program);
+    command
 }
 
 /// Which rows are asked for.

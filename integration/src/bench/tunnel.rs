@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::compare::{Figure, Named, Series, Target, against};
+use super::real_time;
 use crate::lab::host::{command_in, ip_batch, run, sh};
 use crate::lab::pod::Pod;
 use crate::lab::process::Process;
@@ -85,9 +86,7 @@ async fn tunnel_rows(
 
     let tcp = interleave(&pairs, rounds, "tunnel TCP", progress, Measure::Tcp).await?;
     let pps = interleave(&pairs[..2], rounds, "tunnel UDP", progress, Measure::Udp64).await?;
-    for node in lab.cluster(0).nodes() {
-        no_offload(node.netns()).await?;
-    }
+    no_offload(lab).await?;
     let slow = interleave(
         &pairs[..2],
         rounds,
@@ -258,18 +257,35 @@ async fn bare_pair(lab: &Lab, kind: &'static str) -> Result<Pair> {
 }
 
 /// The underlay loses tunnel segmentation and keeps receive coalescing, as many network cards do.
-async fn no_offload(netns: &str) -> Result<()> {
-    for setting in [["tx-udp_tnl-segmentation", "off"], ["gro", "on"]] {
-        let mut command = command_in(netns, None, Path::new("ethtool"));
-        run(command.args(["-K", "eth0"]).args(setting)).await?;
+///
+/// A veth pair coalesces at the receiver only where the sending end cannot carry super-packets.
+async fn no_offload(lab: &Lab) -> Result<()> {
+    let cluster = lab.cluster(0);
+    for node in cluster.nodes() {
+        ethtool(node.netns(), "eth0", ["tx-udp_tnl-segmentation", "off"]).await?;
+        ethtool(node.netns(), "eth0", ["gro", "on"]).await?;
+    }
+    let bridge = cluster.router_netns();
+    let ports = sh("ip", &["-n", bridge, "-j", "link", "show", "master", "br0"]).await?;
+    let ports: Value = serde_json::from_str(&ports)?;
+    for port in ports.as_array().into_iter().flatten() {
+        let name = port["ifname"].as_str().context("a port has a name")?;
+        ethtool(bridge, name, ["tso", "off"]).await?;
     }
     Ok(())
+}
+
+async fn ethtool(netns: &str, device: &str, setting: [&str; 2]) -> Result<()> {
+    let mut command = command_in(netns, None, Path::new("ethtool"));
+    run(command.args(["-K", device]).args(setting))
+        .await
+        .map(drop)
 }
 
 async fn start_servers(lab: &Lab, pairs: &[Pair]) -> Result<Vec<Process>> {
     let mut servers = Vec::new();
     for pair in pairs {
-        let mut command = command_in(&pair.server, None, Path::new("iperf3"));
+        let mut command = real_time(&pair.server, None, Path::new("iperf3"));
         command.args(["-s", "-p", PORT, "--forceflush"]);
         let log = lab.folder().join(format!("iperf3-{}.log", pair.name));
         let server = Process::start(&format!("iperf3 of {}", pair.name), &mut command, &log)?;
@@ -316,7 +332,10 @@ async fn interleave(
 ) -> Result<Vec<Series>> {
     let mut series = vec![Vec::new(); pairs.len()];
     for round in 0..rounds {
-        for (place, pair) in pairs.iter().enumerate() {
+        // Another one begins in every round: none always follows the same one.
+        for turn in 0..pairs.len() {
+            let place = (round + turn) % pairs.len();
+            let pair = &pairs[place];
             progress(&format!(
                 "{what}: round {} of {rounds}, {}",
                 round + 1,
@@ -329,7 +348,7 @@ async fn interleave(
 }
 
 async fn measure_once(pair: &Pair, measure: Measure) -> Result<f64> {
-    let mut command = command_in(&pair.client, None, Path::new("iperf3"));
+    let mut command = real_time(&pair.client, None, Path::new("iperf3"));
     command.args(["-c", &pair.address, "-p", PORT, "-t", MEASURE_SECONDS, "-J"]);
     if matches!(measure, Measure::Udp64) {
         command.args(["-u", "-b", "0", "-l", "64"]);
