@@ -193,7 +193,7 @@ impl Node {
                 }
                 Ok(_) = synced.wait_for(|synced| *synced), if self.sync_token.is_some() => {
                     if self.layout_changed {
-                        self.activate()?;
+                        self.activate().await?;
                         self.lock_datapath().finish_takeover()?;
                         self.layout_changed = false;
                         info!("the new map layout is full and in use");
@@ -240,7 +240,7 @@ impl Node {
             let model = self.model(&facts, bits)?;
             *self.shared.model() = Some(model);
             if !self.layout_changed {
-                self.activate()?;
+                self.activate().await?;
             }
             let decoder = Decoder::new(self.shared.config.cluster.as_str().into(), split);
             let follower = Follower::new(Arc::clone(&self.shared), self.client.clone(), decoder);
@@ -270,10 +270,12 @@ impl Node {
         self.datapath.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn activate(&self) -> anyhow::Result<()> {
+    async fn activate(&self) -> anyhow::Result<()> {
         self.lock_datapath()
             .activate(self.pair.net_ifindex, &self.underlay.devices)
-            .context("attach the kernel programs")
+            .context("attach the kernel programs")?;
+        self.shared.endpoints.attach_all().await?;
+        Ok(())
     }
 
     async fn ensure_routes(&self) -> anyhow::Result<()> {

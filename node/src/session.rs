@@ -51,20 +51,26 @@ pub struct Identity {
 /// Keeps a session open until the drain.
 pub async fn run(shared: Arc<Shared>, client: Client, identity: Identity, drain: Drain) {
     let mut backoff = BACKOFF_MIN;
+    let mut last = String::new();
     loop {
         let started = Instant::now();
         let ended = tokio::select! {
             ended = serve(&shared, &client, &identity) => ended,
             () = drain.draining() => return,
         };
-        shared.connected.send_replace(false);
+        let was_open = shared.connected.send_replace(false);
         shared
             .metrics
             .reconnects
             .get_or_create(&label("stream", "session"))
             .inc();
         if let Err(error) = ended {
-            warn!(error = %format!("{error:#}"), "session lost, opening another; traffic goes on");
+            let text = format!("{error:#}");
+            // The same failure every second says nothing new.
+            if was_open || text != last {
+                warn!(error = text, "no session, opening one; traffic goes on");
+            }
+            last = text;
         }
         if started.elapsed() > BACKOFF_MAX {
             backoff = BACKOFF_MIN;

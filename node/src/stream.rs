@@ -58,6 +58,7 @@ impl Follower {
     /// Follows until the drain; a broken stream is made again.
     pub async fn run(mut self, drain: Drain) {
         let mut backoff = BACKOFF_MIN;
+        let mut last = String::new();
         loop {
             let before = self.revision;
             let ended = tokio::select! {
@@ -65,7 +66,12 @@ impl Follower {
                 () = drain.draining() => return,
             };
             if let Err(error) = ended {
-                warn!(error = %format!("{error:#}"), "record stream broken, connecting again");
+                let text = format!("{error:#}");
+                // The same failure every second says nothing new.
+                if text != last || self.revision > before {
+                    warn!(error = text, "record stream broken, connecting again");
+                }
+                last = text;
             }
             if self.listing {
                 // A listing that broke off says nothing of what was not sent.

@@ -111,7 +111,7 @@ impl Endpoints {
     }
 
     /// Takes the node's ranges, drops endpoints whose interface is gone, and makes the kernel maps say
-    /// exactly what is left and the host's own addresses.
+    /// exactly what is left and the host's own addresses. Programs are attached by [`Endpoints::attach_all`].
     ///
     /// # Errors
     /// The kernel or the state folder refused something.
@@ -149,19 +149,28 @@ impl Endpoints {
         }
         self.files.store_endpoints(&next)?;
         self.fill_maps(&next, pair)?;
+        *stored = next;
+        self.publish(&stored);
+        Ok(())
+    }
+
+    /// Attaches the programs to every endpoint, and detaches them from interfaces that are none. After a change
+    /// of the map layout this must wait until the new maps are full: until then the old programs forward.
+    ///
+    /// # Errors
+    /// The kernel refused something.
+    pub async fn attach_all(&self) -> Result<(), EndpointError> {
+        let stored = self.stored.lock().await;
         let mut datapath = self.datapath.lock().unwrap_or_else(PoisonError::into_inner);
-        for endpoint in &next.endpoints {
+        for endpoint in &stored.endpoints {
             datapath.attach_pod(endpoint.ifindex)?;
         }
-        let known: HashSet<u32> = next.endpoints.iter().map(|e| e.ifindex).collect();
+        let known: HashSet<u32> = stored.endpoints.iter().map(|e| e.ifindex).collect();
         for ifindex in datapath.attached_pods()? {
             if !known.contains(&ifindex) {
                 datapath.detach_pod(ifindex)?;
             }
         }
-        drop(datapath);
-        *stored = next;
-        self.publish(&stored);
         Ok(())
     }
 

@@ -1,0 +1,213 @@
+//! The agent without a server, on a machine made of namespaces: CNI calls, restarts, two agents. Needs root.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+const START_WAIT: Duration = Duration::from_secs(10);
+
+fn ip(arguments: &str) {
+    let output = Command::new("ip")
+        .args(arguments.split_whitespace())
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "ip {arguments}: {error}");
+}
+
+/// Namespaces `host` and `pod`, a BPF file system and an agent; removed at the end.
+struct Machine {
+    dir: tempfile::TempDir,
+    host: String,
+    pod: String,
+    agent: Option<Child>,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let id = std::process::id();
+        let machine = Self {
+            dir: tempfile::tempdir().unwrap(),
+            host: format!("cmn{id}-host"),
+            pod: format!("cmn{id}-pod"),
+            agent: None,
+        };
+        for folder in ["bpf", "state", "run"] {
+            fs::create_dir(machine.path(folder)).unwrap();
+        }
+        let bpffs = machine.path("bpf");
+        mount(
+            Some("bpf"),
+            &bpffs,
+            Some("bpf"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
+        let (host, pod) = (&machine.host, &machine.pod);
+        ip(&format!("netns add {host}"));
+        ip(&format!("netns add {pod}"));
+        ip(&format!(
+            "link add u0 netns {host} type veth peer name u1 netns {pod}"
+        ));
+        ip(&format!("-n {host} addr add 192.0.2.1/24 dev u0"));
+        ip(&format!("-n {host} link set u0 up"));
+        ip(&format!("-n {host} link set lo up"));
+        let dir = machine.dir.path().display();
+        let config = format!(
+            "node = \"e1\"\ncluster = \"east\"\nstate_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\n\
+             bpffs = \"{dir}/bpf\"\ncgroup = \"\"\nunderlay_devices = [\"u0\"]\nadmin = \"127.0.0.1:0\"\n\
+             [server]\nendpoints = [\"http://127.0.0.1:1\"]\n"
+        );
+        fs::write(machine.path("node.toml"), config).unwrap();
+        // What an earlier run learnt from its server.
+        let facts = r#"{"cluster_id":1,"max_connected_clusters":255,"pod_cidr_v4":"10.1.0.0/24",
+            "pod_cidr_v6":"fd00:1::/64","cluster_pod_cidrs":["10.1.0.0/16"]}"#;
+        fs::write(machine.path("state/node.json"), facts).unwrap();
+        let workloads =
+            r#"[{"namespace":"shop","name":"web-0","labels":{"app":"web"},"identity":65836}]"#;
+        fs::write(machine.path("state/workloads.json"), workloads).unwrap();
+        machine
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn node(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--net=/run/netns/{}", self.host))
+            .arg(env!("CARGO_BIN_EXE_clustermesh-node"))
+            .arg("--config")
+            .arg(self.path("node.toml"))
+            .args(arguments)
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn start(&mut self) {
+        let agent = self.node(&[]).stderr(Stdio::inherit()).spawn().unwrap();
+        self.agent = Some(agent);
+        let deadline = Instant::now() + START_WAIT;
+        while !self.node(&["status"]).output().unwrap().status.success() {
+            assert!(Instant::now() < deadline, "the agent does not answer");
+        }
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut agent) = self.agent.take() {
+            agent.kill().unwrap();
+            agent.wait().unwrap();
+        }
+    }
+
+    fn cni(&self, command: &str, container: &str, netns: &str) -> (bool, serde_json::Value) {
+        let dir = self.dir.path().display();
+        let config = format!(
+            r#"{{"cniVersion":"1.1.0","name":"m","type":"clustermesh-cni","socket":"{dir}/run/agent.sock","queueDir":"{dir}/state/cni-queue"}}"#
+        );
+        let mut plugin = Command::new(env!("CARGO_BIN_EXE_clustermesh-cni"))
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", container)
+            .env("CNI_NETNS", netns)
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_ARGS", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        plugin
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(config.as_bytes())
+            .unwrap();
+        let output = plugin.wait_with_output().unwrap();
+        let json = serde_json::from_slice(&output.stdout).unwrap_or(serde_json::Value::Null);
+        (output.status.success(), json)
+    }
+
+    fn ping(&self, target: &str) -> Output {
+        Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{}", self.host))
+            .args(["ping", "-c1", "-W1", target])
+            .output()
+            .unwrap()
+    }
+
+    fn pod_netns(&self) -> String {
+        Path::new("/run/netns")
+            .join(&self.pod)
+            .display()
+            .to_string()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.kill();
+        for netns in [&self.host, &self.pod] {
+            let _ = Command::new("ip").args(["netns", "delete", netns]).status();
+        }
+        let _ = umount2(&self.path("bpf"), MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn a_pod_is_attached_without_a_server_outlives_the_agent_and_leaves_by_a_queued_del() {
+    let mut machine = Machine::new();
+    machine.start();
+    let netns = machine.pod_netns();
+
+    let (ok, result) = machine.cni("ADD", "c1", &netns);
+    assert!(ok, "{result}");
+    assert_eq!(result["ips"][0]["address"], "10.1.0.4/32");
+    assert_eq!(
+        machine.cni("ADD", "c1", &netns).1,
+        result,
+        "ADD is idempotent"
+    );
+    assert!(machine.cni("CHECK", "c1", &netns).0);
+    for target in ["10.1.0.4", "fd00:1::4"] {
+        assert!(machine.ping(target).status.success(), "{target}");
+    }
+
+    // A namespace that is gone: a clean error, and the address is free again.
+    let (ok, error) = machine.cni("ADD", "c2", "/run/netns/cmn-none");
+    assert!(!ok);
+    assert_eq!(error["code"], 102, "{error}");
+    // The interface name is taken inside: another clean error.
+    let (ok, error) = machine.cni("ADD", "c3", &netns);
+    assert!(!ok, "{error}");
+    assert!(machine.ping("10.1.0.4").status.success());
+
+    // A second agent on the same state says so and changes nothing.
+    let second = machine.node(&["run"]).output().unwrap();
+    assert!(!second.status.success());
+    let text = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(text.contains("another clustermesh-node"), "{text}");
+
+    machine.kill();
+    assert!(machine.ping("10.1.0.4").status.success(), "traffic goes on");
+    assert!(machine.cni("DEL", "c1", &netns).0, "DEL is queued");
+
+    machine.start();
+    let deadline = Instant::now() + START_WAIT;
+    while machine.ping("10.1.0.4").status.success() {
+        assert!(
+            Instant::now() < deadline,
+            "the queued DEL is not carried out"
+        );
+    }
+    assert!(machine.cni("DEL", "c1", &netns).0, "DEL is idempotent");
+    let status = machine.node(&["status", "-o", "json"]).output().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!(status["endpoints"], serde_json::json!([]));
+    assert_eq!(status["map_entries"]["interfaces"], 0);
+}
