@@ -1,12 +1,19 @@
 //! What the scenario tests share: bounded waiting, manifests, records written by hand.
 
 use std::future::Future;
+use std::net::IpAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use clustermesh_ebpf_abi::{
+    Address, IPCACHE_PREFIX_BASE_BITS, LAYOUT_VERSION, SHARED_ADDRESS_SPACE, v4_mapped,
+};
 use serde_json::{Value, json};
+use tokio::process::Command;
 
 use crate::lab::cluster::Cluster;
+use crate::lab::host::run_unchecked;
 
 /// Namespace of everything in the scenarios.
 pub const NAMESPACE: &str = "shop";
@@ -112,4 +119,80 @@ pub fn ip_record(address: &str, identity: u32, host: &str, pod: &str) -> (String
             "K8sNamespace": NAMESPACE, "K8sPodName": pod,
         }),
     )
+}
+
+/// Numbers that differ from run to run; the seed is printed, so that a failure can be repeated.
+#[derive(Debug)]
+pub struct Dice(u64);
+
+impl Default for Dice {
+    fn default() -> Self {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let seed = now.map_or(1, |now| now.as_secs() | 1);
+        println!("seed {seed}");
+        Self(seed)
+    }
+}
+
+impl Dice {
+    /// A number below `limit` (xorshift64*; Vigna, 2016).
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit.max(1)
+    }
+}
+
+/// Looks up a key in a pinned map with `bpftool`, a program that is not ours; `None`: no such key.
+///
+/// # Errors
+/// When `bpftool` cannot be run or prints something else.
+pub async fn bpftool_lookup(bpffs: &Path, map: &str, key: &[u8]) -> Result<Option<Vec<u8>>> {
+    let pin = bpffs
+        .join("clustermesh")
+        .join(format!("{map}_v{LAYOUT_VERSION}"));
+    let mut command = Command::new("bpftool");
+    command
+        .args(["-j", "map", "lookup", "pinned"])
+        .arg(&pin)
+        .args(["key", "hex"])
+        .args(key.iter().map(|byte| format!("{byte:02x}")));
+    let output = run_unchecked(&mut command).await?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let answer: Value = serde_json::from_str(&text)
+        .with_context(|| format!("bpftool: {text}{}", String::from_utf8_lossy(&output.stderr)))?;
+    let Some(bytes) = answer["value"].as_array() else {
+        return Ok(None);
+    };
+    bytes
+        .iter()
+        .map(|byte| {
+            let text = byte.as_str().context("bpftool: a byte that is no text")?;
+            Ok(u8::from_str_radix(text.trim_start_matches("0x"), 16)?)
+        })
+        .collect::<Result<Vec<u8>>>()
+        .map(Some)
+}
+
+/// An address as the maps hold it.
+#[must_use]
+pub fn map_address(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => v4_mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// The identity of a single address in the ipcache that is pinned below `bpffs`.
+///
+/// # Errors
+/// As [`bpftool_lookup`].
+pub async fn ipcache_identity(bpffs: &Path, address: IpAddr) -> Result<Option<u32>> {
+    let mut key = (IPCACHE_PREFIX_BASE_BITS + 128).to_ne_bytes().to_vec();
+    key.extend_from_slice(&SHARED_ADDRESS_SPACE.to_be_bytes());
+    key.extend_from_slice(&[0; 2]);
+    key.extend_from_slice(&map_address(address));
+    let value = bpftool_lookup(bpffs, "ipcache", &key).await?;
+    Ok(value.and_then(|value| Some(u32::from_ne_bytes(value.get(..4)?.try_into().ok()?))))
 }

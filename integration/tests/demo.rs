@@ -94,9 +94,13 @@ async fn without_root_the_demo_says_what_is_missing_and_exits_with_2() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     let copy = folder.path().join("demo");
     std::fs::copy(demo(), &copy).unwrap();
-    run_unchecked(Command::new("chmod").args(["-R", "a+rx"]).arg(folder.path()))
-        .await
-        .unwrap();
+    run_unchecked(
+        Command::new("chmod")
+            .args(["-R", "a+rx"])
+            .arg(folder.path()),
+    )
+    .await
+    .unwrap();
     let output = run_unchecked(
         Command::new("setpriv")
             .args(["--reuid=65534", "--regid=65534", "--clear-groups"])

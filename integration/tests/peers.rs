@@ -94,11 +94,7 @@ async fn bad_records_of_a_peer_are_refused_and_counted_and_good_ones_beside_them
     write(&lab, ip_record("10.1.1.7", 1, "172.30.1.11", "root")).await;
     // Pod CIDRs of this cluster, exactly and as a part; an address behind no node; one outside every pod CIDR.
     write(&lab, node("w3", 12, "10.2.1.0")).await;
-    write(
-        &lab,
-        ip_record("10.1.1.8", IDENTITY, "172.30.1.99", "lost"),
-    )
-    .await;
+    write(&lab, ip_record("10.1.1.8", IDENTITY, "172.30.1.99", "lost")).await;
     write(
         &lab,
         ip_record("10.2.0.9", IDENTITY, "172.30.1.11", "thief"),
@@ -172,7 +168,10 @@ async fn a_value_beyond_the_limit_is_refused_where_it_is_written() {
     let at_a = lab.cluster(0).store().unwrap();
     let before = lab.cluster(0).revision().await.unwrap();
     let error = at_a
-        .put("cilium/state/nodes/v1/a/big", vec![b' '; MAX_VALUE_BYTES + 1])
+        .put(
+            "cilium/state/nodes/v1/a/big",
+            vec![b' '; MAX_VALUE_BYTES + 1],
+        )
         .await
         .unwrap_err();
     let text = format!("{error:#}");
@@ -220,9 +219,11 @@ async fn the_pod_cidr_of_one_peer_is_not_given_to_another_until_it_is_free() {
     b.restart_server().await.unwrap();
     let b = lab.cluster(1);
     until_peer(b, "c", |peer| peer["nodes"] == 1).await.unwrap();
-    until_peer(b, "c", |peer| peer["refusedRecords"] == json!({"overlap": 1}))
-        .await
-        .unwrap();
+    until_peer(b, "c", |peer| {
+        peer["refusedRecords"] == json!({"overlap": 1})
+    })
+    .await
+    .unwrap();
     let held = at_b.list("cilium/cache/nodes/v1/").await.unwrap();
     let held: Vec<String> = held
         .iter()
@@ -281,10 +282,7 @@ async fn a_peer_with_our_id_or_another_name_is_refused_with_the_remedy_and_its_c
         .await
         .unwrap();
     let said = String::from_utf8_lossy(&wait.stderr).into_owned();
-    assert!(
-        !wait.status.success() && said.contains("peer a"),
-        "{said}"
-    );
+    assert!(!wait.status.success() && said.contains("peer a"), "{said}");
 
     at_a.put(config, good).await.unwrap();
     until_peer(lab.cluster(1), "a", |peer| peer["state"] == "synced")

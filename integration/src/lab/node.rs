@@ -11,6 +11,9 @@ use super::pod::Pod;
 use super::process::Process;
 use super::{AttachMode, Lab};
 
+/// Longest that an agent may take to find out that it cannot run.
+const GIVE_UP_SECONDS_MAX: u64 = 15;
+
 /// A node.
 #[derive(Debug)]
 pub struct Node {
@@ -185,6 +188,44 @@ key = "{pki}/{cluster}/{name}.key"
     /// When the plugin refuses; its JSON error is in the message.
     pub async fn add_pod(&self, namespace: &str, name: &str) -> Result<Pod> {
         Pod::add(self, namespace, name).await
+    }
+
+    /// Makes a pod's namespace without attaching it.
+    ///
+    /// # Errors
+    /// When `ip` fails.
+    pub async fn prepare_pod(&self, namespace: &str, name: &str) -> Result<Pod> {
+        Pod::prepare(self, namespace, name).await
+    }
+
+    /// Changes the configuration that the agent gets when it starts the next time.
+    pub fn edit_config(&mut self, edit: impl FnOnce(&str) -> String) {
+        self.config_text = edit(&self.config_text);
+    }
+
+    /// Runs an agent that is expected to give up, and returns its exit code and its log.
+    ///
+    /// # Errors
+    /// When it cannot be started, or still runs after a quarter of a minute.
+    pub async fn failing_agent(&self, name: &str, config: &str) -> Result<(Option<i32>, String)> {
+        let path = self.folder.join(format!("{name}.toml"));
+        std::fs::write(&path, config)?;
+        let program = self.binaries.join("clustermesh-node");
+        let mut command = command_in(&self.netns, Some(&self.cgroup), &program);
+        command.arg("--config").arg(&path);
+        let log = self.folder.join(format!("{name}.log"));
+        let process = Process::start(name, &mut command, &log)?;
+        let limit = std::time::Duration::from_secs(GIVE_UP_SECONDS_MAX);
+        let status = tokio::time::timeout(limit, process.wait())
+            .await
+            .with_context(|| format!("{name} still runs after {GIVE_UP_SECONDS_MAX} s"))??;
+        Ok((status.code(), std::fs::read_to_string(&log)?))
+    }
+
+    /// The agent's configuration.
+    #[must_use]
+    pub fn config_text(&self) -> &str {
+        &self.config_text
     }
 
     /// A command in the node's own namespace and cgroup, as a host process.

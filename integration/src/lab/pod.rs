@@ -32,12 +32,18 @@ pub struct Pod {
 
 impl Pod {
     pub(super) async fn add(node: &Node, namespace: &str, name: &str) -> Result<Self> {
+        let mut pod = Self::prepare(node, namespace, name).await?;
+        pod.attach().await?;
+        Ok(pod)
+    }
+
+    pub(super) async fn prepare(node: &Node, namespace: &str, name: &str) -> Result<Self> {
         let netns = format!("{}-{namespace}-{name}", node.netns());
         sh("ip", &["netns", "add", &netns]).await?;
         sh("ip", &["-n", &netns, "link", "set", "lo", "up"]).await?;
         let cgroup = node.cgroup().join(format!("{namespace}-{name}"));
         std::fs::create_dir_all(&cgroup)?;
-        let mut pod = Self {
+        Ok(Self {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
             container_id: netns.clone(),
@@ -48,9 +54,16 @@ impl Pod {
             node_netns: node.netns().to_owned(),
             binaries: node.binaries().to_owned(),
             addresses: Vec::new(),
-        };
-        let result = pod.cni("ADD").await?;
-        pod.addresses = result["ips"]
+        })
+    }
+
+    /// Attaches the pod by CNI ADD and returns the result.
+    ///
+    /// # Errors
+    /// When the plugin refuses; its JSON error is in the message.
+    pub async fn attach(&mut self) -> Result<Value> {
+        let result = self.cni("ADD").await?;
+        self.addresses = result["ips"]
             .as_array()
             .context("the plugin's result has no ips")?
             .iter()
@@ -58,7 +71,7 @@ impl Pod {
             .filter_map(|cidr| cidr.split('/').next())
             .map(str::to_owned)
             .collect();
-        Ok(pod)
+        Ok(result)
     }
 
     /// Calls the CNI plugin for this pod and returns its JSON result (null when it prints none).
@@ -66,6 +79,25 @@ impl Pod {
     /// # Errors
     /// When the plugin fails; the message is its JSON error.
     pub async fn cni(&self, verb: &str) -> Result<Value> {
+        match self.call_cni(verb, json!({})).await? {
+            Ok(result) => Ok(result),
+            Err(error) => bail!(
+                "CNI {verb} of {}/{} failed: {error}",
+                self.namespace,
+                self.name
+            ),
+        }
+    }
+
+    /// Calls the CNI plugin with `more` in its configuration: its result, or its error, as JSON.
+    ///
+    /// # Errors
+    /// When it cannot be started, or prints something else than JSON.
+    pub async fn call_cni(
+        &self,
+        verb: &str,
+        more: Value,
+    ) -> Result<std::result::Result<Value, Value>> {
         let mut command = command_in(
             &self.node_netns,
             None,
@@ -89,29 +121,49 @@ impl Pod {
             .stderr(Stdio::piped())
             .spawn()
             .context("cannot start the CNI plugin")?;
-        let config = json!({
+        let mut config = json!({
             "cniVersion": CNI_VERSION,
             "name": "clustermesh",
             "type": "clustermesh-cni",
             "socket": self.socket,
+            "queueDir": self.queue_dir(),
         });
+        if let (Some(config), Value::Object(more)) = (config.as_object_mut(), more) {
+            config.extend(more);
+        }
         if let Some(mut stdin) = child.stdin.take() {
             stdin.write_all(config.to_string().as_bytes()).await?;
         }
         let output = child.wait_with_output().await?;
         let printed = String::from_utf8_lossy(&output.stdout);
-        if !output.status.success() {
+        let value = if printed.trim().is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_str(&printed).with_context(|| printed.clone().into_owned())?
+        };
+        if output.status.success() {
+            return Ok(Ok(value));
+        }
+        if value.is_null() {
             bail!(
-                "CNI {verb} of {}/{} failed: {printed}{}",
-                self.namespace,
-                self.name,
+                "CNI {verb} failed without an error in JSON ({}): {}",
+                output.status,
                 String::from_utf8_lossy(&output.stderr)
             );
         }
-        if printed.trim().is_empty() {
-            return Ok(Value::Null);
-        }
-        Ok(serde_json::from_str(&printed)?)
+        Ok(Err(value))
+    }
+
+    /// Where DELs wait for an agent that does not run.
+    #[must_use]
+    pub fn queue_dir(&self) -> PathBuf {
+        self.folder.join("state/cni-queue")
+    }
+
+    /// The container's id.
+    #[must_use]
+    pub fn container_id(&self) -> &str {
+        &self.container_id
     }
 
     /// Detaches the pod and removes its namespace.

@@ -28,6 +28,14 @@ impl Cluster {
     /// # Errors
     /// When the lab's folder is not there.
     pub fn store(&self) -> Result<Store> {
+        self.store_as("admin")
+    }
+
+    /// The store of this cluster as the holder of one of its certificates sees it.
+    ///
+    /// # Errors
+    /// When the lab's folder is not there.
+    pub fn store_as(&self, certificate: &str) -> Result<Store> {
         let folder = self.pki()?.join(self.name());
         Ok(Store {
             netns: netns_path(self.server_netns()),
@@ -35,8 +43,8 @@ impl Cluster {
                 endpoints: vec![self.server_endpoint()],
                 tls: Some(TlsPaths {
                     ca: self.pki()?.join("ca.crt"),
-                    cert: folder.join("admin.crt"),
-                    key: folder.join("admin.key"),
+                    cert: folder.join(format!("{certificate}.crt")),
+                    key: folder.join(format!("{certificate}.key")),
                 }),
                 server_name: None,
             },
