@@ -37,7 +37,9 @@ pub const V4_MAPPED_BITS: u32 = 96;
 /// An IPv4 address in its mapped form.
 #[must_use]
 pub const fn v4_mapped(a: [u8; 4]) -> Address {
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a[0], a[1], a[2], a[3]]
+    [
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a[0], a[1], a[2], a[3],
+    ]
 }
 
 /// True for a mapped IPv4 address.

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 
 use aya::Ebpf;
 use aya::maps::Map;
-use aya::programs::SchedClassifier;
+use aya::programs::{ProgramError, SchedClassifier};
 use clustermesh_ebpf_abi::{
     Address, DropReason, EndpointValue, IPCACHE_PREFIX_BASE_BITS, InterfaceValue, IpcacheKey,
     IpcacheValue, NodeAddressValue, NodeConfig, NodeValue, TrafficPath, TrafficValue, v4_mapped,
@@ -53,8 +53,9 @@ pub fn addr(text: &str) -> Address {
 /// Fails loudly without the rights that every test here needs.
 pub fn require_root() {
     // SAFETY: takes nothing.
+    let user = unsafe { libc::geteuid() };
     assert!(
-        unsafe { libc::geteuid() } == 0,
+        user == 0,
         "these tests load kernel programs: run them as root"
     );
 }
@@ -65,6 +66,20 @@ pub struct Outcome {
     pub verdict: i32,
     /// The packet afterwards.
     pub packet: Vec<u8>,
+}
+
+/// The verifier gives up with EAGAIN when a signal comes; so many times it is asked again, as libbpf does.
+const LOAD_ATTEMPTS_MAX: usize = 5;
+
+fn load(program: &mut SchedClassifier) -> Result<(), ProgramError> {
+    for _ in 1..LOAD_ATTEMPTS_MAX {
+        match program.load() {
+            Err(ProgramError::LoadError { io_error, .. })
+                if io_error.raw_os_error() == Some(libc::EAGAIN) => {}
+            done => return done,
+        }
+    }
+    program.load()
 }
 
 /// One load of all packet programs with maps of their own.
@@ -94,9 +109,7 @@ impl Datapath {
                 .expect(name)
                 .try_into()
                 .expect("a tc program");
-            program
-                .load()
-                .unwrap_or_else(|error| panic!("{name}: {error:#?}"));
+            load(program).unwrap_or_else(|error| panic!("{name}: {error:#?}"));
         }
         Self { ebpf }
     }
