@@ -1,8 +1,9 @@
 //! The object with the kernel programs: its names, and loading it onto pinned maps.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd as _, BorrowedFd};
 
-use aya::programs::{Program, SchedClassifier};
+use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 
 use crate::Error;
@@ -15,6 +16,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CLUSTERMESH_BPF_OBJECT"
 
 /// Bytes of a verifier's log that an error keeps, from its end.
 const VERIFIER_LOG_KEPT_BYTES_MAX: usize = 4_096;
+
+/// Attempts to load one program while the verifier answers EAGAIN.
+const LOAD_ATTEMPTS_MAX: u32 = 5;
 
 /// Where packets are taken: always the ingress of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,16 +70,14 @@ impl Programs {
         let mut programs = Self(loader.load(OBJECT).map_err(Box::new)?);
         for hook in Hook::ALL {
             let name = hook.name();
-            programs
-                .classifier(name)?
-                .load()
-                .map_err(|e| refused(name, &e))?;
+            let program = programs.classifier(name)?;
+            patiently(|| program.load(), interrupted).map_err(|e| refused(name, &e))?;
         }
         if with_sockets {
             for (name, _) in SOCKET_PROGRAMS {
                 match programs.0.program_mut(name) {
                     Some(Program::CgroupSockAddr(program)) => {
-                        program.load().map_err(|e| refused(name, &e))?;
+                        patiently(|| program.load(), interrupted).map_err(|e| refused(name, &e))?;
                     }
                     _ => return Err(missing(name)),
                 }
@@ -100,6 +102,28 @@ impl Programs {
     }
 }
 
+/// Loads again where the verifier gave up because a signal was pending, as libbpf does.
+fn patiently<E>(
+    mut load: impl FnMut() -> Result<(), E>,
+    interrupted: impl Fn(&E) -> bool,
+) -> Result<(), E> {
+    for _ in 1..LOAD_ATTEMPTS_MAX {
+        match load() {
+            Err(error) if interrupted(&error) => {}
+            ended => return ended,
+        }
+    }
+    load()
+}
+
+/// Whether the verifier answered EAGAIN.
+fn interrupted(error: &ProgramError) -> bool {
+    matches!(
+        error,
+        ProgramError::LoadError { io_error, .. } if io_error.kind() == ErrorKind::WouldBlock
+    )
+}
+
 fn missing(program: &'static str) -> Error {
     Error::Program {
         program,
@@ -107,11 +131,50 @@ fn missing(program: &'static str) -> Error {
     }
 }
 
-fn refused(program: &'static str, error: &aya::programs::ProgramError) -> Error {
+fn refused(program: &'static str, error: &ProgramError) -> Error {
     let mut cause = error.to_string();
     if let Some(excess) = cause.len().checked_sub(VERIFIER_LOG_KEPT_BYTES_MAX) {
         let from = (excess..cause.len()).find(|i| cause.is_char_boundary(*i));
         cause.drain(..from.unwrap_or_default());
     }
     Error::Program { program, cause }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_load_is_repeated_five_times_at_most_and_a_refused_one_never() {
+        let mut attempts = 0;
+        let result = patiently(
+            || {
+                attempts += 1;
+                if attempts < 3 { Err("again") } else { Ok(()) }
+            },
+            |_| true,
+        );
+        assert!(result.is_ok());
+        assert_eq!(attempts, 3);
+        let mut attempts = 0;
+        let result = patiently(
+            || {
+                attempts += 1;
+                Err("again")
+            },
+            |_| true,
+        );
+        assert!(result.is_err());
+        assert_eq!(attempts, LOAD_ATTEMPTS_MAX);
+        let mut attempts = 0;
+        let result = patiently(
+            || {
+                attempts += 1;
+                Err("refused")
+            },
+            |_| false,
+        );
+        assert!(result.is_err());
+        assert_eq!(attempts, 1);
+    }
 }
