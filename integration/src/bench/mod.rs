@@ -5,6 +5,7 @@ mod kube_proxy;
 pub mod lb;
 pub mod preload;
 pub mod program;
+pub mod propagate;
 mod services;
 mod site;
 pub mod tunnel;
@@ -28,11 +29,13 @@ pub enum Suite {
     Lb,
     /// Pod to pod across nodes.
     Tunnel,
+    /// Records to the kernels of another cluster, and an agent's memory.
+    Propagate,
 }
 
 impl Suite {
     /// All suites, in the order in which they run.
-    pub const ALL: [Self; 3] = [Self::Program, Self::Lb, Self::Tunnel];
+    pub const ALL: [Self; 4] = [Self::Program, Self::Lb, Self::Tunnel, Self::Propagate];
 
     /// Name of the suite and of its file.
     #[must_use]
@@ -41,6 +44,7 @@ impl Suite {
             Self::Program => "program",
             Self::Lb => "lb",
             Self::Tunnel => "tunnel",
+            Self::Propagate => "propagate",
         }
     }
 
@@ -51,6 +55,7 @@ impl Suite {
             Self::Program => &program::IDS,
             Self::Lb => &lb::IDS,
             Self::Tunnel => &tunnel::IDS,
+            Self::Propagate => &propagate::IDS,
         }
     }
 
@@ -58,7 +63,7 @@ impl Suite {
     #[must_use]
     pub const fn tools(self) -> &'static [(&'static str, &'static str)] {
         match self {
-            Self::Program => &[],
+            Self::Program | Self::Propagate => &[],
             Self::Lb => &[("iptables-legacy-restore", "iptables"), ("nft", "nftables")],
             Self::Tunnel => &[("iperf3", "iperf3"), ("ss", "iproute2")],
         }
@@ -78,6 +83,7 @@ impl Suite {
             Self::Program => program::run_all(rounds, progress).await?,
             Self::Lb => lb::run_all(rounds, wanted, progress).await?,
             Self::Tunnel => tunnel::run_all(rounds, progress).await?,
+            Self::Propagate => propagate::run_all(rounds, progress).await?,
         };
         Ok(figures
             .into_iter()
