@@ -82,7 +82,7 @@ impl Suite {
         let figures = match self {
             Self::Program => program::run_all(rounds, progress).await?,
             Self::Lb => lb::run_all(rounds, wanted, progress).await?,
-            Self::Tunnel => tunnel::run_all(rounds, progress).await?,
+            Self::Tunnel => tunnel::run_all(rounds, wanted, progress).await?,
             Self::Propagate => propagate::run_all(rounds, progress).await?,
         };
         Ok(figures

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::compare::{Figure, Named, Series, Target, against};
-use super::real_time;
+use super::{Wanted, real_time};
 use crate::lab::host::{command_in, ip_batch, run, sh};
 use crate::lab::pod::Pod;
 use crate::lab::process::Process;
@@ -43,18 +43,27 @@ struct Pair {
 ///
 /// # Errors
 /// When a lab cannot be built or a measurement fails.
-pub async fn run_all(rounds: usize, progress: &dyn Fn(&str)) -> Result<Vec<Figure>> {
+pub async fn run_all(
+    rounds: usize,
+    wanted: &Wanted,
+    progress: &dyn Fn(&str),
+) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
-    progress("tunnel: building the lab");
-    let mut lab = Lab::build(config(RoutingMode::Tunnel)?).await?;
-    let result = tunnel_rows(&mut lab, rounds, progress, &mut figures).await;
-    lab.remove().await;
-    result?;
-    progress("direct routing: building the lab");
-    let mut lab = Lab::build(config(RoutingMode::Direct)?).await?;
-    let result = direct_row(&mut lab, rounds, progress, &mut figures).await;
-    lab.remove().await;
-    result?;
+    let (direct, tunnel): (Vec<&str>, Vec<&str>) = IDS.iter().partition(|id| **id == "direct-tcp");
+    if tunnel.iter().any(|id| wanted.has(id)) {
+        progress("tunnel: building the lab");
+        let mut lab = Lab::build(config(RoutingMode::Tunnel)?).await?;
+        let result = tunnel_rows(&mut lab, rounds, progress, &mut figures).await;
+        lab.remove().await;
+        result?;
+    }
+    if direct.iter().any(|id| wanted.has(id)) {
+        progress("direct routing: building the lab");
+        let mut lab = Lab::build(config(RoutingMode::Direct)?).await?;
+        let result = direct_row(&mut lab, rounds, progress, &mut figures).await;
+        lab.remove().await;
+        result?;
+    }
     Ok(figures)
 }
 
