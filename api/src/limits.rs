@@ -6,8 +6,6 @@ pub const MAX_VALUE_BYTES: usize = 1536 * 1024;
 pub const MAX_KEY_BYTES: usize = 4096;
 /// Most operations (compares, or requests of one branch, nested ones included) of a transaction: etcd's `--max-txn-ops` default.
 pub const MAX_TXN_OPS: usize = 128;
-/// Deepest nesting of transactions.
-pub const MAX_TXN_DEPTH: usize = 8;
 /// Keys per page when a range is listed, as Cilium's client does.
 pub const LIST_PAGE_KEYS: usize = 256;
 /// Largest gRPC message that a server or client of ours receives: a request plus framing.
@@ -16,10 +14,6 @@ pub const MAX_GRPC_RECV_BYTES: usize = 4 * 1024 * 1024;
 pub const MAX_GRPC_CLIENT_RECV_BYTES: usize = 64 * 1024 * 1024;
 /// Bytes of keys and values that one message of a listing or one batch of events aims at.
 pub const STREAM_MESSAGE_TARGET_BYTES: usize = 1024 * 1024;
-/// Messages queued for one watcher before it falls back to stored history.
-pub const WATCH_QUEUE_MESSAGES: usize = 64;
-/// Bytes queued for one watcher before it falls back to stored history.
-pub const WATCH_QUEUE_BYTES: usize = 4 * 1024 * 1024;
 /// Watches on one gRPC stream.
 pub const MAX_WATCHES_PER_STREAM: usize = 1024;
 /// Streams of agents and sessions that one server serves.
@@ -32,10 +26,6 @@ pub const SESSION_TTL_MIN_SECONDS: u32 = 5;
 pub const SESSION_TTL_DEFAULT_SECONDS: u32 = 15;
 /// Longest time to live of a node session.
 pub const SESSION_TTL_MAX_SECONDS: u32 = 600;
-/// Longest lease, as in etcd (9,000,000,000 s).
-pub const LEASE_TTL_MAX_SECONDS: i64 = 9_000_000_000;
-/// Keys that Cilium attaches to one lease before it takes another.
-pub const LEASE_KEYS_CILIUM: usize = 1000;
 
 /// Compressed or not, the largest endpoint slice that is decoded.
 pub const MAX_ENDPOINT_SLICE_DECODED_BYTES: usize = 16 * 1024 * 1024;

@@ -13,7 +13,9 @@ use clustermesh_api::etcd::rpc::{
 
 use crate::{
     error::KvError,
-    limits::{MAX_APPLIED_TXN_OPS, MAX_LEASE_TTL_SECONDS, MAX_REQUEST_BYTES, MAX_TXN_OPS},
+    limits::{
+        MAX_APPLIED_TXN_OPS, MAX_LEASE_TTL_SECONDS, MAX_REQUEST_BYTES, MAX_TXN_DEPTH, MAX_TXN_OPS,
+    },
 };
 
 pub use crate::peer::check_peer_copy;
@@ -84,16 +86,29 @@ pub const fn check_lease_grant(request: &LeaseGrantRequest) -> Result<(), KvErro
     Ok(())
 }
 
-/// Checks a transaction: number of operations, each operation, and that no key is written twice on one path.
+/// Checks a transaction: depth, number of operations, each operation, and that no key is written twice on one path.
 ///
 /// # Errors
-/// [`KvError::TooManyOps`], [`KvError::EmptyKey`], [`KvError::KeyNotFound`] for an empty operation, [`KvError::DuplicateKey`], and
+/// [`KvError::TooManyOps`] (also for too deep a nesting), [`KvError::EmptyKey`], [`KvError::KeyNotFound`] for an empty operation, [`KvError::DuplicateKey`], and
 /// those of the operations.
 pub fn check_txn(request: &TxnRequest) -> Result<(), KvError> {
+    check_depth(request, MAX_TXN_DEPTH)?;
     check_txn_ops(request, MAX_TXN_OPS)
 }
 
-/// Checks a transaction that the log holds: as [`check_txn`], but for the number of operations, which was the proposer's affair.
+/// The log wraps a request in messages of its own, and a decoder takes only so many levels: what was accepted deeper could be committed but
+/// never read again.
+fn check_depth(request: &TxnRequest, allowed: usize) -> Result<(), KvError> {
+    let left = allowed.checked_sub(1).ok_or(KvError::TooManyOps)?;
+    for op in request.success.iter().chain(&request.failure) {
+        if let Some(Request::RequestTxn(nested)) = &op.request {
+            check_depth(nested, left)?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks a transaction that the log holds: as [`check_txn`], but for depth and number of operations, which were the proposer's affair.
 ///
 /// # Errors
 /// As [`check_txn`].

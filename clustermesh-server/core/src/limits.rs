@@ -9,7 +9,10 @@ pub const SNAPSHOT_FORMAT: u32 = 1;
 /// Operations in one branch of a transaction, nested ones included (etcd's `--max-txn-ops`).
 pub const MAX_TXN_OPS: usize = 128;
 
-/// The same for what a log entry may hold: transactions that the server plans itself (a list of manifests, say) are larger than what
+/// Deepest nesting of a transaction, itself included. etcd bounds it by [`MAX_TXN_OPS`] alone; a decoder of protobuf does not go that deep.
+pub const MAX_TXN_DEPTH: usize = 32;
+
+/// [`MAX_TXN_OPS`] for what a log entry may hold: transactions that the server plans itself (a list of manifests, say) are larger than what
 /// clients may send.
 pub const MAX_APPLIED_TXN_OPS: usize = 65_536;
 

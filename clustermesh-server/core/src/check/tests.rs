@@ -1,8 +1,10 @@
 use clustermesh_api::etcd::rpc::{Compare, LeaseGrantRequest, RequestOp};
 
+use prost::Message;
+
 use super::*;
 use crate::{
-    pb::{PeerChange, PeerCopy},
+    pb::{Batch, PeerChange, PeerCopy, Proposal, proposal::Command},
     test_support::{bytes, delete_op, put_op, put_request, range, range_op, txn, txn_op},
 };
 
@@ -22,6 +24,30 @@ fn requests_without_key_are_refused() {
         vec![txn_op(txn(vec![], vec![put_op("", "")], vec![]))],
     );
     assert_eq!(check_txn(&nested), Err(KvError::EmptyKey));
+}
+
+#[test]
+fn what_a_client_may_nest_can_be_read_back_from_the_log() {
+    let mut nested = txn(vec![], vec![put_op("a", "1")], vec![]);
+    let mut accepted = 0;
+    // What a decoder of requests takes.
+    while TxnRequest::decode(nested.encode_to_vec().as_slice()).is_ok() {
+        if check_txn(&nested).is_ok() {
+            accepted += 1;
+            let batch = Batch {
+                proposals: vec![Proposal {
+                    command: Some(Command::Txn(nested.clone())),
+                }],
+                ..Batch::default()
+            };
+            let read = Batch::decode(batch.encode_to_vec().as_slice());
+            assert!(read.is_ok(), "depth {accepted}: {read:?}");
+        } else {
+            assert_eq!(check_txn(&nested), Err(KvError::TooManyOps));
+        }
+        nested = txn(vec![], vec![], vec![txn_op(nested)]);
+    }
+    assert_eq!(accepted, MAX_TXN_DEPTH);
 }
 
 #[test]
