@@ -129,12 +129,13 @@ fn publish_refusals(shared: &Shared, model: &mut Model) {
     }
 }
 
-/// False if a step failed; it and the steps after it are planned again.
+/// False if a step failed; it, and those after it that are not safe without it, are planned again.
 fn carry_out(shared: &Shared, model: &mut Model, plan: &Plan) -> bool {
-    let mut failed = false;
+    let mut missed: Vec<Step<'_>> = Vec::new();
     for step in plan.steps() {
-        if failed {
+        if !missed.iter().all(|missed| step.may_follow_missed(missed)) {
             model.reject(&step);
+            missed.push(step);
             continue;
         }
         match take(&shared.maps, &step) {
@@ -147,10 +148,11 @@ fn carry_out(shared: &Shared, model: &mut Model, plan: &Plan) -> bool {
                     .get_or_create(&label("map", step.map()))
                     .inc();
                 model.reject(&step);
-                failed = true;
+                missed.push(step);
             }
         }
     }
+    let failed = !missed.is_empty();
     if failed {
         // Part of a failed step may have been taken: what is there is read, not assumed.
         match read_tables(&shared.maps) {

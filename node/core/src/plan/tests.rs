@@ -161,6 +161,37 @@ impl Kernel {
     }
 }
 
+/// The first entries of a step: what the kernel took of a call that failed.
+fn part<'a>(step: &Step<'a>, percent: usize) -> Step<'a> {
+    fn cut<T>(entries: &[T], percent: usize) -> &[T] {
+        &entries[..entries.len() * percent / 100]
+    }
+    match *step {
+        Step::UpsertNodes(e) => Step::UpsertNodes(cut(e, percent)),
+        Step::UpsertNodeAddresses(e) => Step::UpsertNodeAddresses(cut(e, percent)),
+        Step::UpsertIpcache(e) => Step::UpsertIpcache(cut(e, percent)),
+        Step::UpsertBackends(e) => Step::UpsertBackends(cut(e, percent)),
+        Step::UpsertFrontends(e) => Step::UpsertFrontends(cut(e, percent)),
+        Step::DeleteFrontends(k) => Step::DeleteFrontends(cut(k, percent)),
+        Step::DeleteBackends(k) => Step::DeleteBackends(cut(k, percent)),
+        Step::DeleteIpcache(k) => Step::DeleteIpcache(cut(k, percent)),
+        Step::DeleteNodeAddresses(k) => Step::DeleteNodeAddresses(cut(k, percent)),
+        Step::DeleteNodes(k) => Step::DeleteNodes(cut(k, percent)),
+    }
+}
+
+#[test]
+fn a_full_map_does_not_keep_what_is_gone() {
+    let missed = Step::UpsertFrontends(&[]);
+    assert!(Step::DeleteFrontends(&[]).may_follow_missed(&missed));
+    assert!(Step::DeleteIpcache(&[]).may_follow_missed(&missed));
+    assert!(Step::DeleteNodes(&[]).may_follow_missed(&missed));
+    // The frontend that was not switched still uses its old list.
+    assert!(!Step::DeleteBackends(&[]).may_follow_missed(&missed));
+    // An address that was not moved still lives behind its old node.
+    assert!(!Step::DeleteNodes(&[]).may_follow_missed(&Step::UpsertIpcache(&[])));
+}
+
 proptest! {
     #[test]
     fn a_plan_makes_actual_equal_to_wanted_by_safe_steps(
@@ -184,6 +215,37 @@ proptest! {
         kernel.tables.loose_backends.clear();
         prop_assert_eq!(kernel, Kernel::new(&wanted));
         prop_assert!(super::plan(&wanted, &actual).is_empty());
+    }
+
+    #[test]
+    fn what_may_follow_a_missed_step_is_safe_and_the_next_plan_makes_the_rest(
+        wanted in tables(), actual in tables(), failing in 0usize..10, taken_percent in 0usize..100
+    ) {
+        let mut kernel = Kernel::new(&actual);
+        let first = plan(&wanted, &actual);
+        let mut missed: Vec<Step<'_>> = Vec::new();
+        for (place, step) in first.steps().enumerate() {
+            if !missed.iter().all(|missed| step.may_follow_missed(missed)) {
+                missed.push(step);
+            } else if place == failing {
+                kernel.take(&part(&step, taken_percent));
+                missed.push(step);
+            } else {
+                kernel.take(&step);
+            }
+        }
+        let mut actual = Tables::from_entries(
+            kernel.tables.nodes.clone(),
+            kernel.tables.node_addresses.clone(),
+            kernel.tables.ipcache.clone(),
+            kernel.tables.frontends.clone(),
+            kernel.backends.clone(),
+        );
+        for step in plan(&wanted, &actual.clone()).steps() {
+            kernel.take(&step);
+            actual.commit(&step);
+        }
+        prop_assert_eq!(actual, wanted);
     }
 
     #[test]
