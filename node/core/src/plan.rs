@@ -158,26 +158,25 @@ impl Step<'_> {
     /// nothing points to. So a map that is full does not keep what is gone from being removed, which may make room.
     #[must_use]
     pub const fn may_follow_missed(&self, missed: &Self) -> bool {
-        match (self, missed) {
+        matches!(
+            (self, missed),
             (
                 Self::DeleteFrontends(_) | Self::DeleteIpcache(_),
                 Self::UpsertNodes(_)
-                | Self::UpsertNodeAddresses(_)
-                | Self::UpsertIpcache(_)
-                | Self::UpsertBackends(_)
-                | Self::UpsertFrontends(_),
-            )
-            | (Self::DeleteIpcache(_), Self::DeleteBackends(_))
-            | (
-                Self::DeleteBackends(_),
-                Self::UpsertNodes(_) | Self::UpsertNodeAddresses(_) | Self::UpsertIpcache(_),
-            )
-            | (
-                Self::DeleteNodeAddresses(_) | Self::DeleteNodes(_),
-                Self::UpsertBackends(_) | Self::UpsertFrontends(_) | Self::DeleteBackends(_),
-            ) => true,
-            _ => false,
-        }
+                    | Self::UpsertNodeAddresses(_)
+                    | Self::UpsertIpcache(_)
+                    | Self::UpsertBackends(_)
+                    | Self::UpsertFrontends(_),
+            ) | (Self::DeleteIpcache(_), Self::DeleteBackends(_))
+                | (
+                    Self::DeleteBackends(_),
+                    Self::UpsertNodes(_) | Self::UpsertNodeAddresses(_) | Self::UpsertIpcache(_),
+                )
+                | (
+                    Self::DeleteNodeAddresses(_) | Self::DeleteNodes(_),
+                    Self::UpsertBackends(_) | Self::UpsertFrontends(_) | Self::DeleteBackends(_),
+                )
+        )
     }
 }
 
