@@ -9,7 +9,7 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup build build-next lint test demo bench clean
+.PHONY: help setup build lint test demo bench clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,14 +33,14 @@ lint: ## Format, clippy, docs, dependency rules
 	@RUSTDOCFLAGS="-D warnings" cargo doc $(WORKSPACE) --no-deps --quiet
 	@cargo deny --log-level error check bans licenses sources
 
-test: build ## All tests: unit, property, conformance, and the scenarios in namespaces
+test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces
 	@cargo test $(WORKSPACE)
 
-demo: build ## The main job on one machine, as a table (KEEP=1 leaves the lab running)
+demo: setup build ## The main job on one machine, as a table (KEEP=1 leaves the lab running)
 	@$(CARGO_TARGET_DIR)/debug/clustermesh-demo $(if $(filter 1,$(KEEP)),--keep)
 
-bench: ## Figures against peers, as ratios
-	@cargo build --locked --release --workspace --exclude clustermesh-ebpf-programs --bins
+bench: setup ## Figures against peers, as ratios
+	@cargo build $(WORKSPACE) --release --bins
 	@$(CARGO_TARGET_DIR)/release/clustermesh-bench
 
 clean: ## Remove build output and whatever a killed lab left behind
