@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clustermesh_ebpf::Maps;
+use clustermesh_ebpf_abi::RESERVED_IDENTITY_MAX;
 use clustermesh_node_core::tables::host_key;
 
 use super::compare::{Figure, Named, Series, Target, alone};
@@ -182,7 +183,10 @@ impl Reader {
 
     fn all_have(&self, address: IpAddr, wanted: bool) -> Result<bool> {
         for maps in &self.0 {
-            if maps.ipcache.get(&host_key(address))?.is_some() != wanted {
+            let entry = maps.ipcache.get(&host_key(address))?;
+            // Without an entry of its own, an address gets that of its node's pod CIDR, which is reserved.
+            let has = entry.is_some_and(|entry| entry.identity > RESERVED_IDENTITY_MAX);
+            if has != wanted {
                 return Ok(false);
             }
         }
