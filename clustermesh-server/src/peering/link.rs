@@ -90,6 +90,9 @@ impl Link {
             if synced {
                 backoff = BACKOFF_MIN;
             }
+            if let (LinkError::Store(_), Some(copy)) = (&error, &mut self.copy) {
+                copy.changes_lost();
+            }
             let state = match error {
                 LinkError::Refused(_) => State::Refused,
                 _ => State::Unreachable,

@@ -164,6 +164,7 @@ impl<'a> Sync<'a> {
             .into_iter()
             .map(|kv| (kv.key, Some(kv.value)))
             .collect();
+        self.copy.begin_canaries();
         let outcome = self.copy.ingest(&mut self.shared.owners.lock(), &events);
         self.log_refused(&outcome);
         Ok(listing.revision)

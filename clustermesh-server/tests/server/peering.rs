@@ -6,7 +6,7 @@ use clustermesh_api::v1::agent_watch_response::Message;
 use clustermesh_api::v1::peer_status::State;
 use clustermesh_client::Client;
 
-use crate::support::{Cluster, Pki, http_get, put, soon, until};
+use crate::support::{Cluster, Gate, Pki, http_get, put, soon, until};
 
 fn node(cluster: u32, name: &str, third: u32) -> (String, String) {
     let key = format!("cilium/state/nodes/v1/c{cluster}/{name}");
@@ -160,6 +160,62 @@ async fn a_new_store_of_the_peer_is_listed_and_only_differences_are_written() {
     );
     let status = until_state(&at_b, State::Synced).await;
     assert_eq!(status.store_id, a.server().store().cluster_id());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_store_without_canaries_takes_nothing_away() {
+    let pki = Pki::new();
+    let mut a = Cluster::start(&pki, 1, &[]).await;
+    write(&a.operator(&pki), node(1, "w1", 1)).await;
+    let gate = Gate::before(a.address()).await;
+    let mut b = Cluster::start(&pki, 2, &[]).await;
+    b.stop().await;
+    b.add_peer_behind(&a, &gate);
+    b.restart(&pki).await;
+    let at_b = b.operator(&pki);
+    until_state(&at_b, State::Synced).await;
+
+    // Behind the cut the peer loses its store; the new one does not say yet that it is complete.
+    gate.set_open(false);
+    until_state(&at_b, State::Unreachable).await;
+    a.stop().await;
+    std::fs::remove_dir_all(a.dir.path().join("data")).unwrap();
+    a.restart(&pki).await;
+    let at_a = a.operator(&pki);
+    let canaries = at_a
+        .list_prefix("cilium/synced/c1/")
+        .collect(10)
+        .await
+        .unwrap();
+    for kv in &canaries.kvs {
+        delete(&at_a, std::str::from_utf8(&kv.key).unwrap()).await;
+    }
+    write(&at_a, node(1, "w2", 2)).await;
+    gate.set_open(true);
+    until(&at_b, "cilium/cache/nodes/v1/c1/w2", |value| {
+        value.is_some()
+    })
+    .await;
+    // Later than the listing.
+    write(&at_a, node(1, "w3", 3)).await;
+    until(&at_b, "cilium/cache/nodes/v1/c1/w3", |value| {
+        value.is_some()
+    })
+    .await;
+    let kept = at_b.get("cilium/cache/nodes/v1/c1/w1").await.unwrap();
+    assert!(kept.is_some(), "absence was taken for a deletion");
+    let status = at_b.mesh_status().await.unwrap();
+    assert_eq!(status.peers[0].state(), State::Syncing);
+
+    for kv in canaries.kvs {
+        let key = String::from_utf8(kv.key.to_vec()).unwrap();
+        write(&at_a, (key, "now".to_owned())).await;
+    }
+    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
+        value.is_none()
+    })
+    .await;
+    until_state(&at_b, State::Synced).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -152,6 +152,11 @@ impl Cluster {
         self.peers.push((peer.name.clone(), peer.port));
     }
 
+    /// A peer that is reached through `gate`.
+    pub fn add_peer_behind(&mut self, peer: &Cluster, gate: &Gate) {
+        self.peers.push((peer.name.clone(), gate.port));
+    }
+
     pub fn forget_peers(&mut self) {
         self.peers.clear();
     }
@@ -174,6 +179,42 @@ impl Cluster {
 
     pub fn node(&self, pki: &Pki, name: &str) -> Client {
         self.client(pki.issue("node", &self.name, name))
+    }
+}
+
+/// A link that can be cut: forwards a port while it is open.
+pub struct Gate {
+    port: u16,
+    open: tokio::sync::watch::Sender<bool>,
+}
+
+impl Gate {
+    pub async fn before(target: SocketAddr) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (open, state) = tokio::sync::watch::channel(true);
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut state = state.clone();
+                tokio::spawn(async move {
+                    if !*state.borrow() {
+                        return;
+                    }
+                    let Ok(mut far) = tokio::net::TcpStream::connect(target).await else {
+                        return;
+                    };
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut stream, &mut far) => {}
+                        _ = state.wait_for(|open| !open) => {}
+                    }
+                });
+            }
+        });
+        Self { port, open }
+    }
+
+    pub fn set_open(&self, open: bool) {
+        self.open.send_replace(open);
     }
 }
 

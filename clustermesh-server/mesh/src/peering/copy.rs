@@ -51,6 +51,8 @@ pub struct PeerCopyState {
     refused_bytes: usize,
     /// Set when refused records found no room, or a predecessor refused some: `CidrOwners::releases` of that time.
     forgotten_at: Option<u64>,
+    /// Since then something came that may make one of those records acceptable.
+    forgotten_wanted: bool,
     /// `CidrOwners::releases` when all refused records were last looked at.
     looked_at: u64,
     canaries: BTreeMap<Kind, Bytes>,
@@ -65,6 +67,7 @@ impl PeerCopyState {
             refused: BTreeMap::new(),
             refused_bytes: 0,
             forgotten_at: None,
+            forgotten_wanted: false,
             looked_at: 0,
             canaries: BTreeMap::new(),
         }
@@ -117,12 +120,24 @@ impl PeerCopyState {
         counts
     }
 
-    /// True when a range became free and records were refused that this state does not hold:
-    /// only a new listing of the peer can tell whether they are acceptable now.
+    /// True when a range became free, or a node of the peer changed, and records were refused that this state does not
+    /// hold: only a new listing of the peer can tell whether they are acceptable now.
     #[must_use]
     pub fn needs_relist(&self, owners: &CidrOwners) -> bool {
         self.forgotten_at
-            .is_some_and(|then| then != owners.releases())
+            .is_some_and(|then| self.forgotten_wanted || then != owners.releases())
+    }
+
+    /// To be called when changes that this state handed out were not stored: records that are no longer refused are in
+    /// no later event, so only a new listing brings them.
+    pub fn changes_lost(&mut self) {
+        self.forgotten_at.get_or_insert(self.looked_at);
+        self.forgotten_wanted = true;
+    }
+
+    /// To be called before all canaries of the peer's store are taken: those of another store say nothing about it.
+    pub fn begin_canaries(&mut self) {
+        self.canaries.clear();
     }
 
     /// Kinds whose initial list is complete at the peer, as its canaries say.
@@ -162,7 +177,11 @@ impl PeerCopyState {
         ordered.sort_by_key(|(key, value)| (rank(key), value.is_some()));
         let mut nodes_changed = false;
         for (key, value) in ordered {
-            nodes_changed |= key.kind() == Some(Kind::Nodes);
+            if key.kind() == Some(Kind::Nodes) {
+                nodes_changed = true;
+                // A deletion counts as a release.
+                self.forgotten_wanted |= self.forgotten_at.is_some() && value.is_some();
+            }
             if let RecordKey::Synced {
                 cluster,
                 tree,
@@ -279,6 +298,7 @@ impl PeerCopyState {
     /// To be called before the listings of all kinds are taken: they tell again what is refused.
     pub fn begin_listing(&mut self) {
         self.forgotten_at = None;
+        self.forgotten_wanted = false;
     }
 
     fn take(

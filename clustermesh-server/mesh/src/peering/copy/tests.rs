@@ -308,6 +308,51 @@ fn absence_deletes_only_after_the_peers_canary() {
 }
 
 #[test]
+fn the_canary_of_another_store_permits_no_deletion() {
+    let (mut state, mut owners) = c2();
+    let mut view = MapView::new();
+    let full = [node("n1", "192.0.2.21", "10.2.0.0/24")];
+    state.ingest(&mut owners, &[(CANARY.into(), Some("then".into()))]);
+    let outcome = state.replace(&mut owners, Kind::Nodes, &listing(&full), &view, 0);
+    write(&mut view, &outcome.changes);
+    state.begin_canaries();
+    assert_eq!(
+        state
+            .replace(&mut owners, Kind::Nodes, &[], &view, 0)
+            .changes,
+        []
+    );
+}
+
+#[test]
+fn a_restored_copy_asks_for_a_listing_when_a_node_may_make_a_refused_record_good() {
+    let (mut before, mut owners) = c2();
+    let early = ip("10.2.0.4", ID, "192.0.2.21");
+    before.ingest(&mut owners, std::slice::from_ref(&early));
+    assert_eq!(reasons(&before), ["not-owned"]);
+    let (mut state, _) = PeerCopyState::restore(peer("c2", 2), &mut owners, &MapView::new());
+    assert!(!state.needs_relist(&owners));
+    state.ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24")]);
+    assert!(
+        state.needs_relist(&owners),
+        "nobody holds the address any more"
+    );
+    state.begin_listing();
+    assert!(!state.needs_relist(&owners));
+}
+
+#[test]
+fn changes_that_were_not_stored_are_listed_again() {
+    let (mut state, mut owners) = c2();
+    state.ingest(&mut owners, &[ip("10.2.0.4", ID, "192.0.2.21")]);
+    let lost = state.ingest(&mut owners, &[node("n1", "192.0.2.21", "10.2.0.0/24")]);
+    assert_eq!(lost.changes.len(), 2, "the node and the address");
+    assert!(!state.needs_relist(&owners));
+    state.changes_lost();
+    assert!(state.needs_relist(&owners));
+}
+
+#[test]
 fn a_kind_that_the_peer_does_not_export_is_drained_and_complete() {
     let mut state = PeerCopyState::new(Peer {
         endpoint_slices: false,
