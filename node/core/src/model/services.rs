@@ -58,6 +58,8 @@ pub(super) struct Services {
     contested: HashMap<FrontendKey, BTreeSet<ServiceId>>,
     next_list: u32,
     backends_wanted: usize,
+    /// Services that found no room; looked at again when another gives some up.
+    unplaced: BTreeSet<ServiceId>,
 }
 
 /// A backend on its way into a list.
@@ -90,6 +92,7 @@ impl Services {
             contested: HashMap::new(),
             next_list: LIST_ID_NONE,
             backends_wanted: 0,
+            unplaced: BTreeSet::new(),
         };
         services.adopt(actual);
         services
@@ -141,6 +144,12 @@ impl Services {
             && !std::mem::replace(&mut service.dirty, true)
         {
             self.dirty.push(id);
+        }
+    }
+
+    fn offer_room(&mut self) {
+        for id in std::mem::take(&mut self.unplaced) {
+            self.mark(id);
         }
     }
 
@@ -462,9 +471,13 @@ impl Model {
                 "the maps take {FRONTENDS_WANTED_MAX} frontends and {BACKENDS_WANTED_MAX} backends"
             );
             self.refuse(Reason::MapFull, self.service_object(id), detail);
+            self.services.unplaced.insert(id);
             return held.is_some();
         }
         self.services.backends_wanted = backends;
+        if list.len() < held_len {
+            self.services.offer_room();
+        }
         if let Some((old, _)) = held {
             self.drop_list(old);
         }
@@ -511,6 +524,7 @@ impl Model {
         for next in self.services.contested.remove(key).into_iter().flatten() {
             self.services.mark(next);
         }
+        self.services.offer_room();
     }
 
     fn service_object(&self, id: ServiceId) -> String {
@@ -555,3 +569,6 @@ fn frontends(
         })
     })
 }
+
+#[cfg(test)]
+mod tests;
