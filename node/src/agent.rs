@@ -187,7 +187,7 @@ impl Node {
                 }
                 Ok(()) = cidrs.changed() => {
                     cidrs.mark_unchanged();
-                    if let Err(error) = self.ensure_routes().await {
+                    if let Err(error) = self.ensure_routes(false).await {
                         warn!(error = %format!("{error:#}"), "routes to other nodes' pods not brought up to date");
                     }
                 }
@@ -225,7 +225,7 @@ impl Node {
         };
         self.shared.files.store_facts(&facts)?;
         self.facts = Some(facts.clone());
-        self.ensure_routes().await?;
+        self.ensure_routes(true).await?;
         let config = host::node_config(
             &facts,
             &self.underlay,
@@ -243,7 +243,12 @@ impl Node {
                 self.activate().await?;
             }
             let decoder = Decoder::new(self.shared.config.cluster.as_str().into(), split);
-            let follower = Follower::new(Arc::clone(&self.shared), self.client.clone(), decoder);
+            let follower = Follower::new(
+                Arc::clone(&self.shared),
+                self.client.clone(),
+                decoder,
+                self.shared.files.store_id()?,
+            );
             tokio::spawn(follower.run(drain.clone()));
             self.server_token = None;
         }
@@ -278,13 +283,20 @@ impl Node {
         Ok(())
     }
 
-    async fn ensure_routes(&self) -> anyhow::Result<()> {
+    async fn ensure_routes(&self, renew: bool) -> anyhow::Result<()> {
         let Some(facts) = &self.facts else {
             return Ok(());
         };
         let remote = self.shared.remote_cidrs.borrow().clone();
-        host::ensure_addresses_and_routes(&self.handle, self.pair, facts, &self.underlay, &remote)
-            .await
+        host::ensure_addresses_and_routes(
+            &self.handle,
+            self.pair,
+            facts,
+            &self.underlay,
+            &remote,
+            renew,
+        )
+        .await
     }
 }
 

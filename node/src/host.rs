@@ -11,6 +11,7 @@ use rtnetlink::Handle;
 
 use crate::config::{Config, Routing};
 use crate::netlink::{self, Link, Route, VethPair};
+use crate::shared::RemoteCidrs;
 use crate::state::NodeFacts;
 
 /// Host's end: has the router and health addresses, and the routes to pods.
@@ -210,7 +211,8 @@ pub async fn ensure_pair(handle: &Handle) -> anyhow::Result<HostPair> {
     }
 }
 
-/// Gives the pair its addresses and routes: the cluster's pod CIDRs and those of other nodes.
+/// Gives the pair its addresses and routes: the cluster's pod CIDRs and those of other nodes. Routes that are
+/// there are written again only to `renew` them: their source and MTU may be of an earlier run.
 ///
 /// # Errors
 /// The kernel refused something.
@@ -219,7 +221,8 @@ pub async fn ensure_addresses_and_routes(
     pair: HostPair,
     facts: &NodeFacts,
     underlay: &Underlay,
-    remote_cidrs: &[IpNetwork],
+    remote: &RemoteCidrs,
+    renew: bool,
 ) -> anyhow::Result<()> {
     let mut ipam = clustermesh_node_core::ipam::Ipam::default();
     ipam.set_ranges(facts.pod_cidr_v4, facts.pod_cidr_v6);
@@ -234,7 +237,7 @@ pub async fn ensure_addresses_and_routes(
     let mut wanted: Vec<IpNetwork> = facts
         .cluster_pod_cidrs
         .iter()
-        .chain(remote_cidrs)
+        .chain(&remote.cidrs)
         .copied()
         .chain(own.into_iter().flatten())
         .collect();
@@ -248,7 +251,7 @@ pub async fn ensure_addresses_and_routes(
         else {
             continue;
         };
-        if held.contains(destination) {
+        if held.contains(destination) && !renew {
             continue;
         }
         let route = Route {
@@ -259,7 +262,11 @@ pub async fn ensure_addresses_and_routes(
         };
         netlink::put_route(handle, pair.host_ifindex, &route).await?;
     }
-    for gone in held.iter().filter(|held| !wanted.contains(held)) {
+    // A restarted agent does not know the peers' ranges before the first listing: losing control removes no route.
+    let gone = held
+        .iter()
+        .filter(|held| remote.complete && !wanted.contains(held));
+    for gone in gone {
         netlink::delete_route(handle, pair.host_ifindex, *gone).await?;
     }
     Ok(())

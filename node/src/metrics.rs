@@ -6,9 +6,9 @@ use std::sync::atomic::AtomicU64;
 use clustermesh_ebpf::Maps;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
@@ -24,6 +24,8 @@ pub struct Metrics {
     pub map_failures: Family<Labels, Counter>,
     /// Applied revision, by source cluster.
     pub applied_revision: Family<Labels, Gauge>,
+    /// Entries that stay although a new store does not name them.
+    pub kept_entries: Gauge,
     /// Time of one round of map calls, seconds.
     pub apply_seconds: Histogram,
     /// Reconnects of stream and session.
@@ -46,6 +48,7 @@ impl Metrics {
             refused_records: Family::default(),
             map_failures: Family::default(),
             applied_revision: Family::default(),
+            kept_entries: Gauge::default(),
             apply_seconds: Histogram::new(exponential_buckets(0.000_05, 2.0, 16)),
             reconnects: Family::default(),
             cni_calls: Family::default(),
@@ -65,6 +68,11 @@ impl Metrics {
             "applied_revision",
             "Revision that the kernel holds, by source cluster",
             metrics.applied_revision.clone(),
+        );
+        registry.register(
+            "kept_entries",
+            "Entries of the kernel that stay although a new store does not name them",
+            metrics.kept_entries.clone(),
         );
         registry.register(
             "apply_seconds",
@@ -124,7 +132,12 @@ impl Collector for Kernel {
             )?;
             family.encode(descriptor)?;
         }
-        let entries = ConstCounter::new(self.0.ipcache.len().map_or(0, |n| n as u64));
+        let entries = ConstGauge::new(
+            self.0
+                .ipcache
+                .len()
+                .map_or(0, |n| i64::try_from(n).unwrap_or(i64::MAX)),
+        );
         let descriptor = encoder.encode_descriptor(
             "ipcache_entries",
             "Entries of the ipcache",

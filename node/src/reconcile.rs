@@ -10,7 +10,7 @@ use tracing::{error, warn};
 
 use crate::metrics::label;
 use crate::probe;
-use crate::shared::{Applied, Shared};
+use crate::shared::{Applied, RemoteCidrs, Shared};
 
 /// After a map call that failed the next try waits so long.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -56,6 +56,7 @@ pub fn round(shared: &Shared) -> bool {
     let cidrs = model
         .take_pod_cidrs_changed()
         .then(|| model.remote_pod_cidrs());
+    let settled = complete && model.is_settled();
     let services = model.take_services_changed();
     let workloads = model.take_workloads_changed();
     drop(guard);
@@ -66,10 +67,14 @@ pub fn round(shared: &Shared) -> bool {
             .observe(started.elapsed().as_secs_f64());
     }
     publish(shared, applied);
-    if let Some(cidrs) = cidrs.filter(|_| listed) {
+    if listed {
         shared.remote_cidrs.send_if_modified(|held| {
-            let changed = *held != cidrs;
-            *held = cidrs;
+            let new = RemoteCidrs {
+                cidrs: cidrs.unwrap_or_else(|| held.cidrs.clone()),
+                complete: settled,
+            };
+            let changed = *held != new;
+            *held = new;
             changed
         });
     }

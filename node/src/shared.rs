@@ -30,6 +30,15 @@ pub struct Applied {
     pub refused: Vec<(&'static str, u64)>,
 }
 
+/// What the host must route to other nodes' pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RemoteCidrs {
+    /// Pod CIDRs of other nodes, sorted.
+    pub cidrs: Vec<IpNetwork>,
+    /// Nothing else is: until the records have been listed in full, routes of before stay.
+    pub complete: bool,
+}
+
 /// Shared by all tasks.
 pub struct Shared {
     /// Settings.
@@ -59,7 +68,7 @@ pub struct Shared {
     /// True from the first time on that the kernel held everything of a complete listing.
     pub synced: watch::Sender<bool>,
     /// Pod CIDRs of other nodes.
-    pub remote_cidrs: watch::Sender<Vec<IpNetwork>>,
+    pub remote_cidrs: watch::Sender<RemoteCidrs>,
     /// Counts changes of workloads.
     pub workload_changes: watch::Sender<u64>,
     /// Endpoints that the server has stored.
@@ -93,7 +102,7 @@ impl Shared {
             connected: watch::Sender::new(false),
             applied: watch::Sender::new(Applied::default()),
             synced: watch::Sender::new(false),
-            remote_cidrs: watch::Sender::new(Vec::new()),
+            remote_cidrs: watch::Sender::new(RemoteCidrs::default()),
             workload_changes: watch::Sender::new(0),
             registered: Mutex::default(),
             model: Mutex::new(None),

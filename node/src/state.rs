@@ -196,6 +196,22 @@ impl StateFiles {
         self.write("workloads.json", &workloads)
     }
 
+    /// The store of which the kernel's entries are.
+    ///
+    /// # Errors
+    /// [`StateError::Damaged`] or [`StateError::Io`].
+    pub fn store_id(&self) -> Result<Option<u64>, StateError> {
+        self.read("store.json")
+    }
+
+    /// Stores of which store the kernel's entries are.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn store_store_id(&self, store_id: u64) -> Result<(), StateError> {
+        self.write("store.json", &store_id)
+    }
+
     fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {
         let path = self.dir.join(name);
         let bytes = match fs::read(&path) {

@@ -1,7 +1,7 @@
 //! The agents' stream: records and watermarks into the model, resumed where it broke off.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clustermesh_api::etcd::mvcc::event::EventType;
@@ -11,6 +11,7 @@ use clustermesh_client::Client;
 use clustermesh_node_core::change::ClusterName;
 use clustermesh_node_core::decode::Decoder;
 use clustermesh_node_core::progress::Position;
+use clustermesh_node_core::{ABSENCE_GRACE_MS, Model};
 use clustermesh_process::Drain;
 use futures_util::FutureExt as _;
 use tracing::{info, warn};
@@ -37,12 +38,20 @@ pub struct Follower {
     store_id: u64,
     revision: i64,
     listing: bool,
+    /// The store of which the kernel's entries are, as far as is known.
+    held_store: Option<u64>,
+    started: Instant,
 }
 
 impl Follower {
-    /// A follower that holds nothing yet.
+    /// A follower that has read nothing yet; the kernel holds what was read from `held_store`.
     #[must_use]
-    pub fn new(shared: Arc<Shared>, client: Client, decoder: Decoder) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        client: Client,
+        decoder: Decoder,
+        held_store: Option<u64>,
+    ) -> Self {
         let cluster = shared.config.cluster.as_str().into();
         Self {
             shared,
@@ -52,6 +61,8 @@ impl Follower {
             store_id: 0,
             revision: 0,
             listing: true,
+            held_store,
+            started: Instant::now(),
         }
     }
 
@@ -128,9 +139,44 @@ impl Follower {
                 }
             }
             if !self.listing {
-                retry = !tokio::task::block_in_place(|| round(&self.shared));
+                retry = !tokio::task::block_in_place(|| self.round());
             }
         }
+    }
+
+    /// One round of map calls. False if there is something to do again without a new message.
+    fn round(&mut self) -> bool {
+        let now_ms = self.now_ms();
+        if let Some(model) = self.shared.model().as_mut() {
+            model.pass_time(now_ms);
+        }
+        let complete = round(&self.shared);
+        let kept = self.shared.model().as_ref().map_or(0, Model::kept_entries);
+        let kept_before = self
+            .shared
+            .metrics
+            .kept_entries
+            .set(i64::try_from(kept).unwrap_or(i64::MAX));
+        if kept > 0 && kept_before == 0 {
+            warn!(
+                entries = kept,
+                store_id = format!("{:x}", self.store_id),
+                "this store does not name entries that the kernel has from another one: \
+                 peers' stay until they are synced or removed, own ones for {} s",
+                ABSENCE_GRACE_MS / 1000
+            );
+        }
+        if complete && kept == 0 && self.held_store != Some(self.store_id) {
+            match self.shared.files.store_store_id(self.store_id) {
+                Ok(()) => self.held_store = Some(self.store_id),
+                Err(error) => warn!(%error, "the store's id is not stored for the next start"),
+            }
+        }
+        complete && kept == 0
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     async fn refresh_identities(&self) {
@@ -145,6 +191,7 @@ impl Follower {
     }
 
     fn handle(&mut self, message: AgentWatchResponse) -> anyhow::Result<()> {
+        let now_ms = self.now_ms();
         let mut guard = self.shared.model();
         let Some(model) = guard.as_mut() else {
             bail!("there is no model yet");
@@ -170,6 +217,9 @@ impl Follower {
                 self.store_id = start.store_id;
                 if start.full_listing {
                     model.begin_listing();
+                    if self.held_store != Some(start.store_id) {
+                        model.distrust_absence(now_ms);
+                    }
                     self.listing = true;
                     self.revision = 0;
                 }

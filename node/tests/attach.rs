@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -30,7 +31,9 @@ struct Machine {
 
 impl Machine {
     fn new() -> Self {
-        let id = std::process::id();
+        static MACHINES: AtomicU32 = AtomicU32::new(0);
+        let number = MACHINES.fetch_add(1, Ordering::Relaxed);
+        let id = format!("{}-{number}", std::process::id());
         let machine = Self {
             dir: tempfile::tempdir().unwrap(),
             host: format!("cmn{id}-host"),
@@ -210,4 +213,31 @@ fn a_pod_is_attached_without_a_server_outlives_the_agent_and_leaves_by_a_queued_
     let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
     assert_eq!(status["endpoints"], serde_json::json!([]));
     assert_eq!(status["map_entries"]["interfaces"], 0);
+}
+
+#[test]
+fn a_restart_without_a_server_keeps_the_hosts_routes_to_peers_pods() {
+    let mut machine = Machine::new();
+    machine.start();
+    machine.kill();
+    // As an agent that had listed a peer's nodes left it.
+    let host = machine.host.clone();
+    ip(&format!(
+        "-n {host} route add 10.2.0.0/24 dev cm_host proto 88 scope link"
+    ));
+    ip(&format!(
+        "-n {host} route change 10.1.0.0/16 dev cm_host proto 88 scope link mtu 1300"
+    ));
+    machine.start();
+    let routes = Command::new("ip")
+        .args(["-n", &host, "route", "show", "dev", "cm_host"])
+        .output()
+        .unwrap();
+    let routes = String::from_utf8_lossy(&routes.stdout).into_owned();
+    assert!(routes.contains("10.2.0.0/24"), "{routes}");
+    let renewed = routes
+        .lines()
+        .find(|route| route.starts_with("10.1.0.0/16"))
+        .unwrap();
+    assert!(renewed.contains("mtu 1450"), "{routes}");
 }

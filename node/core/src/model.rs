@@ -4,6 +4,7 @@
 //! that were touched. A full listing builds the wanted state anew and compares it
 //! with everything that the kernel holds, as after a restart.
 
+mod absence;
 mod addresses;
 mod claims;
 mod gate;
@@ -24,10 +25,12 @@ use crate::progress::{Position, Vector};
 use crate::refused::{Reason, Refusal, Refused};
 use crate::tables::Tables;
 
+use absence::Absence;
 use addresses::Addresses;
 use nodes::Nodes;
 use services::Services;
 
+pub use absence::ABSENCE_GRACE_MS;
 pub use addresses::IPCACHE_WANTED_MAX;
 pub use nodes::EMPTY_NODE;
 pub use services::{BACKENDS_WANTED_MAX, FRONTENDS_WANTED_MAX};
@@ -75,6 +78,7 @@ pub struct Model {
     actual: Tables,
     dirty: Keys,
     held: Keys,
+    absence: Absence,
     refused: Refused,
     listing: bool,
     services_changed: bool,
@@ -99,6 +103,7 @@ impl Model {
             actual,
             dirty: Keys::default(),
             held: Keys::default(),
+            absence: Absence::default(),
             refused: Refused::default(),
             listing: true,
             services_changed: false,
@@ -120,6 +125,7 @@ impl Model {
         self.workloads.clear();
         self.wanted = Tables::default();
         self.handled = Vector::default();
+        self.absence.begin_listing();
         self.listing = true;
     }
 
@@ -138,6 +144,12 @@ impl Model {
     #[must_use]
     pub fn is_listed(&self) -> bool {
         !self.listing
+    }
+
+    /// True if nothing is kept that the records do not name: what is not wanted may go elsewhere too.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        !self.listing && self.held.is_empty() && self.kept_entries() == 0
     }
 
     /// Takes one change.
@@ -202,6 +214,9 @@ impl Model {
     pub fn progress(&mut self, cluster: &ClusterName, position: Position) {
         self.handled.advance(cluster, position);
         if self.sources.mark_synced(cluster) {
+            if let Some(cluster_id) = self.sources.id_of(cluster) {
+                self.give_up(cluster_id);
+            }
             self.release_protected();
         }
     }
@@ -219,6 +234,7 @@ impl Model {
         let keys = std::mem::take(&mut self.dirty);
         let mut plan = plan_keys(&keys, &self.wanted, &self.actual);
         self.hold_protected(&mut plan);
+        self.keep_absent(&keys, &mut plan);
         plan
     }
 

@@ -90,6 +90,7 @@ impl Model {
             return;
         };
         let slices_before = self.sources.has_slices(source);
+        let id_before = self.sources.cluster_id(source);
         let changed = self.sources.set_config(source, config);
         if let Some(config) = config
             && source != OWN
@@ -103,6 +104,12 @@ impl Model {
         }
         if config.is_none() {
             self.handled.forget(name);
+        }
+        if let Some(id) = id_before
+            && self.sources.cluster_id(source) != Some(id)
+        {
+            self.give_up(id);
+            self.release_protected();
         }
         let switched = slices_before != self.sources.has_slices(source);
         for source in &changed {

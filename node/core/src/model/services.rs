@@ -159,6 +159,12 @@ impl Services {
         }
     }
 
+    pub(super) fn mark_frontend(&mut self, key: &FrontendKey) {
+        if let Some(id) = self.owners.get(key).copied() {
+            self.mark(id);
+        }
+    }
+
     pub(super) fn mark_source(&mut self, source: SourceId) {
         let ids: Vec<ServiceId> = self
             .list
@@ -354,6 +360,7 @@ impl Model {
             let affinity = declaration.as_ref().map(|d| d.affinity).unwrap_or_default();
             select(&mut choices, global, affinity);
             let mut list: Vec<BackendValue> = choices.iter().map(|c| c.value).collect();
+            self.absence.complete(&key, &mut list);
             list.sort_unstable();
             list.dedup();
             if self.set_frontend(id, key, list) {
@@ -518,6 +525,7 @@ impl Model {
         }
         self.wanted.frontends.remove(key);
         self.dirty.frontends.insert(*key);
+        self.absence.forget_frontend(key);
         if self.services.owners.get(key) == Some(&id) {
             self.services.owners.remove(key);
         }

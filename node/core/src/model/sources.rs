@@ -72,6 +72,11 @@ impl Sources {
         self.list.get(usize::from(source))?.accepted
     }
 
+    /// The cluster id under which records of the cluster of that name are accepted.
+    pub(super) fn id_of(&self, name: &ClusterName) -> Option<u16> {
+        self.cluster_id(*self.by_name.get(name)?)
+    }
+
     /// True if backends of the source are read from slices, not from service records.
     pub(super) fn has_slices(&self, source: SourceId) -> bool {
         self.list
