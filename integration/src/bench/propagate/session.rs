@@ -1,7 +1,8 @@
 //! The session of a node whose agent was stopped, held by this process in its place.
 
 use std::net::Ipv6Addr;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clustermesh_api::v1::session_request::Message as Request;
@@ -10,7 +11,7 @@ use clustermesh_api::v1::{DeleteEndpoint, Heartbeat, Hello, UpsertEndpoint};
 use clustermesh_client::{Client, NodeSession};
 use clustermesh_ebpf_abi::LAYOUT_VERSION;
 use nix::sys::signal::Signal;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::lab::cluster::Cluster;
@@ -26,6 +27,9 @@ const FIRST_POD: u128 = 0x1000;
 /// The session; its task ends with [`Session::end`].
 pub(super) struct Session {
     requests: mpsc::Sender<Request>,
+    /// Number of the last request that was acknowledged, and when.
+    acknowledged: watch::Receiver<(u64, Instant)>,
+    last_request: AtomicU64,
     network: u128,
     task: JoinHandle<Result<()>>,
 }
@@ -54,9 +58,10 @@ impl Session {
         let store = cluster.store_as(&name)?;
         let (requests, queue) = mpsc::channel(QUEUE_REQUESTS);
         let (welcomed, welcome) = oneshot::channel();
+        let (acknowledge, acknowledged) = watch::channel((0, Instant::now()));
         let task = tokio::spawn(async move {
             store
-                .call(move |client| talk(client, hello, queue, welcomed))
+                .call(move |client| talk(client, hello, queue, welcomed, acknowledge))
                 .await
         });
         let Ok(network) = welcome.await else {
@@ -65,6 +70,8 @@ impl Session {
         };
         Ok(Self {
             requests,
+            acknowledged,
+            last_request: AtomicU64::new(0),
             network: network.into(),
             task,
         })
@@ -75,23 +82,37 @@ impl Session {
         Ipv6Addr::from(self.network + FIRST_POD + number as u128)
     }
 
-    /// Claims the address of a workload.
-    pub(super) async fn claim(&self, number: usize) -> Result<Ipv6Addr> {
-        let address = self.address(number);
+    /// Claims the address of a workload; the number of the request.
+    pub(super) async fn claim(&self, number: usize) -> Result<u64> {
+        let request_id = self.next_request();
         self.send(Request::UpsertEndpoint(UpsertEndpoint {
-            request_id: 0,
+            request_id,
             namespace: NAMESPACE.to_owned(),
             name: workload_name(number),
-            addresses: vec![address.to_string()],
+            addresses: vec![self.address(number).to_string()],
         }))
         .await?;
-        Ok(address)
+        Ok(request_id)
+    }
+
+    /// When the server had stored what a request claims; requests are acknowledged in their order.
+    pub(super) async fn stored(&self, request_id: u64) -> Result<Instant> {
+        let mut acknowledged = self.acknowledged.clone();
+        let (_, at) = *acknowledged
+            .wait_for(|(last, _)| *last >= request_id)
+            .await
+            .context("the session of the bench has ended")?;
+        Ok(at)
+    }
+
+    fn next_request(&self) -> u64 {
+        self.last_request.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Gives an address back.
     pub(super) async fn release(&self, address: Ipv6Addr) -> Result<()> {
         self.send(Request::DeleteEndpoint(DeleteEndpoint {
-            request_id: 0,
+            request_id: self.next_request(),
             addresses: vec![address.to_string()],
         }))
         .await
@@ -115,6 +136,7 @@ async fn talk(
     hello: Hello,
     mut queue: mpsc::Receiver<Request>,
     welcomed: oneshot::Sender<Ipv6Addr>,
+    acknowledge: watch::Sender<(u64, Instant)>,
 ) -> Result<()> {
     let NodeSession {
         sender,
@@ -133,7 +155,9 @@ async fn talk(
     let answers = async {
         loop {
             match responses.next().await?.and_then(|answer| answer.message) {
-                Some(Response::Ack(_)) => {}
+                Some(Response::Ack(ack)) => {
+                    acknowledge.send_replace((ack.request_id, Instant::now()));
+                }
                 other => bail!("a claim was not taken: {other:?}"),
             }
         }
