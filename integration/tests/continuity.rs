@@ -1,4 +1,5 @@
 //! Continuity beyond a crash: an agent and its server are away for four times the session's time to live.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

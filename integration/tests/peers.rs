@@ -1,6 +1,10 @@
 //! What a peer may say, and what becomes of what it may not: refused, counted, and without effect on the rest.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
+
+use std::path::Path;
 
 use clustermesh_api::limits::{MAX_IDENTITY_LABELS_BYTES, MAX_VALUE_BYTES};
+use clustermesh_integration::lab::host::{command_in, run};
 use clustermesh_integration::lab::{Lab, LabConfig};
 use clustermesh_integration::scenario::{
     ip_record, node_record, peer, until, until_peer, workload,
@@ -136,6 +140,15 @@ async fn bad_records_of_a_peer_are_refused_and_counted_and_good_ones_beside_them
             "not-owned": 1, "key-mismatch": 1,
         })
     );
+    let mut command = command_in(b.server_netns(), None, Path::new("curl"));
+    let output = run(command.args(["-sf", "http://127.0.0.1:9962/metrics"])).await;
+    let metrics = String::from_utf8_lossy(&output.unwrap().stdout).into_owned();
+    assert!(
+        metrics.lines().any(|line| line.contains("records_refused")
+            && line.contains("cluster=\"a\"")
+            && line.contains("reason=\"overlap\"")),
+        "{metrics}"
+    );
     let seen = peer(b, "a").await.unwrap();
     assert_eq!(
         (&seen["state"], &seen["lastError"]),
@@ -166,17 +179,23 @@ async fn bad_records_of_a_peer_are_refused_and_counted_and_good_ones_beside_them
 async fn a_value_beyond_the_limit_is_refused_where_it_is_written() {
     let lab = two_servers().await;
     let at_a = lab.cluster(0).store().unwrap();
-    let before = lab.cluster(0).revision().await.unwrap();
+    let key = "cilium/state/nodes/v1/a/big";
     let error = at_a
-        .put(
-            "cilium/state/nodes/v1/a/big",
-            vec![b' '; MAX_VALUE_BYTES + 1],
-        )
+        .put(key, vec![b' '; MAX_VALUE_BYTES + 1])
         .await
         .unwrap_err();
     let text = format!("{error:#}");
     assert!(text.contains("request is too large"), "{text}");
-    assert_eq!(lab.cluster(0).revision().await.unwrap(), before);
+    assert_eq!(at_a.get(key).await.unwrap(), None);
+    at_a.put(key, vec![b' '; MAX_VALUE_BYTES / 2])
+        .await
+        .unwrap();
+    // Not even that is a node; the other side says so.
+    until_peer(lab.cluster(1), "a", |peer| {
+        peer["refusedRecords"] == json!({"malformed": 1})
+    })
+    .await
+    .unwrap();
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
 
@@ -242,6 +261,24 @@ async fn the_pod_cidr_of_one_peer_is_not_given_to_another_until_it_is_free() {
     })
     .await
     .unwrap();
+
+    // A cluster id that another peer has.
+    at_a.put(
+        "cilium/cluster-config/c",
+        r#"{"id":1,"capabilities":{"syncedCanaries":true,"cached":true}}"#,
+    )
+    .await
+    .unwrap();
+    let seen = until_peer(lab.cluster(1), "c", |peer| peer["state"] == "refused")
+        .await
+        .unwrap();
+    let text = seen["lastError"].as_str().unwrap();
+    assert!(
+        text.contains("peer c has cluster id 1, which peer a has already"),
+        "{text}"
+    );
+    let incumbent = peer(lab.cluster(1), "a").await.unwrap();
+    assert_eq!(incumbent["state"], "synced", "{incumbent}");
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
 
