@@ -13,10 +13,10 @@ use clustermesh_ebpf_abi::{
     TrafficPath,
 };
 
-use crate::encap::encapsulate;
+use crate::encap::{UDP_BYTES, encapsulate};
 use crate::frame::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame};
 use crate::maps::NODES;
-use crate::parse::{Family, Packet, Words};
+use crate::parse::{Family, PROTOCOL_UDP, Packet, Words};
 use crate::verdict::Action;
 
 const AF_INET: u32 = 2;
@@ -207,7 +207,13 @@ fn exceeds(frame: Frame, packet: &Packet, mtu_bytes: u32) -> bool {
     let headers = packet
         .transport_offset
         .wrapping_sub(crate::frame::ETHERNET_BYTES as u32);
-    segment == 0 || segment + headers + 20 > mtu_bytes
+    // TCP's header without options: the sender has taken those off the segment already.
+    let transport = if packet.protocol == PROTOCOL_UDP {
+        UDP_BYTES as u32
+    } else {
+        20
+    };
+    segment == 0 || segment + headers + transport > mtu_bytes
 }
 
 /// Routes the packet as it is: next hop by the node's address, because the host's own route for pods leads back here.

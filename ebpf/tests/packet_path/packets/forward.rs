@@ -101,6 +101,28 @@ fn odd_but_valid_packets_are_forwarded_by_their_addresses() {
 }
 
 #[test]
+fn an_offloaded_packet_may_have_datagrams_as_large_as_the_path_takes() {
+    let datapath = datapath();
+    for (source, target, headers) in [(V4, "10.2.0.9", 28), (V6, "fd10:0:0:2::9", 48)] {
+        let full = usize::from(MTU) - headers;
+        let frame = ethernet(&packet(
+            source,
+            target,
+            UDP,
+            &udp(1000, 443, &vec![7; 2 * full]),
+        ));
+        // The kernel does not encapsulate offloaded packets of a test run: what counts is where they do not go.
+        for (segment_bytes, too_big) in [(full, 0), (full + 1, 1)] {
+            let before = datapath.traffic(TrafficPath::ToHost).packets;
+            let segment_bytes = u32::try_from(segment_bytes).unwrap();
+            datapath.run_segments("from_pod", &frame, segment_bytes);
+            let now = datapath.traffic(TrafficPath::ToHost).packets;
+            assert_eq!(now, before + too_big, "{target} {segment_bytes}");
+        }
+    }
+}
+
+#[test]
 fn padding_behind_a_short_packet_is_not_taken_for_payload() {
     let datapath = datapath();
     let inner = packet(V4, "10.2.0.9", TCP, &tcp(SYN, b""));
