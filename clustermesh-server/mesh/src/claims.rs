@@ -13,7 +13,8 @@ use crate::allocate::AllocateError;
 
 pub use endpoint::{plan_delete_endpoint, plan_readiness, plan_sync, plan_upsert};
 pub use node::{
-    KIND_NODE, MAX_UNDERLAY_ADDRESSES, plan_hello, plan_remove_node, plan_session, remove_node,
+    KIND_NODE, MAX_UNDERLAY_ADDRESSES, is_connected, plan_hello, plan_remove_node, plan_session,
+    remove_node,
 };
 
 /// First host number of a node's pod CIDR that a pod may have; below are network, router and health addresses.
@@ -47,6 +48,16 @@ pub enum ClaimError {
         /// How many.
         count: usize,
         /// Most that are taken.
+        limit: usize,
+    },
+    /// A text that is longer than any real one.
+    #[error("{object}: a label, version or id has {bytes} bytes, at most {limit} are taken")]
+    TooLong {
+        /// Who.
+        object: String,
+        /// How long.
+        bytes: usize,
+        /// Longest that is taken.
         limit: usize,
     },
     /// An underlay address that cannot be one.
@@ -168,7 +179,7 @@ impl ClaimError {
             | Self::Address { .. }
             | Self::UnusableUnderlay { .. }
             | Self::Damaged { .. } => Reason::Invalid,
-            Self::Count { .. } | Self::Allocate(_) => Reason::Limit,
+            Self::Count { .. } | Self::TooLong { .. } | Self::Allocate(_) => Reason::Limit,
             Self::UnderlayInRange { .. }
             | Self::UnderlayTaken { .. }
             | Self::NameTaken { .. }

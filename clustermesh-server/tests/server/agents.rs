@@ -442,6 +442,40 @@ async fn a_lost_session_makes_the_node_stale_and_deletes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_session_whose_successor_is_refused_is_lost_too() {
+    let pki = Pki::new();
+    let cluster = Cluster::start(&pki, 1, &[]).await;
+    let operator = cluster.operator(&pki);
+    let (_w2, _) = welcome(&cluster.node(&pki, "w2"), hello("w2", "two", "192.0.2.12")).await;
+    let node = cluster.node(&pki, "w1");
+    let (_first, _) = welcome(&node, hello("w1", "one", "192.0.2.11")).await;
+    // The same agent comes again, with an address that it may not have.
+    let mut again = node
+        .node_session(hello("w1", "one", "192.0.2.12"))
+        .await
+        .unwrap();
+    assert!(matches!(answer(&mut again).await, Answer::Refused(_)));
+    until(&operator, "clustermesh.io/sessions/v1/w1", |value| {
+        value.is_some_and(|value| value.contains("stale"))
+    })
+    .await;
+    // A node that never was connected gets no record by a refusal.
+    let stranger = cluster.node(&pki, "w3");
+    let mut refused = stranger
+        .node_session(hello("w3", "three", "192.0.2.12"))
+        .await
+        .unwrap();
+    assert!(matches!(answer(&mut refused).await, Answer::Refused(_)));
+    assert!(
+        operator
+            .get("clustermesh.io/sessions/v1/w3")
+            .await
+            .unwrap()
+            .is_none()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_wait_ends_when_the_last_node_reports_the_revision_and_names_who_lags() {
     let pki = Pki::new();
     let cluster = Cluster::start(&pki, 1, &[]).await;

@@ -20,6 +20,9 @@ use crate::keys;
 use crate::settings::ClusterSettings;
 use crate::view::View;
 
+/// Protocols of service ports.
+const PROTOCOLS: [&str; 3] = ["TCP", "UDP", "SCTP"];
+
 /// Plans the record of each address of one endpoint. The identity is that of the endpoint's Workload.
 ///
 /// # Errors
@@ -337,6 +340,10 @@ pub fn plan_readiness(
             .iter()
             .filter_map(|port| {
                 let number = u16::try_from(port.port).ok()?;
+                // What no service can name needs no record.
+                if !PROTOCOLS.contains(&port.protocol.as_str()) {
+                    return None;
+                }
                 Some(PortReadiness {
                     port: number,
                     protocol: port.protocol.clone(),

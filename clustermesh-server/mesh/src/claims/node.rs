@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use clustermesh_api::address::{Cidr, parse_cidr};
 use clustermesh_api::keys::{Kind, READINESS_PREFIX};
+use clustermesh_api::limits::MAX_LABELS_PER_OBJECT;
 use clustermesh_api::records::{
     AddressType, IpIdentityPair, Node, NodeAddress, NodeExtension, Session, SessionState,
 };
@@ -23,6 +24,8 @@ use crate::view::{Kv, View};
 pub const KIND_NODE: &str = "Node";
 /// Underlay addresses of one machine.
 pub const MAX_UNDERLAY_ADDRESSES: usize = 16;
+/// One label, version or id that a machine says of itself (a label's key with its prefix is the longest).
+const MAX_HELLO_TEXT_BYTES: usize = 320;
 /// Pod CIDRs that a machine may say it held.
 const MAX_CIDRS_HELD: usize = 16;
 /// `Source` of our node records: which component knows the node.
@@ -47,6 +50,7 @@ pub fn plan_hello(
         MAX_UNDERLAY_ADDRESSES,
     )?;
     check_underlay(view, settings, node, &underlay)?;
+    check_texts(&object, hello)?;
     let held = hello
         .pod_cidrs_held
         .iter()
@@ -70,6 +74,32 @@ pub fn plan_hello(
         txn: draft.into_txn(),
         result: cidrs,
     })
+}
+
+/// Every agent of the mesh reads the node's record, so a node cannot make it large.
+fn check_texts(object: &str, hello: &Hello) -> Result<(), ClaimError> {
+    let count = hello.labels.len();
+    if count > MAX_LABELS_PER_OBJECT {
+        return Err(ClaimError::Count {
+            object: object.to_owned(),
+            what: "labels",
+            count,
+            limit: MAX_LABELS_PER_OBJECT,
+        });
+    }
+    let labels = hello.labels.iter().flat_map(|(key, value)| [key, value]);
+    let texts = [&hello.boot_id, &hello.agent_version, &hello.instance_id];
+    match labels
+        .chain(texts)
+        .find(|text| text.len() > MAX_HELLO_TEXT_BYTES)
+    {
+        Some(text) => Err(ClaimError::TooLong {
+            object: object.to_owned(),
+            bytes: text.len(),
+            limit: MAX_HELLO_TEXT_BYTES,
+        }),
+        None => Ok(()),
+    }
 }
 
 fn check_underlay(
@@ -170,7 +200,8 @@ fn record(
     }
 }
 
-/// Plans a change of a node's session state. Losing a session changes this record and deletes nothing.
+/// Plans a change of a node's session state. Losing a session changes this record and deletes nothing; a node that was
+/// removed meanwhile gets no record again.
 #[must_use]
 pub fn plan_session(
     view: &dyn View,
@@ -184,7 +215,10 @@ pub fn plan_session(
     let known = view
         .get(&key)
         .and_then(|kv| Session::decode(&kv.value).ok());
-    if known.is_none_or(|known| known.state != state || known.instance_id != instance_id) {
+    let removed = known.is_none() && state == SessionState::Stale;
+    if !removed
+        && known.is_none_or(|known| known.state != state || known.instance_id != instance_id)
+    {
         let session = Session {
             state,
             since_unix_ms: now_unix_ms,
@@ -199,8 +233,9 @@ pub fn plan_session(
     }
 }
 
-/// Whether a session of the node is open.
-pub(super) fn is_connected(view: &dyn View, node: &str) -> bool {
+/// Whether the node is on record as having an open session.
+#[must_use]
+pub fn is_connected(view: &dyn View, node: &str) -> bool {
     view.get(&keys::session(node))
         .and_then(|kv| Session::decode(&kv.value).ok())
         .is_some_and(|session| session.state == SessionState::Connected)

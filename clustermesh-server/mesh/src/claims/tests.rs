@@ -57,6 +57,27 @@ fn hello_again_changes_nothing() {
 }
 
 #[test]
+fn a_node_cannot_make_its_record_large() {
+    let lab = lab();
+    let mut many = hello("n1", "192.0.2.1");
+    many.labels = (0..65).map(|n| (format!("l{n}"), String::new())).collect();
+    let mut long = hello("n1", "192.0.2.1");
+    long.boot_id = "x".repeat(1_000);
+    for claim in [many, long] {
+        let error = plan_hello(&lab.view, &lab.settings, &claim).unwrap_err();
+        assert_eq!(error.reason(), Reason::Limit, "{error}");
+        assert!(error.to_string().contains("node n1"), "{error}");
+    }
+}
+
+#[test]
+fn a_node_that_was_removed_gets_no_session_record_by_its_loss() {
+    let lab = lab();
+    let plan = plan_session(&lab.view, "gone", SessionState::Stale, "i", 1);
+    assert!(plan.txn.is_empty());
+}
+
+#[test]
 fn an_underlay_address_of_another_node_is_refused_with_both_named() {
     let lab = lab();
     let error = plan_hello(&lab.view, &lab.settings, &hello("n3", "192.0.2.1")).unwrap_err();

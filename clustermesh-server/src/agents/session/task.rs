@@ -19,8 +19,8 @@ use clustermesh_api::v1::{Ack, Hello, Refused, SessionRequest, SessionResponse, 
 use clustermesh_mesh::View;
 use clustermesh_mesh::allocate::Plan;
 use clustermesh_mesh::claims::{
-    ClaimError, plan_delete_endpoint, plan_hello, plan_readiness, plan_session, plan_sync,
-    plan_upsert,
+    ClaimError, is_connected, plan_delete_endpoint, plan_hello, plan_readiness, plan_session,
+    plan_sync, plan_upsert,
 };
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
@@ -33,9 +33,12 @@ use super::Shared;
 use crate::agents::registry::{OpenSession, Report};
 use crate::metrics::ReasonLabels;
 use crate::planner::{CommitError, Done};
+use crate::view::StateView;
 
 /// The introduction must come by then.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// An agent whose queue is full gets the reason of the end only if it reads by then.
+const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(5);
 
 type Responses = mpsc::Sender<Result<SessionResponse, Status>>;
 type Pending = Pin<Box<dyn Future<Output = Result<Vec<Answer>, Status>> + Send>>;
@@ -50,7 +53,6 @@ pub(super) struct SessionTask {
 
 /// A session after its introduction.
 struct Open {
-    hello: Hello,
     ttl: Duration,
     session: OpenSession,
 }
@@ -80,62 +82,100 @@ impl SessionTask {
     }
 
     pub(super) async fn run(self, mut requests: Streaming<SessionRequest>) {
-        let mut open = match self.introduce(&mut requests).await {
-            Ok(Ok(open)) => open,
-            Ok(Err((reason, message))) => {
-                self.refused(&message, reason);
-                // The agent may be gone already.
-                let _ = self
-                    .responses
-                    .send(Ok(answer(Answer::Refused(refused(0, reason, message)))))
-                    .await;
-                return;
-            }
+        let (hello, session) = match self.greet(&mut requests).await {
+            Ok(Ok(greeted)) => greeted,
+            Ok(Err((reason, message))) => return self.refuse(reason, message).await,
             Err(status) => {
-                let _ = self.responses.send(Err(status)).await;
+                self.last_word(Err(status)).await;
                 return;
             }
         };
-        self.shared.metrics.open.inc();
-        info!(
-            node = self.node,
-            instance = open.hello.instance_id,
-            "node session opened"
-        );
-        let (end, last_message) = self.converse(&mut open, &mut requests).await;
-        self.shared.metrics.open.dec();
-        info!(
-            node = self.node,
-            instance = open.hello.instance_id,
-            ?end,
-            "node session ended"
-        );
-        let Open {
-            hello,
-            ttl,
-            session,
-        } = open;
-        drop(session);
-        match end {
-            End::Replaced => return,
-            End::Stopping => {
-                let status = Status::unavailable("etcdserver: server stopped");
-                let _ = self.responses.send(Err(status)).await;
-                return;
+        let seconds = match hello.session_ttl_seconds {
+            0 => SESSION_TTL_DEFAULT_SECONDS,
+            asked => asked.clamp(SESSION_TTL_MIN_SECONDS, SESSION_TTL_MAX_SECONDS),
+        };
+        let ttl = Duration::from_secs(seconds.into());
+        let instance_id = hello.instance_id.clone();
+        let last_message = match self.admit(&hello, seconds).await {
+            Ok(Ok(())) => match self.serve(hello, session, ttl, &mut requests).await {
+                Some(last_message) => last_message,
+                None => return,
+            },
+            Ok(Err((reason, message))) => {
+                drop(session);
+                self.refuse(reason, message).await;
+                Instant::now()
             }
-            End::Failed(status) => {
-                let _ = self.responses.send(Err(status)).await;
+            Err(status) => {
+                drop(session);
+                self.last_word(Err(status)).await;
+                Instant::now()
             }
-            End::Disconnected | End::Silent => {}
-        }
-        self.lose(&hello, last_message + ttl).await;
+        };
+        let Self {
+            shared,
+            node,
+            responses,
+        } = self;
+        // The agent must see the end of the stream now, not after the time to live.
+        drop(responses);
+        // Also after a failed introduction: it ended the agent's session before, or was recorded already.
+        lose(&shared, &node, &instance_id, last_message + ttl).await;
     }
 
-    /// Hello and Welcome. The inner error is a refusal.
-    async fn introduce(
+    /// The agent may be gone already, or read nothing.
+    async fn last_word(&self, word: Result<SessionResponse, Status>) {
+        let _ = timeout(LAST_WORD_TIMEOUT, self.responses.send(word)).await;
+    }
+
+    async fn refuse(&self, reason: Reason, message: String) {
+        count(&self.shared.metrics, reason);
+        warn!(
+            node = self.node,
+            reason = reason.as_str_name(),
+            message,
+            "node session refused"
+        );
+        self.last_word(Ok(answer(Answer::Refused(refused(0, reason, message)))))
+            .await;
+    }
+
+    /// The session after its introduction. When the last message came; `None` when no loss follows.
+    async fn serve(
+        &self,
+        hello: Hello,
+        session: OpenSession,
+        ttl: Duration,
+        requests: &mut Streaming<SessionRequest>,
+    ) -> Option<Instant> {
+        let (node, instance) = (&self.node, hello.instance_id);
+        self.shared.metrics.open.inc();
+        info!(node, instance, "node session opened");
+        let mut open = Open { ttl, session };
+        let (end, last_message) = self.converse(&mut open, requests).await;
+        drop(open);
+        self.shared.metrics.open.dec();
+        info!(node, instance, ?end, "node session ended");
+        match end {
+            End::Replaced => None,
+            End::Stopping => {
+                let status = Status::unavailable("etcdserver: server stopped");
+                self.last_word(Err(status)).await;
+                None
+            }
+            End::Failed(status) => {
+                self.last_word(Err(status)).await;
+                Some(last_message)
+            }
+            End::Disconnected | End::Silent => Some(last_message),
+        }
+    }
+
+    /// Hello, and the place in the registry. The inner error is a refusal.
+    async fn greet(
         &self,
         requests: &mut Streaming<SessionRequest>,
-    ) -> Result<Result<Open, (Reason, String)>, Status> {
+    ) -> Result<Result<(Hello, OpenSession), (Reason, String)>, Status> {
         let first = timeout(HELLO_TIMEOUT, requests.message())
             .await
             .map_err(|_| Status::deadline_exceeded("no Hello came"))??;
@@ -164,14 +204,22 @@ impl SessionTask {
             underlay_addresses: hello.underlay_addresses.clone(),
             ..Report::default()
         };
-        let session = match self
+        let opened = self
             .shared
             .registry
-            .open(&self.node, &hello.instance_id, report)
-        {
-            Ok(session) => session,
-            Err(error) => return Ok(Err((Reason::Conflict, error.to_string()))),
-        };
+            .open(&self.node, &hello.instance_id, report);
+        Ok(match opened {
+            Ok(session) => Ok((hello, session)),
+            Err(error) => Err((Reason::Conflict, error.to_string())),
+        })
+    }
+
+    /// Pod CIDRs, records and Welcome. The inner error is a refusal.
+    async fn admit(
+        &self,
+        hello: &Hello,
+        session_ttl_seconds: u32,
+    ) -> Result<Result<(), (Reason, String)>, Status> {
         let settings = Arc::clone(&self.shared.settings);
         let claim = hello.clone();
         let cidrs = match self
@@ -186,12 +234,13 @@ impl SessionTask {
             }
             Err(CommitError::Store(status)) => return Err(status),
         };
-        self.record_state(SessionState::Connected, &hello.instance_id)
-            .await?;
-        let ttl_seconds = match hello.session_ttl_seconds {
-            0 => SESSION_TTL_DEFAULT_SECONDS,
-            asked => asked.clamp(SESSION_TTL_MIN_SECONDS, SESSION_TTL_MAX_SECONDS),
-        };
+        record_state(
+            &self.shared,
+            &self.node,
+            SessionState::Connected,
+            &hello.instance_id,
+        )
+        .await?;
         let text = |cidr: Option<ipnetwork::IpNetwork>| {
             cidr.map(|cidr| cidr.to_string()).unwrap_or_default()
         };
@@ -209,17 +258,13 @@ impl SessionTask {
                 .iter()
                 .map(ToString::to_string)
                 .collect(),
-            session_ttl_seconds: ttl_seconds,
+            session_ttl_seconds,
         };
         self.responses
             .send(Ok(answer(Answer::Welcome(welcome))))
             .await
             .map_err(|_| Status::cancelled("the agent is gone"))?;
-        Ok(Ok(Open {
-            hello,
-            ttl: Duration::from_secs(ttl_seconds.into()),
-            session,
-        }))
+        Ok(Ok(()))
     }
 
     /// Takes messages until the end; also says when the last one came.
@@ -233,19 +278,10 @@ impl SessionTask {
         let end = loop {
             let deadline = last + open.ttl;
             tokio::select! {
-                request = timeout_at(deadline, requests.message()), if pending.len() < SESSION_QUEUE_MESSAGES => {
-                    let message = match request {
-                        Err(_) => break End::Silent,
-                        Ok(Ok(Some(request))) => request.message,
-                        Ok(Ok(None) | Err(_)) => break End::Disconnected,
-                    };
-                    last = Instant::now();
-                    match self.take(open, message).await {
-                        Ok(Some(outcome)) => pending.push_back(outcome),
-                        Ok(None) => {}
-                        Err(status) => break End::Failed(status),
-                    }
-                }
+                biased;
+                // First: what an agent said before its newer session must not undo what it says there.
+                _ = &mut open.session.replaced => break End::Replaced,
+                () = self.shared.drain.draining() => break End::Stopping,
                 Some(outcome) = pending.next() => match outcome {
                     Ok(answers) => {
                         // An agent that reads nothing for its whole time to live is as good as silent.
@@ -259,8 +295,19 @@ impl SessionTask {
                     }
                     Err(status) => break End::Failed(status),
                 },
-                _ = &mut open.session.replaced => break End::Replaced,
-                () = self.shared.drain.draining() => break End::Stopping,
+                request = timeout_at(deadline, requests.message()), if pending.len() < SESSION_QUEUE_MESSAGES => {
+                    let message = match request {
+                        Err(_) => break End::Silent,
+                        Ok(Ok(Some(request))) => request.message,
+                        Ok(Ok(None) | Err(_)) => break End::Disconnected,
+                    };
+                    last = Instant::now();
+                    match self.take(open, message).await {
+                        Ok(Some(outcome)) => pending.push_back(outcome),
+                        Ok(None) => {}
+                        Err(status) => break End::Failed(status),
+                    }
+                }
             }
         };
         (end, last)
@@ -338,61 +385,62 @@ impl SessionTask {
             }
         })
     }
+}
 
-    /// After the time to live without a successor the node is marked stale. Nothing is deleted.
-    async fn lose(&self, hello: &Hello, deadline: Instant) {
-        tokio::select! {
-            () = tokio::time::sleep_until(deadline) => {}
-            () = self.shared.drain.draining() => return,
-        }
-        if self.shared.registry.is_open(&self.node) {
-            return;
-        }
-        self.shared.metrics.lost.inc();
-        warn!(
-            node = self.node,
-            "node session lost, the node is stale; its records stay"
-        );
-        if let Err(status) = self
-            .record_state(SessionState::Stale, &hello.instance_id)
-            .await
-        {
-            warn!(
-                node = self.node,
-                error = status.message(),
-                "the stale node could not be recorded"
-            );
-        }
+/// After the time to live without a successor the node is marked stale. Nothing is deleted.
+async fn lose(shared: &Shared, node: &str, instance_id: &str, deadline: Instant) {
+    let is_lost = || {
+        !shared.registry.is_open(node)
+            && shared
+                .store
+                .read(|state| is_connected(&StateView(state), node))
+    };
+    if !is_lost() {
+        return;
     }
-
-    async fn record_state(&self, state: SessionState, instance_id: &str) -> Result<(), Status> {
-        let (node, instance_id) = (self.node.clone(), instance_id.to_owned());
-        let registry = self.shared.registry.clone();
-        self.shared
-            .planner
-            .commit(move |view: &dyn View, now| {
-                // Decided when it is planned: the agent may have come back while this waited.
-                if state == SessionState::Stale && registry.is_open(&node) {
-                    return Ok(Plan {
-                        txn: clustermesh_mesh::Txn::new(),
-                        result: (),
-                    });
-                }
-                Ok::<_, Infallible>(plan_session(view, &node, state, &instance_id, now))
-            })
-            .await?;
-        Ok(())
+    tokio::select! {
+        () = tokio::time::sleep_until(deadline) => {}
+        () = shared.drain.draining() => return,
     }
-
-    fn refused(&self, message: &str, reason: Reason) {
-        count(&self.shared.metrics, reason);
+    if !is_lost() {
+        return;
+    }
+    shared.metrics.lost.inc();
+    warn!(
+        node,
+        "node session lost, the node is stale; its records stay"
+    );
+    if let Err(status) = record_state(shared, node, SessionState::Stale, instance_id).await {
         warn!(
-            node = self.node,
-            reason = reason.as_str_name(),
-            message,
-            "node session refused"
+            node,
+            error = status.message(),
+            "the stale node could not be recorded"
         );
     }
+}
+
+async fn record_state(
+    shared: &Shared,
+    node: &str,
+    state: SessionState,
+    instance_id: &str,
+) -> Result<(), Status> {
+    let (node, instance_id) = (node.to_owned(), instance_id.to_owned());
+    let registry = shared.registry.clone();
+    shared
+        .planner
+        .commit(move |view: &dyn View, now| {
+            // Decided when it is planned: the agent may have come back while this waited.
+            if state == SessionState::Stale && registry.is_open(&node) {
+                return Ok(Plan {
+                    txn: clustermesh_mesh::Txn::new(),
+                    result: (),
+                });
+            }
+            Ok::<_, Infallible>(plan_session(view, &node, state, &instance_id, now))
+        })
+        .await?;
+    Ok(())
 }
 
 fn count(metrics: &crate::metrics::SessionMetrics, reason: Reason) {
