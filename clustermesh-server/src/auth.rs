@@ -4,11 +4,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::{Compare, RequestOp, TxnRequest, request_op};
+use clustermesh_api::limits::MAX_TXN_OPS;
 use clustermesh_process::{Organisation, PeerIdentity};
 use tonic::Status;
 
 /// etcd's text for a refused call.
 pub const PERMISSION_DENIED: &str = "etcdserver: permission denied";
+
+/// What a transaction of a role that only reads may hold.
+const READ_TXN: &str = "a transaction of this role reads at most 128 single keys or counts";
 
 /// The verified holder of one connection's certificate, as this cluster sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -182,26 +186,41 @@ impl Caller {
         }
     }
 
-    /// All compares and operations of a transaction, nested ones too.
+    /// All compares and operations of a transaction, nested ones too. Whoever may not write may not multiply a listing
+    /// by the operations of one request either: single keys and counts only, and few of them.
     ///
     /// # Errors
     /// `PermissionDenied` when one of them is not allowed.
     pub fn check_txn(&self, txn: &TxnRequest) -> Result<(), Status> {
-        // Depth is bounded by prost's decoder (100).
+        match self.role {
+            Role::Operator { .. } => Ok(()),
+            _ => self.check_reads(txn, &mut { MAX_TXN_OPS }),
+        }
+    }
+
+    /// Depth is bounded by prost's decoder (100).
+    fn check_reads(&self, txn: &TxnRequest, left: &mut usize) -> Result<(), Status> {
+        let count = txn.compare.len() + txn.success.len() + txn.failure.len();
+        *left = left
+            .checked_sub(count)
+            .ok_or_else(|| Status::permission_denied(format!("{PERMISSION_DENIED}: {READ_TXN}")))?;
         for Compare { key, range_end, .. } in &txn.compare {
             self.check_read(key, range_end)?;
         }
         for RequestOp { request } in txn.success.iter().chain(&txn.failure) {
             match request {
                 Some(request_op::Request::RequestRange(range)) => {
-                    self.check_read(&range.key, &range.range_end)?
+                    self.check_read(&range.key, &range.range_end)?;
+                    if !range.range_end.is_empty() && !range.count_only {
+                        return Err(Status::permission_denied(format!(
+                            "{PERMISSION_DENIED}: {READ_TXN}"
+                        )));
+                    }
                 }
-                Some(request_op::Request::RequestTxn(nested)) => self.check_txn(nested)?,
+                Some(request_op::Request::RequestTxn(nested)) => self.check_reads(nested, left)?,
                 Some(
                     request_op::Request::RequestPut(_) | request_op::Request::RequestDeleteRange(_),
-                ) => {
-                    self.check_operator()?;
-                }
+                ) => return Err(self.denied()),
                 None => {}
             }
         }
@@ -349,5 +368,45 @@ mod tests {
             ..Default::default()
         };
         assert!(node.check_txn(&compare).is_err());
+    }
+
+    #[test]
+    fn a_reader_cannot_multiply_a_listing_by_one_transaction() {
+        let peer = caller(Organisation::Peer, "c2");
+        let reads = |count_only, count| TxnRequest {
+            success: vec![
+                RequestOp {
+                    request: Some(request_op::Request::RequestRange(RangeRequest {
+                        key: "cilium/state/".into(),
+                        range_end: "cilium/state0".into(),
+                        count_only,
+                        ..Default::default()
+                    })),
+                };
+                count
+            ],
+            ..Default::default()
+        };
+        let nested = |inner: TxnRequest, count| TxnRequest {
+            failure: vec![
+                RequestOp {
+                    request: Some(request_op::Request::RequestTxn(inner)),
+                };
+                count
+            ],
+            ..Default::default()
+        };
+        assert!(peer.check_txn(&reads(true, 128)).is_ok());
+        for refused in [
+            reads(false, 1),
+            reads(true, 129),
+            nested(reads(true, 60), 3),
+        ] {
+            let error = peer.check_txn(&refused).unwrap_err();
+            assert_eq!(error.code(), tonic::Code::PermissionDenied);
+            assert!(error.message().contains("single keys"), "{error}");
+        }
+        let operator = caller(Organisation::Operator, "c1");
+        assert!(operator.check_txn(&nested(reads(false, 60), 3)).is_ok());
     }
 }
