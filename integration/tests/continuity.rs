@@ -1,4 +1,5 @@
-//! Continuity beyond a crash: an agent and its server are away for four times the session's time to live.
+//! Continuity beyond a crash: an agent and its server are away for four times the session's time to live,
+//! the agent for one time more.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 use std::collections::BTreeMap;
@@ -152,6 +153,18 @@ async fn agent_and_server_are_away(attach_mode: AttachMode, signal: Signal) {
     assert_eq!(gone(&copies_before, &copies_away), Vec::<String>::new());
     let a = lab.cluster_mut(0);
     a.restart_server().await.unwrap();
+    // The server comes first and misses the agent for its time to live: the node is stale, and keeps all it has.
+    let a = lab.cluster(0);
+    until("the node is stale", || async {
+        let status = a.status().await?;
+        let states: Vec<_> = status["nodes"].as_array().into_iter().flatten().collect();
+        Ok((states[0]["state"] == "stale" && states[1]["state"] == "connected").then_some(()))
+    })
+    .await
+    .unwrap();
+    let own_stale = made(a, &own).await;
+    assert_eq!(gone(&own_before, &own_stale), Vec::<String>::new());
+    let a = lab.cluster_mut(0);
     a.node_mut(0).start_agent().await.unwrap();
     for cluster in lab.clusters() {
         cluster.wait_converged(CONVERGED_SECONDS_MAX).await.unwrap();
