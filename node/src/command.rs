@@ -207,7 +207,12 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
     for endpoint in files.endpoints()?.endpoints {
         netlink::delete_link(&handle, &endpoint.host_interface).await?;
     }
-    for name in ["node.json", "endpoints.json", "workloads.json"] {
+    for name in [
+        "node.json",
+        "endpoints.json",
+        "workloads.json",
+        "store.json",
+    ] {
         remove_file(&config.state_dir.join(name))?;
     }
     remove_file(&config.socket())?;

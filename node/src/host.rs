@@ -38,6 +38,8 @@ pub struct Underlay {
     pub path_v6: Option<UnderlayPath>,
     /// Largest packet of pods, bytes.
     pub pod_mtu: u32,
+    /// Largest IPv6 packet of pods to other nodes, bytes: with direct routing over IPv4 it takes the tunnel.
+    pub pod_mtu_v6: u32,
 }
 
 impl Underlay {
@@ -116,12 +118,17 @@ impl Underlay {
         let path_v6 = path(v6, TUNNEL_V6_BYTES);
         // Nodes of both families are reached over IPv4.
         let pod_mtu = path_v4.or(path_v6).map_or(1430, |p| u32::from(p.mtu_bytes));
+        let pod_mtu_v6 = match config.routing {
+            Routing::Direct if path_v4.is_some() => pod_mtu.saturating_sub(TUNNEL_V4_BYTES),
+            Routing::Direct | Routing::Tunnel => pod_mtu,
+        };
         Ok(Self {
             devices,
             addresses,
             path_v4,
             path_v6,
             pod_mtu,
+            pod_mtu_v6,
         })
     }
 
@@ -258,7 +265,11 @@ pub async fn ensure_addresses_and_routes(
             destination: *destination,
             gateway: None,
             source: Some(*source),
-            mtu: underlay.pod_mtu,
+            mtu: if destination.is_ipv4() {
+                underlay.pod_mtu
+            } else {
+                underlay.pod_mtu_v6
+            },
         };
         netlink::put_route(handle, pair.host_ifindex, &route).await?;
     }

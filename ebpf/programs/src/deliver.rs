@@ -13,8 +13,8 @@ use clustermesh_ebpf_abi::{
     TrafficPath,
 };
 
-use crate::encap::{UDP_BYTES, encapsulate};
-use crate::frame::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame};
+use crate::encap::{TUNNEL_BYTES, UDP_BYTES, encapsulate};
+use crate::frame::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES};
 use crate::maps::NODES;
 use crate::parse::{Family, PROTOCOL_UDP, Packet, Words};
 use crate::verdict::Action;
@@ -152,7 +152,12 @@ pub fn to_node(
     if node.flags & NODE_PRESENT == 0 {
         return Err(DropReason::NodeWithdrawn);
     }
-    if exceeds(frame, packet, u32::from(node.path_mtu_bytes)) {
+    let mut mtu_bytes = u32::from(node.path_mtu_bytes);
+    if node.flags & NODE_DIRECT != 0 && !is_direct(node, packet.family) {
+        // What is said of a node with direct routing leaves no room for a tunnel.
+        mtu_bytes = mtu_bytes.saturating_sub((IPV4_BYTES + TUNNEL_BYTES) as u32);
+    }
+    if exceeds(frame, packet, mtu_bytes) {
         return Ok(ToNode::TooBig);
     }
     send(frame, config, packet, node, identity).map(ToNode::Sent)
@@ -174,8 +179,7 @@ pub fn send(
     if node.egress_ifindex == 0 {
         return Err(DropReason::NoRoute);
     }
-    // The kernel sends IPv4 to an IPv6 next hop, but not the other way round: those packets take the tunnel.
-    if node.flags & NODE_DIRECT != 0 && (packet.family == Family::V4 || !endpoint.is_mapped()) {
+    if is_direct(node, packet.family) {
         return direct(frame, node, &endpoint);
     }
     let own = if endpoint.is_mapped() {
@@ -189,6 +193,14 @@ pub fn send(
     encapsulate(frame, config, packet, &endpoint, identity)?;
     route_outer(node);
     Ok(Action::Forward(TrafficPath::TunnelOut))
+}
+
+/// True if packets of that family are routed to the node as they are. The kernel sends IPv4 to an IPv6 next
+/// hop, but not the other way round: those packets take the tunnel.
+#[inline(always)]
+fn is_direct(node: &NodeValue, family: Family) -> bool {
+    node.flags & NODE_DIRECT != 0
+        && (family == Family::V4 || !Words::from_value(&node.endpoint).is_mapped())
 }
 
 /// Sends a tunnel packet by its outer header.

@@ -229,6 +229,15 @@ fn a_pods_packet_over_the_paths_mtu_goes_to_the_kernel_which_answers() {
     let datapath = datapath();
     let frame = ethernet(&packet(V4, "10.2.0.9", UDP, &udp(1, 2, &[0; 1400])));
     forwarded(&datapath, "from_pod", &frame, TrafficPath::ToHost);
+    // Node 5 takes IPv4 as it is and IPv6 through the tunnel, whose headers must fit too.
+    let target = "fd10:0:0:5::9";
+    let sized = |bytes: usize| {
+        let payload = vec![0; bytes - 48];
+        ethernet(&packet(V6, target, UDP, &udp(1, 2, &payload)))
+    };
+    let most = usize::from(MTU) - 50;
+    forwarded(&datapath, "from_pod", &sized(most), TrafficPath::TunnelOut);
+    forwarded(&datapath, "from_pod", &sized(most + 1), TrafficPath::ToHost);
 }
 
 #[test]

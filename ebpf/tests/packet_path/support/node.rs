@@ -11,6 +11,8 @@ use clustermesh_ebpf_abi::{
 use super::bpf::{Datapath, mapped};
 use super::net::{Namespaces, check, device, inside, ip, sysctl};
 
+/// Largest packet of the underlay.
+const UNDERLAY_MTU: u32 = 1500;
 /// Largest packet of a pod: 1,500 less 70 bytes of headers with IPv6 outside.
 pub const POD_MTU: u32 = 1430;
 /// Identity of the pod on node `n`: its cluster is `n`.
@@ -228,7 +230,8 @@ impl Node {
                 endpoint: mapped(underlay(other, v6_outside)),
                 cluster_id: u16::from(cluster),
                 flags: NODE_PRESENT | if direct { NODE_DIRECT } else { 0 },
-                path_mtu_bytes: POD_MTU as u16,
+                // The agent leaves room for a tunnel only where one is the rule.
+                path_mtu_bytes: if direct { UNDERLAY_MTU } else { POD_MTU } as u16,
                 reserved: 0,
                 egress_ifindex: self.underlay_ifindex,
                 reserved2: 0,
