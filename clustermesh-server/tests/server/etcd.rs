@@ -210,6 +210,42 @@ async fn watches_share_a_stream_and_begin_and_end_as_etcds_do() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn each_progress_request_is_answered_while_others_write_elsewhere() {
+    let pki = Pki::new();
+    let cluster = Cluster::start(&pki, 1, &[]).await;
+    let client = cluster.operator(&pki);
+    let mut stream = client
+        .watch([watch("w/", "w0"), watch("v/", "v0")])
+        .await
+        .unwrap();
+    for _ in 0..2 {
+        assert!(next(&mut stream).await.created);
+    }
+    let mut writers = tokio::task::JoinSet::new();
+    for writer in 0..16 {
+        let client = client.clone();
+        writers.spawn(async move {
+            loop {
+                client
+                    .put(put(format!("elsewhere/{writer}"), "1"))
+                    .await
+                    .unwrap();
+            }
+        });
+    }
+    let (mut known, mut rounds) = (0, 0);
+    while rounds < 500 || known < 100 {
+        rounds += 1;
+        stream.request_progress().await.unwrap();
+        let progress = next(&mut stream).await;
+        assert!(progress.events.is_empty());
+        let revision = progress.header.unwrap().revision;
+        assert!(revision >= known, "progress went back");
+        known = revision;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn leases_expire_with_their_keys_and_keepalives_hold_them() {
     let pki = Pki::new();
     let cluster = Cluster::start(&pki, 1, &[]).await;

@@ -137,9 +137,19 @@ impl Cluster {
     /// Starts the server, with the data and the port that it had.
     pub async fn restart(&mut self, pki: &Pki) {
         let config = Config::load(&self.configure(pki)).unwrap();
-        let server = soon("the server's start", Server::start(&config))
-            .await
-            .unwrap();
+        let server = soon("the server's start", async {
+            loop {
+                match Server::start(&config).await {
+                    Ok(server) => return server,
+                    // A connection of another test has our port as its own end; it will not for long.
+                    Err(error) if self.port != 0 && format!("{error:#}").contains("in use") => {
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                    Err(error) => panic!("{error:#}"),
+                }
+            }
+        })
+        .await;
         self.port = server.client_address().port();
         self.server = Some(server);
     }

@@ -119,9 +119,6 @@ impl WatchStream {
             Some(RequestUnion::CancelRequest(cancel)) => self.cancel(cancel.watch_id).await,
             Some(RequestUnion::ProgressRequest(_)) => {
                 self.progress_wanted = Some(self.store.revision());
-                for watch in self.watches.values() {
-                    watch.asked.notify_one();
-                }
                 self.progress().await
             }
             // A newer client's request: etcd ignores it too.
@@ -218,7 +215,9 @@ impl WatchStream {
             canceled: true,
             ..self.blank(self.store.revision())
         })
-        .await
+        .await?;
+        // It may have been the one that progress waited for.
+        self.progress().await
     }
 
     /// Answers a progress request once every watch has handed out what it asks for.
@@ -233,7 +232,15 @@ impl WatchStream {
             .map(|watch| watch.passed.load(Ordering::Acquire))
             .min();
         match reached {
-            Some(reached) if reached < wanted => Ok(()),
+            Some(reached) if reached < wanted => {
+                // What was applied may not have been handed out when they were asked: nothing else may ever reach them.
+                for watch in self.watches.values() {
+                    if watch.passed.load(Ordering::Acquire) < wanted {
+                        watch.asked.notify_one();
+                    }
+                }
+                Ok(())
+            }
             // As in etcd, a stream without a watch gets no answer.
             None => {
                 self.progress_wanted = None;
@@ -243,7 +250,7 @@ impl WatchStream {
                 self.progress_wanted = None;
                 self.send(WatchResponse {
                     watch_id: NO_WATCH_ID,
-                    ..self.blank(reached)
+                    ..self.blank(reached.min(self.store.revision()))
                 })
                 .await
             }
@@ -408,6 +415,8 @@ impl WatchTask {
         };
         // The client may be gone already.
         let _ = self.responses.send(message).await;
+        // Progress waits no longer for this one.
+        self.pass(i64::MAX);
     }
 
     fn is_filtered(&self, kind: EventKind) -> bool {
