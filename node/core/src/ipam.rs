@@ -83,8 +83,11 @@ impl Ipam {
         if let Some(held) = self.allocations.get(attachment) {
             return Ok(held.clone());
         }
-        self.released
-            .retain(|_, at| now_ms.saturating_sub(*at) < REUSE_AFTER_MS && *at <= now_ms);
+        self.released.retain(|_, at| {
+            // The clock was set back: how long it has rested is not known, so it rests from now on.
+            *at = (*at).min(now_ms);
+            now_ms - *at < REUSE_AFTER_MS
+        });
         let ranges: Vec<IpNetwork> = [self.cidr_v4, self.cidr_v6].into_iter().flatten().collect();
         if ranges.is_empty() {
             return Err(IpamError::NoRange);

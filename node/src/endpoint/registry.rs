@@ -248,7 +248,11 @@ impl Endpoints {
                 .retain(|e| e.attachment != request.attachment);
         }
         let mut next = stored.clone();
-        next.ipam.allocate(&request.attachment, now_ms())?;
+        if let Err(error) = next.ipam.allocate(&request.attachment, now_ms()) {
+            // It has learnt how long released addresses must still rest.
+            stored.ipam = next.ipam;
+            return Err(error.into());
+        }
         self.files.store_endpoints(&next)?;
         match self.attach(&request, &next).await {
             Ok(endpoint) => {

@@ -60,6 +60,18 @@ fn a_released_address_rests_for_a_minute_of_wall_clock() {
 }
 
 #[test]
+fn a_clock_that_is_set_back_frees_no_address_early_and_holds_none_for_ever() {
+    let mut ipam = ipam("10.1.0.0/29");
+    for n in 0..3 {
+        ipam.allocate(&attachment(n), 0).unwrap();
+    }
+    ipam.release(&attachment(1), 10_000_000);
+    assert!(ipam.allocate(&attachment(9), 5_000).is_err());
+    assert!(ipam.allocate(&attachment(9), 64_999).is_err());
+    assert!(ipam.allocate(&attachment(9), 65_000).is_ok());
+}
+
+#[test]
 fn a_node_without_a_range_says_so() {
     assert_eq!(
         Ipam::default().allocate(&attachment(1), 0),
