@@ -32,7 +32,7 @@ use services::Services;
 
 pub use absence::ABSENCE_GRACE_MS;
 pub use addresses::IPCACHE_WANTED_MAX;
-pub use nodes::EMPTY_NODE;
+pub use nodes::{EMPTY_NODE, NODE_ADDRESSES_WANTED_MAX};
 pub use services::{BACKENDS_WANTED_MAX, FRONTENDS_WANTED_MAX};
 use sources::Sources;
 

@@ -21,6 +21,8 @@ use crate::tables;
 const POD_CIDR_V4_BITS_MIN: u8 = 8;
 /// Shortest prefix of an IPv6 pod CIDR that is taken.
 const POD_CIDR_V6_BITS_MIN: u8 = 16;
+/// Addresses of nodes that are wanted at most: the rest of the map is room for those not removed yet.
+pub const NODE_ADDRESSES_WANTED_MAX: usize = NODES_MAX as usize / 8 * 7;
 /// Reserved identity of a node's ingress address.
 const IDENTITY_INGRESS: u32 = 8;
 
@@ -319,6 +321,16 @@ impl Model {
                 let value = NodeAddressValue {
                     node_index: claim.index,
                 };
+                if self.wanted.node_addresses.len() >= NODE_ADDRESSES_WANTED_MAX
+                    && !self.wanted.node_addresses.contains_key(&key)
+                {
+                    self.refuse(
+                        Reason::MapFull,
+                        format!("node address {ip}"),
+                        format!("{NODE_ADDRESSES_WANTED_MAX} addresses of nodes are taken"),
+                    );
+                    return;
+                }
                 self.wanted.node_addresses.insert(key, value) != Some(value)
             }
             None => self.wanted.node_addresses.remove(&key).is_some(),

@@ -385,6 +385,35 @@ fn nothing_of_a_known_peer_is_removed_before_it_is_in_sync() {
     assert_eq!(plan.ipcache_deletes.len(), 3);
 }
 
+#[test]
+fn nodes_with_many_addresses_cannot_overfill_the_map() {
+    let mut changes = vec![config("west", 2)];
+    for n in 0..1_200_u32 {
+        let underlay = (0..60)
+            .map(|i| IpAddr::from((0x0a40_0000 + n * 64 + i).to_be_bytes()))
+            .collect();
+        changes.push(Change::Node {
+            cluster: cluster("west"),
+            name: format!("w{n}").into(),
+            node: Some(Box::new(NodeRecord {
+                underlay,
+                ..NodeRecord::default()
+            })),
+        });
+    }
+    let mut model = listed(changes, Tables::default());
+    settle(&mut model);
+    assert_eq!(
+        model.actual().node_addresses.len(),
+        NODE_ADDRESSES_WANTED_MAX
+    );
+    let full = model
+        .refused()
+        .counts()
+        .find(|(reason, _)| *reason == Reason::MapFull);
+    assert!(full.is_some());
+}
+
 /// A model over the kernel state of both clusters that listed `changes` from a store made anew.
 fn over_a_new_store(changes: Vec<Change>) -> Model {
     let mut first = listed(two_clusters(), Tables::default());
