@@ -11,11 +11,18 @@ use tracing::warn;
 
 use crate::state::StoredEndpoint;
 
+/// Refusals that are remembered, so that each is logged once.
+const REFUSALS_TOLD_MAX: usize = 1_024;
+
 /// What a request was about.
 enum Pending {
     Sync(Vec<Attachment>),
     Upsert(Attachment),
     Other(&'static str),
+}
+
+fn object_of(attachment: &Attachment) -> String {
+    format!("endpoint of container {}", attachment.container_id)
 }
 
 /// Claims of one session.
@@ -27,6 +34,8 @@ pub struct Claims {
     claimed: HashMap<Attachment, Vec<IpAddr>>,
     stored: HashSet<Attachment>,
     refused: HashSet<Attachment>,
+    /// The last refusal of each object that was logged.
+    told: HashMap<String, String>,
 }
 
 impl Claims {
@@ -101,6 +110,7 @@ impl Claims {
                         .extend(attachments.into_iter().filter(|a| claimed.contains_key(a)));
                 }
                 Some(Pending::Upsert(attachment)) if self.claimed.contains_key(&attachment) => {
+                    self.told.remove(&object_of(&attachment));
                     self.stored.insert(attachment);
                 }
                 _ => {}
@@ -108,7 +118,7 @@ impl Claims {
             Some(Response::Refused(refused)) => {
                 let object = match self.pending.remove(&refused.request_id) {
                     Some(Pending::Upsert(attachment)) => {
-                        let object = format!("endpoint of container {}", attachment.container_id);
+                        let object = object_of(&attachment);
                         self.refused.insert(attachment);
                         object
                     }
@@ -120,7 +130,14 @@ impl Claims {
                     Some(Pending::Other(what)) => what.to_owned(),
                     None => "an unknown request".to_owned(),
                 };
-                warn!(object, reason = ?refused.reason(), message = refused.message, "the server refuses a claim");
+                // The same answer to the same claim, made again every second, says nothing new.
+                if self.told.get(&object) != Some(&refused.message) {
+                    warn!(object, reason = ?refused.reason(), message = refused.message, "the server refuses a claim");
+                    if self.told.len() >= REFUSALS_TOLD_MAX {
+                        self.told.clear();
+                    }
+                    self.told.insert(object, refused.message);
+                }
             }
             Some(Response::Welcome(_)) | None => {}
         }
