@@ -13,6 +13,7 @@ use clustermesh_api::etcd::rpc::maintenance_server::MaintenanceServer;
 use clustermesh_api::etcd::rpc::watch_server::WatchServer;
 use clustermesh_api::limits::MAX_GRPC_RECV_BYTES;
 use clustermesh_process::Drain;
+use tonic::codec::CompressionEncoding;
 use tonic::service::RoutesBuilder;
 
 use crate::metrics::Metrics;
@@ -33,7 +34,9 @@ pub fn add_services(routes: &mut RoutesBuilder, store: &Store, metrics: &Metrics
                 drain.clone(),
             ))
             .max_decoding_message_size(MAX_GRPC_RECV_BYTES)
-            .max_encoding_message_size(usize::MAX),
+            .max_encoding_message_size(usize::MAX)
+            // Only for clients that take it, as peers do; the others get what etcd sends.
+            .send_compressed(CompressionEncoding::Zstd),
         )
         .add_service(LeaseServer::new(lease::LeaseService::new(
             store.clone(),

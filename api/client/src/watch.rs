@@ -9,7 +9,7 @@ use clustermesh_api::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, metadata::MetadataValue};
+use tonic::{Request, codec::CompressionEncoding, metadata::MetadataValue};
 
 use crate::{Client, ClientError, Messages};
 
@@ -39,8 +39,10 @@ impl Client {
         request
             .metadata_mut()
             .insert(REQUIRE_LEADER, MetadataValue::from_static("true"));
-        let mut service =
-            WatchClient::new(self.channel()).max_decoding_message_size(MAX_GRPC_CLIENT_RECV_BYTES);
+        let mut service = WatchClient::new(self.channel())
+            .max_decoding_message_size(MAX_GRPC_CLIENT_RECV_BYTES)
+            // Over a WAN a burst should fit into what TCP sends at once: records resemble each other.
+            .accept_compressed(CompressionEncoding::Zstd);
         let open = async {
             let answer = service.watch(request).await;
             answer

@@ -62,8 +62,9 @@ pub async fn run_all(rounds: usize, progress: &dyn Fn(&str)) -> Result<Vec<Figur
 
 async fn measure(lab: &mut Lab, rounds: usize, progress: &dyn Fn(&str)) -> Result<Vec<Figure>> {
     progress("propagate: starting two clusters of two nodes");
-    lab.start().await?;
+    // From the first packet on, or TCP would take the way to be a short one.
     lab.wan().set_delay(WAN_DELAY);
+    lab.start().await?;
     let session = Session::take_over(lab.cluster_mut(0)).await?;
     progress("propagate: writing 10,000 endpoints");
     load::workloads(lab.cluster(0), BURST).await?;
