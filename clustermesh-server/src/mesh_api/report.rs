@@ -63,7 +63,8 @@ pub(super) fn status(shared: &Shared) -> MeshStatusResponse {
 
 fn peer(shared: &Shared, name: String, peer: PeerState) -> PeerStatus {
     shared.store.read(|state| {
-        let cursor = state.peer_cursor(&name);
+        // While a listing is under way, the copy equals no revision of the peer.
+        let cursor = state.peer_cursor(&name).filter(|cursor| cursor.synced);
         let count = |kind: Kind| count(state, &kind.cache_prefix(&name));
         PeerStatus {
             cluster_id: peer.cluster_id,

@@ -287,7 +287,9 @@ impl<'a> Sync<'a> {
                 watch(WATCH_HEARTBEAT, HEARTBEAT_KEY, 0),
             ])
             .await?;
-        self.report_state(synced);
+        // Its answer comes behind everything that happened before.
+        stream.request_progress().await?;
+        let mut caught_up = false;
         let mut timing = Timing::new();
         loop {
             let response = tokio::select! {
@@ -308,10 +310,11 @@ impl<'a> Sync<'a> {
             if batch.changed {
                 timing.changed();
             }
+            caught_up |= batch.progressed;
             if let Some(next) = self.take(batch).await? {
                 return Ok(next);
             }
-            self.report_state(synced);
+            self.report_state(caught_up, synced);
         }
     }
 
@@ -381,13 +384,21 @@ impl<'a> Sync<'a> {
         Ok((relist && rested).then_some(Next::Relist))
     }
 
-    fn report_state(&mut self, synced: &mut bool) {
-        let now = if self.writer.is_synced() {
+    fn report_state(&mut self, caught_up: bool, synced: &mut bool) {
+        let now = if caught_up && self.writer.is_synced() {
             State::Synced
         } else {
             State::Syncing
         };
         *synced |= now == State::Synced;
+        let labels = ClusterLabels {
+            cluster: self.name.to_owned(),
+        };
+        self.shared
+            .metrics
+            .synced
+            .get_or_create(&labels)
+            .set(i64::from(now == State::Synced));
         let refused = self
             .copy
             .refused_counts()
@@ -459,6 +470,8 @@ struct Batch {
     /// The records are complete up to here.
     revision: i64,
     changed: bool,
+    /// The peer said that it has sent everything up to its present revision.
+    progressed: bool,
     relist: bool,
 }
 
@@ -476,6 +489,7 @@ impl Batch {
         }
         let is_progress = !response.created && response.events.is_empty();
         if is_progress {
+            self.progressed = true;
             // All watches of the stream have come as far as this.
             let revision = response.header.map_or(0, |header| header.revision);
             self.revision = self.revision.max(revision);

@@ -1,7 +1,9 @@
 //! Two servers: what one writes, the other copies, through cuts and restarts.
 
 use clustermesh_api::etcd::rpc::kv_client::KvClient;
-use clustermesh_api::etcd::rpc::{CompactionRequest, DeleteRangeRequest};
+use clustermesh_api::etcd::rpc::{
+    CompactionRequest, DeleteRangeRequest, RequestOp, TxnRequest, request_op,
+};
 use clustermesh_api::v1::agent_watch_response::Message;
 use clustermesh_api::v1::peer_status::State;
 use clustermesh_client::Client;
@@ -216,6 +218,48 @@ async fn a_new_store_without_canaries_takes_nothing_away() {
     })
     .await;
     until_state(&at_b, State::Synced).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn synced_is_said_only_of_a_copy_that_has_caught_up() {
+    let pki = Pki::new();
+    let a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    let gate = Gate::before(a.address()).await;
+    let mut b = Cluster::start(&pki, 2, &[]).await;
+    b.stop().await;
+    b.add_peer_behind(&a, &gate);
+    b.restart(&pki).await;
+    let at_b = b.operator(&pki);
+    until_state(&at_b, State::Synced).await;
+    gate.set_open(false);
+    until_state(&at_b, State::Unreachable).await;
+    for hosts in (4..244).collect::<Vec<_>>().chunks(60) {
+        let operation = |host: &u32| {
+            let (key, value) = address(1, 1, *host, 65_600);
+            RequestOp {
+                request: Some(request_op::Request::RequestPut(put(key, value))),
+            }
+        };
+        at_a.txn(TxnRequest {
+            success: hosts.iter().map(operation).collect(),
+            ..Default::default()
+        })
+        .await
+        .unwrap();
+    }
+    gate.set_open(true);
+    let status = soon("synced", async {
+        loop {
+            let status = at_b.mesh_status().await.unwrap();
+            if status.peers[0].state() == State::Synced {
+                return status.peers[0].clone();
+            }
+        }
+    })
+    .await;
+    assert_eq!(status.endpoints, 240, "{status:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
