@@ -250,7 +250,8 @@ impl Reader {
                         open.first()
                     );
                 }
-                std::thread::sleep(LOOK_PAUSE);
+                // A timer that is the feature: how often the outside looks.
+                std::thread::park_timeout(LOOK_PAUSE);
             }
             Ok(taken)
         })
