@@ -31,6 +31,8 @@ use crate::state::{NodeFacts, StateFiles};
 use crate::stream::Follower;
 use crate::{netlink, probe};
 
+/// The underlay is compared with what was found at the start this often.
+const UNDERLAY_CHECKED_EVERY: Duration = Duration::from_secs(10);
 /// Tasks get so long to end.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -170,11 +172,14 @@ impl Node {
         if self.facts.is_none() {
             facts.mark_changed();
         }
+        let mut underlay_checks = tokio::time::interval(UNDERLAY_CHECKED_EVERY);
+        underlay_checks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let stop = shutdown_signal();
         tokio::pin!(stop);
         loop {
             tokio::select! {
                 signal = &mut stop => return signal.context("signals"),
+                _ = underlay_checks.tick() => self.check_underlay().await,
                 Ok(()) = facts.changed() => {
                     let new = facts.borrow_and_update().clone();
                     if let Some(new) = new && self.facts.as_ref() != Some(&new) {
@@ -269,6 +274,26 @@ impl Node {
             path_v6: self.underlay.path_v6,
         };
         Ok(Model::new(settings, read_tables(&self.shared.maps)?))
+    }
+
+    /// Says so when the underlay is not what the kernel's state was made for.
+    async fn check_underlay(&self) {
+        let gauge = &self.shared.metrics.underlay_changed;
+        let found = Underlay::find(&self.handle, &self.shared.config).await;
+        let fault = match found {
+            Ok(found) if found == self.underlay => None,
+            Ok(found) => Some(format!("{:?}, before {:?}", found, self.underlay)),
+            Err(error) => Some(format!("{error:#}")),
+        };
+        let changed_before = gauge.set(i64::from(fault.is_some())) != 0;
+        match fault {
+            Some(fault) if !changed_before => warn!(
+                fault,
+                "the underlay has changed: restart the agent to use it; traffic goes on as before"
+            ),
+            None if changed_before => info!("the underlay is as it was at the start again"),
+            _ => {}
+        }
     }
 
     fn lock_datapath(&self) -> std::sync::MutexGuard<'_, Datapath> {

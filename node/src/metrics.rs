@@ -26,6 +26,8 @@ pub struct Metrics {
     pub applied_revision: Family<Labels, Gauge>,
     /// Entries that stay although a new store does not name them.
     pub kept_entries: Gauge,
+    /// 1 while devices, addresses or MTU of the underlay are not those that the agent found at its start.
+    pub underlay_changed: Gauge,
     /// Time of one round of map calls, seconds.
     pub apply_seconds: Histogram,
     /// Reconnects of stream and session.
@@ -49,6 +51,7 @@ impl Metrics {
             map_failures: Family::default(),
             applied_revision: Family::default(),
             kept_entries: Gauge::default(),
+            underlay_changed: Gauge::default(),
             apply_seconds: Histogram::new(exponential_buckets(0.000_05, 2.0, 16)),
             reconnects: Family::default(),
             cni_calls: Family::default(),
@@ -73,6 +76,11 @@ impl Metrics {
             "kept_entries",
             "Entries of the kernel that stay although a new store does not name them",
             metrics.kept_entries.clone(),
+        );
+        registry.register(
+            "underlay_changed",
+            "1 while the underlay is not as at the agent's start: restart the agent",
+            metrics.underlay_changed.clone(),
         );
         registry.register(
             "apply_seconds",

@@ -241,3 +241,27 @@ fn a_restart_without_a_server_keeps_the_hosts_routes_to_peers_pods() {
         .unwrap();
     assert!(renewed.contains("mtu 1450"), "{routes}");
 }
+
+#[test]
+fn a_changed_underlay_is_reported() {
+    let mut machine = Machine::new();
+    let admin = 20_000 + std::process::id() % 10_000;
+    let config = fs::read_to_string(machine.path("node.toml")).unwrap();
+    let config = config.replace("127.0.0.1:0", &format!("127.0.0.1:{admin}"));
+    fs::write(machine.path("node.toml"), config).unwrap();
+    machine.start();
+    let host = machine.host.clone();
+    ip(&format!("-n {host} link set u0 mtu 1400"));
+    let deadline = Instant::now() + 2 * START_WAIT;
+    loop {
+        let output = Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{host}"))
+            .args(["curl", "-s", &format!("http://127.0.0.1:{admin}/metrics")])
+            .output()
+            .unwrap();
+        if String::from_utf8_lossy(&output.stdout).contains("underlay_changed 1") {
+            break;
+        }
+        assert!(Instant::now() < deadline, "no word of the new MTU");
+    }
+}
