@@ -14,7 +14,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 pub use report::Row;
-pub use scene::{Sabotage, Scene};
+pub use scene::{BACKEND_PORT, PODS, Sabotage, Scene};
 
 use crate::lab::{Lab, LabConfig};
 
