@@ -92,6 +92,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .with_context(|| format!("admin address {admin_address}"))?;
     let (trigger, view) = drain();
     let pair = host::ensure_pair(&handle).await?;
+    if let Err(error) = host::ensure_receive_offload(&handle).await {
+        warn!(error = %format!("{error:#}"), "tunnel packets are not coalesced on receive");
+    }
     let mut node = Node {
         shared: Arc::clone(&shared),
         handle,

@@ -8,7 +8,8 @@ mod sysctl;
 use std::io;
 
 pub use link::{
-    Link, VethPair, add_address, addresses, create_veth, delete_link, link_by_name, set_link,
+    Link, VethPair, add_address, addresses, create_closed_vxlan, create_veth, delete_link,
+    link_by_name, set_link,
 };
 pub use namespace::{inside, open as open_namespace};
 pub use route::{Route, add_neighbour, default_device, delete_route, put_route, routes_of};

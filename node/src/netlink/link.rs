@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use futures_util::{StreamExt, TryStreamExt};
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressScope};
 use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkFlags, LinkMessage};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVxlan};
 
 use super::NetlinkError;
 
@@ -97,6 +97,29 @@ pub async fn create_veth(handle: &Handle, pair: VethPair<'_>) -> Result<(), Netl
             error,
         )
     })
+}
+
+/// Makes a VXLAN device that accepts no network identifier at all, and is down.
+///
+/// # Errors
+/// A name or the port is taken (`EEXIST`, `EADDRINUSE`), or the kernel refused it (before 5.18 it cannot).
+pub async fn create_closed_vxlan(
+    handle: &Handle,
+    name: &str,
+    port: u16,
+) -> Result<(), NetlinkError> {
+    let message = LinkMessageBuilder::<LinkVxlan>::new(name)
+        .port(port)
+        .collect_metadata(true)
+        .vnifilter(true)
+        .udp_zero_csum6_rx(true)
+        .build();
+    handle
+        .link()
+        .add(message)
+        .execute()
+        .await
+        .map_err(|error| NetlinkError::new(format!("create the VXLAN device {name}"), error))
 }
 
 /// Sets a link up, with this MTU; `arp` false makes it send without resolving neighbours.
