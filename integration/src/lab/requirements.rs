@@ -10,9 +10,10 @@ pub fn missing() -> Vec<String> {
         missing.push("root: namespaces and kernel programs need it (run with sudo)".to_owned());
     }
     let kernel = kernel_version();
-    if kernel < (5, 15) {
+    // Refusing a connection with its error needs bpf_set_retval.
+    if kernel < (5, 18) {
         missing.push(format!(
-            "kernel 5.15 or newer (this is {}.{}); 6.6 for tcx",
+            "kernel 5.18 or newer (this is {}.{}); 6.6 for tcx",
             kernel.0, kernel.1
         ));
     }
