@@ -9,13 +9,17 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup build lint test demo bench clean
+.PHONY: help setup peers build lint test demo bench clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install what a fresh Debian 12 machine with rustup lacks (idempotent)
 	@deploy/setup.sh $(BPF_LINKER_VERSION) $(CARGO_DENY_VERSION)
+	@integration/peers/build.sh >/dev/null
+
+peers: ## Build the programs of others that ours are compared with (etcd)
+	@integration/peers/build.sh
 
 WORKSPACE := --locked --workspace --exclude clustermesh-ebpf-programs
 

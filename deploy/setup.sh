@@ -16,6 +16,11 @@ if [ -z "$nightly_src" ] || [ ! -d "$nightly_src/lib/rustlib/src/rust/library" ]
     packages+=(rustc-web cargo-web rust-web-src)
 fi
 
+# Debian's Go is too old for the peers' modules and fetches the right one (integration/peers/build.sh).
+if ! command -v go >/dev/null && [ ! -x /usr/local/go/bin/go ]; then
+    packages+=(golang-go ca-certificates)
+fi
+
 missing() {
     local package
     for package in "$@"; do
