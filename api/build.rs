@@ -2,9 +2,11 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const PROTOS: [&str; 6] = [
+const PROTOS: [&str; 8] = [
     "etcd/kv.proto",
     "etcd/rpc.proto",
+    "etcd/authpb.proto",
+    "etcd/auth.proto",
     "clustermesh/v1/session.proto",
     "clustermesh/v1/stream.proto",
     "clustermesh/v1/mesh.proto",
@@ -34,6 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         tonic_prost_build::configure()
             .out_dir(&services)
             .extern_path(".mvccpb", "crate::etcd::mvcc")
+            .extern_path(".authpb", "crate::etcd::auth")
             .extern_path(".etcdserverpb", "crate::etcd::rpc")
             .extern_path(".clustermesh.v1", "crate::v1")
             .compile_fds(descriptors)?;

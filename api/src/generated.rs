@@ -18,6 +18,9 @@ mod messages {
     pub mod mvccpb {
         include!(concat!(env!("OUT_DIR"), "/messages/mvccpb.rs"));
     }
+    pub mod authpb {
+        include!(concat!(env!("OUT_DIR"), "/messages/authpb.rs"));
+    }
     pub mod etcdserverpb {
         include!(concat!(env!("OUT_DIR"), "/messages/etcdserverpb.rs"));
     }
@@ -33,6 +36,10 @@ pub mod etcd {
     /// Package `mvccpb`: keys, values and events.
     pub mod mvcc {
         pub use crate::generated::messages::mvccpb::*;
+    }
+    /// Package `authpb`: users, roles and permissions.
+    pub mod auth {
+        pub use crate::generated::messages::authpb::*;
     }
     /// Package `etcdserverpb`: requests, responses and services.
     pub mod rpc {

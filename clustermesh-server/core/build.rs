@@ -18,6 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".")
         .btree_map(".")
         .extern_path(".mvccpb", "::clustermesh_api::etcd::mvcc")
+        .extern_path(".authpb", "::clustermesh_api::etcd::auth")
         .extern_path(".etcdserverpb", "::clustermesh_api::etcd::rpc")
         .compile_fds(descriptors)?;
     Ok(())

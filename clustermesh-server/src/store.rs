@@ -436,9 +436,7 @@ impl Store {
     }
 
     async fn propose(&self, command: Command) -> Result<(Outcome, ResponseHeader), Status> {
-        let proposal = Proposal {
-            command: Some(command),
-        };
+        let proposal = Proposal::system(command);
         let Committed {
             outcome,
             revision,

@@ -87,6 +87,21 @@ pub struct CursorChange {
     pub cursor: Option<PeerCursor>,
 }
 
+/// Whether this build can apply the proposal.
+const fn is_known(proposal: &pb::Proposal) -> bool {
+    !matches!(
+        proposal.command,
+        None | Some(
+            Command::Auth(_)
+                | Command::Alarm(_)
+                | Command::FeatureLevel(_)
+                | Command::Downgrade(_)
+                | Command::Recover(_)
+                | Command::MemberRemoved(_)
+        )
+    )
+}
+
 impl State {
     /// Applies one committed entry of `term`: a pure function of state, entry and term.
     ///
@@ -102,7 +117,7 @@ impl State {
         if let Some(position) = batch
             .proposals
             .iter()
-            .position(|proposal| proposal.command.is_none())
+            .position(|proposal| !is_known(proposal))
         {
             return Err(ApplyError::UnknownCommand { position });
         }
@@ -159,6 +174,12 @@ impl State {
             Command::Bootstrap(request) => self.apply_bootstrap(*request),
             Command::PeerCopy(request) => self.apply_peer_copy(request, applied),
             Command::PeerForget(request) => Ok(self.apply_peer_forget(request, applied)),
+            Command::Auth(_)
+            | Command::Alarm(_)
+            | Command::FeatureLevel(_)
+            | Command::Downgrade(_)
+            | Command::Recover(_)
+            | Command::MemberRemoved(_) => Err(KvError::KeyNotFound),
         }
     }
 

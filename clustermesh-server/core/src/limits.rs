@@ -6,6 +6,12 @@ pub const BATCH_FORMAT: u32 = 1;
 /// Version of [`crate::pb::SnapshotChunk`] that this build writes and understands.
 pub const SNAPSHOT_FORMAT: u32 = 1;
 
+/// Newest feature level that this build knows: which kinds of entry it can apply.
+///
+/// * 0: keys, leases, copies of peers.
+/// * 1: auth, alarms and quota, downgrade, recovery, removed members.
+pub const FEATURE_LEVEL: u32 = 1;
+
 /// Operations in one branch of a transaction, nested ones included (etcd's `--max-txn-ops`).
 pub const MAX_TXN_OPS: usize = 128;
 

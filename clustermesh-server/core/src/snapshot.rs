@@ -152,6 +152,7 @@ impl State {
                         synced: cursor.synced,
                     })
                     .collect(),
+                ..pb::SnapshotHeader::default()
             },
             counts: pb::SnapshotTrailer {
                 leases: leases.len() as u64,

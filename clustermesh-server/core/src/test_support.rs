@@ -24,13 +24,8 @@ pub(crate) fn bytes(text: &str) -> Bytes {
 pub(crate) fn batch(commands: impl IntoIterator<Item = Command>) -> Batch {
     Batch {
         format: BATCH_FORMAT,
-        leader_time_unix_ms: 0,
-        proposals: commands
-            .into_iter()
-            .map(|command| Proposal {
-                command: Some(command),
-            })
-            .collect(),
+        proposals: commands.into_iter().map(Proposal::from).collect(),
+        ..Batch::default()
     }
 }
 

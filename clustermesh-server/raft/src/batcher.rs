@@ -164,6 +164,7 @@ impl<R: AsyncRuntime> Batcher<R> {
                 format: BATCH_FORMAT,
                 leader_time_unix_ms: wall_clock_unix_ms(),
                 proposals,
+                ..pb::Batch::default()
             };
             let command = Command(batch.encode_to_vec().into());
             add(&self.metrics.entries_proposed_total, 1);

@@ -76,9 +76,7 @@ pub(crate) async fn run<R: AsyncRuntime>(
             revision: target,
             ..CompactionRequest::default()
         };
-        let proposal = pb::Proposal {
-            command: Some(Command::Compact(request)),
-        };
+        let proposal = pb::Proposal::system(Command::Compact(request));
         match stop.or(proposer.propose(proposal)).await {
             Some(Ok(committed)) => {
                 if let Err(error) = committed.outcome {

@@ -244,9 +244,7 @@ pub(crate) async fn expire<R: AsyncRuntime>(
                 ids: ids.clone(),
             });
             match stop
-                .or(proposer.propose(pb::Proposal {
-                    command: Some(command),
-                }))
+                .or(proposer.propose(pb::Proposal::system(command)))
                 .await
             {
                 None => return,

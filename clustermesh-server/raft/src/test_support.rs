@@ -20,15 +20,11 @@ pub(crate) fn put(key: &str, value: impl Into<Bytes>, lease: i64) -> pb::Proposa
         lease,
         ..PutRequest::default()
     };
-    pb::Proposal {
-        command: Some(Command::Put(request)),
-    }
+    Command::Put(request).into()
 }
 
 pub(crate) fn grant(ttl: i64) -> pb::Proposal {
-    pb::Proposal {
-        command: Some(Command::LeaseGrant(LeaseGrantRequest { id: 0, ttl })),
-    }
+    Command::LeaseGrant(LeaseGrantRequest { id: 0, ttl }).into()
 }
 
 pub(crate) fn config(data: Data) -> ReplicaConfig {

@@ -119,6 +119,7 @@ impl<'a> Writer<'a> {
                     revision,
                     synced,
                     changes,
+                    ..PeerCopy::default()
                 })
                 .await?;
             self.metrics(written, revision, synced);

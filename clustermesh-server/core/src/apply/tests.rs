@@ -300,7 +300,12 @@ fn history_is_cut_by_bytes_but_never_empty() {
 #[test]
 fn the_cluster_id_is_set_once() {
     let mut state = State::new();
-    let bootstrap = |cluster_id| Command::Bootstrap(Bootstrap { cluster_id });
+    let bootstrap = |cluster_id| {
+        Command::Bootstrap(Bootstrap {
+            cluster_id,
+            ..Bootstrap::default()
+        })
+    };
     assert_eq!(one(&mut state, bootstrap(0)), Err(KvError::ClusterIdZero));
     one(&mut state, bootstrap(42)).unwrap();
     assert_eq!(
@@ -323,6 +328,7 @@ fn copy(revision: i64, changes: &[(&str, Option<&str>)]) -> Command {
                 value: value.map(bytes),
             })
             .collect(),
+        ..PeerCopy::default()
     })
 }
 
@@ -428,7 +434,7 @@ fn an_unknown_entry_stops_the_replica_and_changes_nothing() {
         ApplyError::UnknownFormat { found: 2, known: 1 }
     );
     let mut unknown = batch([put("a", "1")]);
-    unknown.proposals.push(Proposal { command: None });
+    unknown.proposals.push(Proposal::default());
     assert_eq!(
         state.apply(&unknown, TERM).unwrap_err(),
         ApplyError::UnknownCommand { position: 1 }

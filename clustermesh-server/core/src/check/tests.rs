@@ -4,7 +4,7 @@ use prost::Message;
 
 use super::*;
 use crate::{
-    pb::{Batch, PeerChange, PeerCopy, Proposal, proposal::Command},
+    pb::{Batch, PeerChange, PeerCopy, proposal::Command},
     test_support::{bytes, delete_op, put_op, put_request, range, range_op, txn, txn_op},
 };
 
@@ -35,9 +35,7 @@ fn what_a_client_may_nest_can_be_read_back_from_the_log() {
         if check_txn(&nested).is_ok() {
             accepted += 1;
             let batch = Batch {
-                proposals: vec![Proposal {
-                    command: Some(Command::Txn(nested.clone())),
-                }],
+                proposals: vec![Command::Txn(nested.clone()).into()],
                 ..Batch::default()
             };
             let read = Batch::decode(batch.encode_to_vec().as_slice());

@@ -134,6 +134,7 @@ fn peer_copy() -> impl Strategy<Value = PeerCopy> {
             revision,
             synced,
             changes,
+            ..PeerCopy::default()
         },
     )
 }

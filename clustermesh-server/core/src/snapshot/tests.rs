@@ -35,7 +35,10 @@ fn sample() -> State {
     apply(
         &mut state,
         [
-            Command::Bootstrap(Bootstrap { cluster_id: 42 }),
+            Command::Bootstrap(Bootstrap {
+                cluster_id: 42,
+                ..Bootstrap::default()
+            }),
             grant(5, 60),
             grant(6, 70),
             put("a", "1"),
@@ -50,7 +53,7 @@ fn sample() -> State {
                 store_id: 9,
                 revision: 100,
                 synced: true,
-                changes: vec![],
+                ..PeerCopy::default()
             }),
         ],
     );

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use clustermesh_core::{KvError, pb, pb::proposal::Command};
+use clustermesh_core::{KvError, limits::FEATURE_LEVEL, pb, pb::proposal::Command};
 use clustermesh_store::{
     DataDir, Identity, LogId, ReplicaId, SledLog, SnapshotFile, SnapshotStore,
 };
@@ -252,12 +252,11 @@ impl<R: AsyncRuntime> Replica<R> {
         if self.read(|state| state.cluster_id()) == 0 {
             let command = Command::Bootstrap(pb::Bootstrap {
                 cluster_id: random_id::<R>(),
+                feature_level: FEATURE_LEVEL,
             });
             let refused = |reason: String| StartError::Bootstrap(reason);
             let committed = self
-                .propose(pb::Proposal {
-                    command: Some(command),
-                })
+                .propose(pb::Proposal::system(command))
                 .await
                 .map_err(|error| refused(error.to_string()))?;
             match committed.outcome {

@@ -75,9 +75,7 @@ fn batch(keys: &[u8], cursor: Option<i64>) -> pb::Batch {
             success: keys.iter().map(put).collect(),
             ..TxnRequest::default()
         };
-        proposals.push(pb::Proposal {
-            command: Some(Command::Txn(txn)),
-        });
+        proposals.push(Command::Txn(txn).into());
     }
     if let Some(revision) = cursor {
         let copy = pb::PeerCopy {
@@ -86,14 +84,12 @@ fn batch(keys: &[u8], cursor: Option<i64>) -> pb::Batch {
             revision,
             ..pb::PeerCopy::default()
         };
-        proposals.push(pb::Proposal {
-            command: Some(Command::PeerCopy(copy)),
-        });
+        proposals.push(Command::PeerCopy(copy).into());
     }
     pb::Batch {
         format: BATCH_FORMAT,
-        leader_time_unix_ms: 0,
         proposals,
+        ..pb::Batch::default()
     }
 }
 

@@ -191,9 +191,7 @@ async fn cursors_come_in_their_place_and_existing_ones_first() {
             synced: true,
             changes: change.into_iter().collect(),
         };
-        pb::Proposal {
-            command: Some(Command::PeerCopy(copy)),
-        }
+        pb::Proposal::from(Command::PeerCopy(copy))
     };
     replica.propose(copy(10, None)).await.unwrap();
     let mut watcher = replica.watch(WatchSpec {
@@ -214,9 +212,7 @@ async fn cursors_come_in_their_place_and_existing_ones_first() {
         cluster: "east".into(),
     };
     replica
-        .propose(pb::Proposal {
-            command: Some(Command::PeerForget(forget)),
-        })
+        .propose(Command::PeerForget(forget).into())
         .await
         .unwrap();
     assert_eq!(cursor(next(&mut watcher).await), None);

@@ -9,10 +9,8 @@ use super::*;
 fn apply(state: &mut State, command: pb::proposal::Command) {
     let batch = pb::Batch {
         format: clustermesh_core::limits::BATCH_FORMAT,
-        leader_time_unix_ms: 0,
-        proposals: vec![pb::Proposal {
-            command: Some(command),
-        }],
+        proposals: vec![command.into()],
+        ..pb::Batch::default()
     };
     let applied = state.apply(&batch, 1).unwrap();
     assert!(applied.outcomes[0].result.is_ok(), "{applied:?}");
@@ -33,7 +31,10 @@ fn state() -> State {
     let mut state = State::new();
     apply(
         &mut state,
-        pb::proposal::Command::Bootstrap(pb::Bootstrap { cluster_id: 7 }),
+        pb::proposal::Command::Bootstrap(pb::Bootstrap {
+            cluster_id: 7,
+            ..pb::Bootstrap::default()
+        }),
     );
     state
 }
