@@ -24,6 +24,12 @@ mod messages {
     pub mod etcdserverpb {
         include!(concat!(env!("OUT_DIR"), "/messages/etcdserverpb.rs"));
     }
+    pub mod v3lockpb {
+        include!(concat!(env!("OUT_DIR"), "/messages/v3lockpb.rs"));
+    }
+    pub mod v3electionpb {
+        include!(concat!(env!("OUT_DIR"), "/messages/v3electionpb.rs"));
+    }
     pub mod clustermesh {
         pub mod v1 {
             include!(concat!(env!("OUT_DIR"), "/messages/clustermesh.v1.rs"));
@@ -47,6 +53,18 @@ pub mod etcd {
         #[cfg(feature = "grpc")]
         include!(concat!(env!("OUT_DIR"), "/services/etcdserverpb.rs"));
     }
+    /// Package `v3lockpb`: locks that a lease holds.
+    pub mod lock {
+        pub use crate::generated::messages::v3lockpb::*;
+        #[cfg(feature = "grpc")]
+        include!(concat!(env!("OUT_DIR"), "/services/v3lockpb.rs"));
+    }
+    /// Package `v3electionpb`: leaders that a lease holds.
+    pub mod election {
+        pub use crate::generated::messages::v3electionpb::*;
+        #[cfg(feature = "grpc")]
+        include!(concat!(env!("OUT_DIR"), "/services/v3electionpb.rs"));
+    }
 }
 
 /// Package `clustermesh.v1`: node sessions, the agents' stream, the operator's API, the agent's local API.
@@ -55,3 +73,8 @@ pub mod v1 {
     #[cfg(feature = "grpc")]
     include!(concat!(env!("OUT_DIR"), "/services/clustermesh.v1.rs"));
 }
+
+/// All of `proto/` as an encoded `google.protobuf.FileDescriptorSet`: what reflection and the JSON gateway go by.
+#[cfg(feature = "grpc")]
+pub const FILE_DESCRIPTOR_SET: &[u8] =
+    include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -22,6 +22,8 @@ pub mod manifest;
 pub mod records;
 pub mod validate;
 
+#[cfg(feature = "grpc")]
+pub use generated::FILE_DESCRIPTOR_SET;
 pub use generated::{etcd, v1};
 pub use identity_split::IdentitySplit;
 pub use keys::{Kind, RecordKey, Tree};

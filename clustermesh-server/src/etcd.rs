@@ -1,5 +1,6 @@
 //! The etcd v3 services over the replica.
 
+pub mod answers;
 mod cluster;
 mod kv;
 mod lease;
@@ -19,11 +20,14 @@ use tonic::service::RoutesBuilder;
 use crate::metrics::Metrics;
 use crate::store::Store;
 
+use answers::AnswerBudget;
+
 /// Adds KV, Watch, Lease, Cluster and Maintenance.
 pub fn add_services(routes: &mut RoutesBuilder, store: &Store, metrics: &Metrics, drain: &Drain) {
+    let answers = AnswerBudget::new(metrics.answers.clone());
     routes
         .add_service(
-            KvServer::new(kv::KvService::new(store.clone()))
+            KvServer::new(kv::KvService::new(store.clone(), answers.clone()))
                 .max_decoding_message_size(MAX_GRPC_RECV_BYTES)
                 .max_encoding_message_size(usize::MAX),
         )
@@ -46,6 +50,6 @@ pub fn add_services(routes: &mut RoutesBuilder, store: &Store, metrics: &Metrics
             store.clone(),
         )))
         .add_service(MaintenanceServer::new(
-            maintenance::MaintenanceService::new(store.clone()),
+            maintenance::MaintenanceService::new(store.clone(), answers),
         ));
 }

@@ -10,11 +10,15 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 
+use crate::etcd::answers::AnswerMetrics;
+
 /// Everything that the server counts; clones share the numbers.
 #[derive(Debug, Clone, Default)]
 pub struct Metrics {
     /// The client port.
     pub serve: ServeMetrics,
+    /// Answers that clients have not taken yet.
+    pub answers: AnswerMetrics,
     /// Watches and agents' streams.
     pub watch: WatchMetrics,
     /// Node sessions.
@@ -123,6 +127,9 @@ impl Metrics {
         metrics
             .serve
             .register(registry.sub_registry_with_prefix("client_port"));
+        metrics
+            .answers
+            .register(registry.sub_registry_with_prefix("answers"));
         metrics
             .watch
             .register(registry.sub_registry_with_prefix("watch"));
@@ -254,6 +261,21 @@ impl ServeMetrics {
             "tls_handshakes_failed",
             "Failed TLS handshakes",
             self.handshakes_failed.clone(),
+        );
+    }
+}
+
+impl AnswerMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "under_way_bytes",
+            "Bytes of answers that clients have not taken yet",
+            self.bytes.clone(),
+        );
+        registry.register(
+            "refused",
+            "Answers refused because too many bytes wait for clients",
+            self.refused.clone(),
         );
     }
 }

@@ -23,6 +23,7 @@ use tracing::{debug, warn};
 
 use crate::auth::Caller;
 use crate::config::LimitsConfig;
+use crate::etcd::answers::hold_until_sent;
 use crate::metrics::ServeMetrics;
 use crate::version::version_json;
 
@@ -233,7 +234,7 @@ async fn answer(
     }
     request.extensions_mut().insert(caller);
     match shared.routes.clone().oneshot(request.map(Body::new)).await {
-        Ok(response) => response,
+        Ok(response) => hold_until_sent(response),
         Err(never) => match never {},
     }
 }

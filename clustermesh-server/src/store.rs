@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use clustermesh_api::etcd::rpc::{
-    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse,
+    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, DowngradeInfo,
     LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveResponse, LeaseLeasesResponse,
     LeaseRevokeRequest, LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest,
     LeaseTimeToLiveResponse, Member, MemberListResponse, PutRequest, PutResponse, RangeRequest,
@@ -18,7 +18,7 @@ use openraft_rt_tokio::TokioRuntime;
 use prost::Message;
 use tonic::{Code, Status};
 
-use crate::version::ETCD_VERSION;
+use crate::version::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
 
 /// A leader that heard from no quorum for so long does not count as one.
 const LEADER_SILENCE_MAX: Duration = Duration::from_secs(5);
@@ -402,7 +402,13 @@ impl Store {
             raft_applied_index: status.applied_index,
             errors: errors.into_iter().collect(),
             db_size_in_use: size,
-            is_learner: false,
+            is_learner: status
+                .members
+                .iter()
+                .any(|member| member.id == status.replica_id && !member.voter),
+            storage_version: ETCD_CLUSTER_VERSION.to_owned(),
+            db_size_quota: 0,
+            downgrade_info: Some(DowngradeInfo::default()),
         }
     }
 
@@ -489,7 +495,7 @@ pub(crate) fn kv_status(error: &KvError) -> Status {
     Status::new(Code::from_i32(error.code()), error.to_string())
 }
 
-fn read_status(error: &ReadError) -> Status {
+pub(crate) fn read_status(error: &ReadError) -> Status {
     match error {
         ReadError::NotLeader { .. } => Status::unavailable("etcdserver: no leader"),
         ReadError::NoQuorum => Status::unavailable("etcdserver: request timed out"),

@@ -21,6 +21,15 @@ pub(crate) struct ReadView<'a> {
 impl ReadView<'_> {
     /// Answers a range request; the header is left to the caller.
     pub(crate) fn range(&self, request: &RangeRequest) -> Result<RangeResponse, KvError> {
+        self.answer(request, true)
+    }
+
+    /// [`ReadView::range`] without the count where it would cost a walk over the rest of the range.
+    pub(crate) fn range_page(&self, request: &RangeRequest) -> Result<RangeResponse, KvError> {
+        self.answer(request, false)
+    }
+
+    fn answer(&self, request: &RangeRequest, counted: bool) -> Result<RangeResponse, KvError> {
         if request.revision > self.revision {
             return Err(KvError::FutureRevision);
         }
@@ -51,7 +60,11 @@ impl ReadView<'_> {
         };
         let mut versions: Vec<&Arc<Version>> = found.by_ref().take(fetch).collect();
         // The count is that of the whole range: limit and filters do not change it.
-        let count = length(versions.len() + found.count());
+        let count = if counted {
+            length(versions.len() + found.count())
+        } else {
+            0
+        };
         versions.retain(|version| passes(request, version));
         sort(request, &mut versions);
         let more = versions.len() > limit;
@@ -62,6 +75,10 @@ impl ReadView<'_> {
                 let mut kv = version.to_key_value();
                 if request.keys_only {
                     kv.value.clear();
+                    // etcd answers from its index, which knows no leases, unless it has to sort by value.
+                    if request.sort_target != SortTarget::Value as i32 {
+                        kv.lease = 0;
+                    }
                 }
                 kv
             })

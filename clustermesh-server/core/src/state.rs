@@ -109,6 +109,15 @@ impl State {
         self.view().range(request)
     }
 
+    /// As [`State::range`], but the count is 0 unless nothing else was asked for: for readers of a range in pages.
+    ///
+    /// # Errors
+    /// As [`State::range`].
+    pub fn range_page(&self, request: &RangeRequest) -> Result<RangeResponse, KvError> {
+        check::check_range(request)?;
+        self.view().range_page(request)
+    }
+
     /// Answers a transaction for which [`crate::is_read_only`] holds; the outer header is left to the caller.
     ///
     /// # Errors

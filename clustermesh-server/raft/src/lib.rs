@@ -3,6 +3,7 @@
 //! [`Replica`] is the handle that a process uses. Nothing here names an async runtime: tasks, clocks and randomness come
 //! from openraft's `AsyncRuntime`, the type parameter `R`.
 
+mod backup;
 mod batcher;
 mod compaction;
 mod config;

@@ -138,6 +138,10 @@ impl<R: AsyncRuntime> Replica<R> {
         self.inner.replica_id
     }
 
+    pub(crate) fn raft(&self) -> &Raft<Types<R>, StateMachine<R>> {
+        &self.inner.raft
+    }
+
     /// Proposes a change and waits until it is applied here. The id 0 of a lease grant is replaced by a random one.
     ///
     /// # Errors

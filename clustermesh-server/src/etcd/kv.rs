@@ -1,30 +1,38 @@
 //! `etcdserverpb.KV`.
 
+mod range_stream;
+
 use clustermesh_api::etcd::rpc::kv_server::Kv;
 use clustermesh_api::etcd::rpc::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest,
-    PutResponse, RangeRequest, RangeResponse, TxnRequest, TxnResponse,
+    PutResponse, RangeRequest, RangeResponse, RangeStreamResponse, TxnRequest, TxnResponse,
 };
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
+use crate::etcd::answers::AnswerBudget;
 use crate::store::Store;
 
 /// The service.
 #[derive(Debug)]
 pub struct KvService {
     store: Store,
+    answers: AnswerBudget,
 }
 
 impl KvService {
-    /// Over `store`.
-    pub fn new(store: Store) -> Self {
-        Self { store }
+    /// Over `store`; answers live on `answers` until clients took them.
+    pub fn new(store: Store, answers: AnswerBudget) -> Self {
+        Self { store, answers }
     }
 }
 
 #[tonic::async_trait]
 impl Kv for KvService {
+    type RangeStreamStream = ReceiverStream<Result<RangeStreamResponse, Status>>;
+
     async fn range(
         &self,
         request: Request<RangeRequest>,
@@ -32,12 +40,33 @@ impl Kv for KvService {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
         caller.check_read(&request.key, &request.range_end)?;
-        Ok(Response::new(self.store.range(&request).await?))
+        self.answers.answer(self.store.range(&request).await?)
+    }
+
+    async fn range_stream(
+        &self,
+        request: Request<RangeRequest>,
+    ) -> Result<Response<Self::RangeStreamStream>, Status> {
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        range_stream::check(&request)?;
+        caller.check_read(&request.key, &request.range_end)?;
+        if !request.serializable {
+            self.store.linearize().await?;
+        }
+        let reservation = self.answers.reserve(range_stream::HELD_BYTES)?;
+        // One message is made ahead of the one that is being sent.
+        let (pieces, stream) = mpsc::channel(1);
+        tokio::spawn(range_stream::run(self.store.clone(), request, pieces));
+        let mut response = Response::new(ReceiverStream::new(stream));
+        response.extensions_mut().insert(reservation);
+        Ok(response)
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        Ok(Response::new(self.store.put(request.into_inner()).await?))
+        self.answers
+            .answer(self.store.put(request.into_inner()).await?)
     }
 
     async fn delete_range(
@@ -45,16 +74,15 @@ impl Kv for KvService {
         request: Request<DeleteRangeRequest>,
     ) -> Result<Response<DeleteRangeResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        Ok(Response::new(
-            self.store.delete_range(request.into_inner()).await?,
-        ))
+        self.answers
+            .answer(self.store.delete_range(request.into_inner()).await?)
     }
 
     async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
         caller.check_txn(&request)?;
-        Ok(Response::new(self.store.txn(request).await?))
+        self.answers.answer(self.store.txn(request).await?)
     }
 
     async fn compact(

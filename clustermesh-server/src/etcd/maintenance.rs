@@ -1,32 +1,122 @@
 //! `etcdserverpb.Maintenance`.
 
+mod downgrade;
+mod snapshot;
+
 use clustermesh_api::etcd::rpc::maintenance_server::Maintenance;
-use clustermesh_api::etcd::rpc::{StatusRequest, StatusResponse};
+use clustermesh_api::etcd::rpc::{
+    AlarmRequest, AlarmResponse, DefragmentRequest, DefragmentResponse, DowngradeRequest,
+    DowngradeResponse, HashKvRequest, HashKvResponse, HashRequest, HashResponse, MoveLeaderRequest,
+    MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
+};
+use clustermesh_core::State;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
+use crate::etcd::answers::AnswerBudget;
 use crate::store::Store;
 
 /// The service.
 #[derive(Debug)]
 pub struct MaintenanceService {
     store: Store,
+    answers: AnswerBudget,
 }
 
 impl MaintenanceService {
-    /// Over `store`.
-    pub fn new(store: Store) -> Self {
-        Self { store }
+    /// Over `store`; snapshots on their way live on `answers`.
+    pub fn new(store: Store, answers: AnswerBudget) -> Self {
+        Self { store, answers }
     }
 }
 
 #[tonic::async_trait]
 impl Maintenance for MaintenanceService {
+    type SnapshotStream = ReceiverStream<Result<SnapshotResponse, Status>>;
+
+    async fn alarm(
+        &self,
+        request: Request<AlarmRequest>,
+    ) -> Result<Response<AlarmResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        caller.check_known()?;
+        Err(Status::failed_precondition("etcdserver: not capable"))
+    }
+
     async fn status(
         &self,
         request: Request<StatusRequest>,
     ) -> Result<Response<StatusResponse>, Status> {
         Caller::of(&request)?.check_known()?;
         Ok(Response::new(self.store.maintenance_status()))
+    }
+
+    /// History is dropped and memory given back as compactions go; the log is cut by snapshots. Nothing is left to do here.
+    async fn defragment(
+        &self,
+        request: Request<DefragmentRequest>,
+    ) -> Result<Response<DefragmentResponse>, Status> {
+        Caller::of(&request)?.check_operator()?;
+        // etcd sends no header here.
+        Ok(Response::new(DefragmentResponse::default()))
+    }
+
+    async fn hash(&self, request: Request<HashRequest>) -> Result<Response<HashResponse>, Status> {
+        Caller::of(&request)?.check_operator()?;
+        let (hash, revision) = self
+            .store
+            .read(|state| (state.hash(), State::revision(state)));
+        let [a, b, c, d, e, f, g, h] = hash.to_be_bytes();
+        Ok(Response::new(HashResponse {
+            header: Some(self.store.header(revision)),
+            hash: u32::from_be_bytes([a, b, c, d]) ^ u32::from_be_bytes([e, f, g, h]),
+        }))
+    }
+
+    async fn hash_kv(
+        &self,
+        request: Request<HashKvRequest>,
+    ) -> Result<Response<HashKvResponse>, Status> {
+        Caller::of(&request)?.check_operator()?;
+        Err(Status::failed_precondition("etcdserver: not capable"))
+    }
+
+    async fn snapshot(
+        &self,
+        request: Request<SnapshotRequest>,
+    ) -> Result<Response<Self::SnapshotStream>, Status> {
+        Caller::of(&request)?.check_operator()?;
+        let reservation = self.answers.reserve(snapshot::HELD_BYTES)?;
+        let mut response = Response::new(snapshot::stream(self.store.clone()).await?);
+        response.extensions_mut().insert(reservation);
+        Ok(response)
+    }
+
+    async fn move_leader(
+        &self,
+        request: Request<MoveLeaderRequest>,
+    ) -> Result<Response<MoveLeaderResponse>, Status> {
+        Caller::of(&request)?.check_operator()?;
+        let status = self.store.replica().status();
+        if !status.is_leader {
+            return Err(Status::failed_precondition("etcdserver: not leader"));
+        }
+        let target = request.get_ref().target_id;
+        if target == status.replica_id {
+            // etcd: moving it to where it is succeeds.
+            return Ok(Response::new(MoveLeaderResponse::default()));
+        }
+        Err(Status::failed_precondition(
+            "etcdserver: bad leader transferee",
+        ))
+    }
+
+    async fn downgrade(
+        &self,
+        request: Request<DowngradeRequest>,
+    ) -> Result<Response<DowngradeResponse>, Status> {
+        Caller::of(&request)?.check_operator()?;
+        downgrade::answer(&self.store, request.get_ref()).map(Response::new)
     }
 }

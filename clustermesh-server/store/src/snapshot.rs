@@ -153,19 +153,26 @@ impl SnapshotFile {
         }
     }
 
+    /// Its bytes as they are stored. An open one stays readable when a newer snapshot replaces it.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] when it cannot be opened.
+    pub fn bytes(&self) -> Result<Box<dyn Read + Send>, StoreError> {
+        Ok(match &self.content {
+            Content::File { path, .. } => Box::new(
+                fs::File::open(path).map_err(StoreError::io("open", path))?,
+            ),
+            Content::Memory(bytes) => Box::new(io::Cursor::new(bytes.clone())),
+        })
+    }
+
     /// Reads its chunks in order.
     ///
     /// # Errors
     /// [`StoreError::Io`] when it cannot be opened.
     pub fn read(&self) -> Result<SnapshotReader, StoreError> {
-        let source: Box<dyn Read + Send> = match &self.content {
-            Content::File { path, .. } => Box::new(BufReader::new(
-                fs::File::open(path).map_err(StoreError::io("open", path))?,
-            )),
-            Content::Memory(bytes) => Box::new(io::Cursor::new(bytes.clone())),
-        };
         Ok(SnapshotReader {
-            frames: FrameReader::new(source, self.name()),
+            frames: FrameReader::new(Box::new(BufReader::new(self.bytes()?)), self.name()),
             started: false,
             done: false,
         })
