@@ -1,12 +1,10 @@
 //! Runs the pure planners: in one task, on the newest state, many plans in one transaction, again when a guard fails.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::future::Future;
 
-use bytes::Bytes;
 use clustermesh_mesh::allocate::Plan;
-use clustermesh_mesh::{Draft, Guard, Txn, View};
+use clustermesh_mesh::{Draft, Txn, View};
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Code, Status};
 
@@ -204,31 +202,12 @@ async fn commit_some(store: &Store, jobs: &mut [Box<dyn Job>]) -> (usize, Result
 /// Each plan is made on what the ones before it leave.
 fn plan_batch(view: &dyn View, jobs: &mut [Box<dyn Job>], now_unix_ms: i64) -> (Txn, usize) {
     let mut draft = Draft::new(view);
-    let mut written: BTreeSet<Bytes> = BTreeSet::new();
     let mut taken = 0;
     for job in jobs {
         let txn = job.plan(&draft, now_unix_ms);
-        for guard in txn.guards() {
-            match guard {
-                // What an earlier plan writes is settled by the transaction itself.
-                Guard::Absent(key) | Guard::Unchanged(key, _) if written.contains(key) => {}
-                Guard::Absent(key) | Guard::Unchanged(key, _) => draft.guard(key.clone()),
-                Guard::PrefixUnchanged(prefix, _) => draft.guard_prefix(prefix.clone()),
-            }
-        }
-        for (key, value) in txn.writes() {
-            written.insert(key.clone());
-            match value {
-                Some(value) => {
-                    draft.put(key.clone(), value.clone());
-                }
-                None => {
-                    draft.delete(key.clone());
-                }
-            }
-        }
+        draft.absorb(txn);
         taken += 1;
-        if written.len() >= MAX_BATCH_KEYS {
+        if draft.writes() >= MAX_BATCH_KEYS {
             break;
         }
     }
@@ -237,7 +216,8 @@ fn plan_batch(view: &dyn View, jobs: &mut [Box<dyn Job>], now_unix_ms: i64) -> (
 
 #[cfg(test)]
 mod tests {
-    use clustermesh_mesh::MapView;
+    use bytes::Bytes;
+    use clustermesh_mesh::{Guard, MapView};
 
     use super::*;
 

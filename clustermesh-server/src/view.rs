@@ -41,10 +41,7 @@ impl View for StateView<'_> {
     }
 
     fn get(&self, key: &[u8]) -> Option<Kv> {
-        self.range(Bytes::copy_from_slice(key), Bytes::new())
-            .into_iter()
-            .next()
-            .map(kv)
+        self.0.get(key).map(kv)
     }
 
     fn scan(&self, prefix: &[u8], visit: &mut dyn FnMut(Kv) -> ControlFlow<()>) {

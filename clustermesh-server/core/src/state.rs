@@ -5,6 +5,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
+use clustermesh_api::etcd::mvcc::KeyValue;
 use clustermesh_api::etcd::rpc::{RangeRequest, RangeResponse, TxnRequest, TxnResponse};
 
 use crate::{
@@ -107,6 +108,14 @@ impl State {
     pub fn range(&self, request: &RangeRequest) -> Result<RangeResponse, KvError> {
         check::check_range(request)?;
         self.view().range(request)
+    }
+
+    /// One key as it is now: what [`State::range`] of that key alone holds, without the cost of a request.
+    #[must_use]
+    pub fn get(&self, key: &[u8]) -> Option<KeyValue> {
+        self.keyspace
+            .latest(key)
+            .map(|version| version.to_key_value())
     }
 
     /// As [`State::range`], but the count is 0 unless nothing else was asked for: for readers of a range in pages.

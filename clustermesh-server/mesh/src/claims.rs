@@ -13,8 +13,8 @@ use crate::allocate::AllocateError;
 
 pub use endpoint::{plan_delete_endpoint, plan_readiness, plan_sync, plan_upsert};
 pub use node::{
-    KIND_NODE, MAX_UNDERLAY_ADDRESSES, is_connected, plan_hello, plan_remove_node, plan_session,
-    remove_node,
+    KIND_NODE, MAX_UNDERLAY_ADDRESSES, NodeMemo, is_connected, plan_hello, plan_remove_node,
+    plan_session, remove_node,
 };
 
 /// First host number of a node's pod CIDR that a pod may have; below are network, router and health addresses.

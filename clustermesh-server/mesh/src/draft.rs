@@ -63,6 +63,28 @@ impl<'a> Draft<'a> {
         existed
     }
 
+    /// Takes over a plan that was made on this draft: its guards hold on the view beneath but for keys that this
+    /// draft writes itself, and its writes differ from what is here.
+    pub fn absorb(&mut self, plan: Txn) {
+        let (guards, writes) = plan.into_parts();
+        for guard in guards {
+            match &guard {
+                // What an earlier plan writes is settled by the transaction itself.
+                Guard::Absent(key) | Guard::Unchanged(key, _)
+                    if self.txn.writes().contains_key(key) => {}
+                Guard::Absent(_) | Guard::Unchanged(..) | Guard::PrefixUnchanged(..) => {
+                    self.txn.guard(guard);
+                }
+            }
+        }
+        for (key, value) in writes {
+            match value {
+                Some(value) => self.txn.put(key, value),
+                None => self.txn.delete(key),
+            }
+        }
+    }
+
     /// Number of keys that the plan writes so far.
     #[must_use]
     pub fn writes(&self) -> usize {

@@ -41,20 +41,9 @@ impl Holders {
         }
     }
 
-    pub(crate) fn add(
-        draft: &mut Draft<'_>,
-        namespace: &str,
-        name: &str,
-        node: &str,
-        addresses: &[IpAddr],
-    ) {
-        let mut holders = Self::read(draft, namespace, name);
-        holders
-            .0
-            .entry(node.to_owned())
-            .or_default()
-            .extend(addresses);
-        holders.write(draft, namespace, name);
+    pub(crate) fn with(mut self, node: &str, addresses: &[IpAddr]) -> Self {
+        self.0.entry(node.to_owned()).or_default().extend(addresses);
+        self
     }
 
     pub(crate) fn remove(

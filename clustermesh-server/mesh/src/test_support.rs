@@ -6,7 +6,7 @@ use clustermesh_api::v1::{
 };
 
 use crate::allocate::Plan;
-use crate::claims::{plan_hello, plan_readiness, plan_upsert};
+use crate::claims::{NodeMemo, plan_hello, plan_readiness, plan_upsert};
 use crate::manifests::plan_apply;
 use crate::settings::{ClusterSettings, example};
 use crate::view::MapView;
@@ -82,7 +82,14 @@ impl Lab {
     }
 
     pub(crate) fn endpoint(&mut self, node: &str, name: &str, address: &str) {
-        let plan = plan_upsert(&self.view, &self.settings, node, &claim(name, &[address])).unwrap();
+        let plan = plan_upsert(
+            &self.view,
+            &self.settings,
+            node,
+            &mut NodeMemo::default(),
+            &claim(name, &[address]),
+        )
+        .unwrap();
         commit(&mut self.view, plan);
     }
 

@@ -54,6 +54,11 @@ impl Txn {
         &self.writes
     }
 
+    /// Conditions and writes.
+    pub(crate) fn into_parts(self) -> (BTreeSet<Guard>, BTreeMap<Bytes, Option<Bytes>>) {
+        (self.guards, self.writes)
+    }
+
     /// Adds a condition once.
     pub fn guard(&mut self, guard: Guard) {
         self.guards.insert(guard);

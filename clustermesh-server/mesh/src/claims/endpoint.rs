@@ -11,7 +11,7 @@ use clustermesh_api::manifest::StoredWorkload;
 use clustermesh_api::records::{IpExtension, IpIdentityPair, Node, PortReadiness, Readiness};
 use clustermesh_api::v1::{DeleteEndpoint, ReportReadiness, SyncEndpoints, UpsertEndpoint};
 
-use super::{ClaimError, FIRST_POD_INDEX, node, parse_all};
+use super::{ClaimError, FIRST_POD_INDEX, NodeMemo, node, parse_all};
 use crate::address::{bounds, number};
 use crate::allocate::Plan;
 use crate::draft::Draft;
@@ -31,13 +31,15 @@ pub fn plan_upsert(
     view: &dyn View,
     settings: &ClusterSettings,
     node: &str,
+    memo: &mut NodeMemo,
     claim: &UpsertEndpoint,
 ) -> Result<Plan<()>, ClaimError> {
-    let record = node::stored(view, settings, node)?;
+    let key = keys::node(&settings.name, node);
+    let record = memo.stored(view, &key, node)?;
     let mut draft = Draft::new(view);
-    upsert(&mut draft, &record, claim)?;
+    upsert(&mut draft, record, claim)?;
     // The node's pod CIDRs are what the claim was judged by.
-    draft.guard(keys::node(&settings.name, node));
+    draft.guard(key);
     Ok(Plan {
         txn: draft.into_txn(),
         result: (),
@@ -94,10 +96,9 @@ fn upsert(
     draft.guard(workload_key);
     for &address in &addresses {
         let key = keys::address(address);
+        let stored = draft.get(&key);
         draft.guard(key.clone());
-        if let Some(old) = draft
-            .get(&key)
-            .and_then(|kv| IpIdentityPair::decode(&kv.value).ok())
+        if let Some(old) = stored.and_then(|kv| IpIdentityPair::decode(&kv.value).ok())
             && (&old.k8s_namespace, &old.k8s_pod_name) != (namespace, name)
         {
             Holders::remove(
@@ -116,7 +117,8 @@ fn upsert(
         .get(&node.name)
         .is_some_and(|known| addresses.iter().all(|address| known.contains(address)));
     if !all_known {
-        Holders::add(draft, namespace, name, &node.name, &addresses);
+        held.with(&node.name, &addresses)
+            .write(draft, namespace, name);
     }
     Ok(addresses)
 }
@@ -245,9 +247,11 @@ pub fn plan_sync(
     view: &dyn View,
     settings: &ClusterSettings,
     node: &str,
+    memo: &mut NodeMemo,
     sync: &SyncEndpoints,
 ) -> Result<Plan<Vec<ClaimError>>, ClaimError> {
-    let record = node::stored(view, settings, node)?;
+    let key = keys::node(&settings.name, node);
+    let record = memo.stored(view, &key, node)?;
     let count = sync.endpoints.len();
     if count > MAX_ENDPOINTS_PER_NODE {
         return Err(ClaimError::Count {
@@ -258,10 +262,10 @@ pub fn plan_sync(
         });
     }
     let mut draft = Draft::new(view);
-    draft.guard(keys::node(&settings.name, node));
+    draft.guard(key);
     let (mut kept, mut refused) = (BTreeSet::new(), Vec::new());
     for claim in &sync.endpoints {
-        match upsert(&mut draft, &record, claim) {
+        match upsert(&mut draft, record, claim) {
             Ok(addresses) => kept.extend(addresses),
             Err(error) => refused.push(error),
         }

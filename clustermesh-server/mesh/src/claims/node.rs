@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use bytes::Bytes;
 use clustermesh_api::address::{Cidr, parse_cidr};
 use clustermesh_api::keys::{Kind, READINESS_PREFIX};
 use clustermesh_api::limits::MAX_LABELS_PER_OBJECT;
@@ -150,16 +151,27 @@ fn decode(kv: &Kv) -> Result<Node, ClaimError> {
     })
 }
 
-/// The node's record, which its claims are judged by.
-pub(super) fn stored(
-    view: &dyn View,
-    settings: &ClusterSettings,
-    node: &str,
-) -> Result<Node, ClaimError> {
-    let kv = view
-        .get(&keys::node(&settings.name, node))
-        .ok_or_else(|| ClaimError::UnknownNode(node.to_owned()))?;
-    decode(&kv)
+/// A machine's own record as it was read last, so that each of many claims need not decode it again.
+#[derive(Clone, Debug, Default)]
+pub struct NodeMemo(Option<(Bytes, Node)>);
+
+impl NodeMemo {
+    /// The node's record, which its claims are judged by.
+    pub(super) fn stored(
+        &mut self,
+        view: &dyn View,
+        key: &[u8],
+        node: &str,
+    ) -> Result<&Node, ClaimError> {
+        let kv = view
+            .get(key)
+            .ok_or_else(|| ClaimError::UnknownNode(node.to_owned()))?;
+        let known = match self.0.take() {
+            Some(known) if known.0 == kv.value => known,
+            _ => (kv.value.clone(), decode(&kv)?),
+        };
+        Ok(&self.0.insert(known).1)
+    }
 }
 
 fn record(

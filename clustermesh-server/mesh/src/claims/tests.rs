@@ -128,6 +128,7 @@ fn a_claim_writes_the_record_with_the_workloads_identity() {
         &lab.view,
         &lab.settings,
         "n1",
+        &mut NodeMemo::default(),
         &claim("cart-0", &["10.1.0.4"]),
     )
     .unwrap();
@@ -149,8 +150,14 @@ fn claims_outside_the_nodes_right_are_refused() {
         ("n9", "cart-0", &["10.1.0.4"], Reason::NotOwned),
     ];
     for (node, name, addresses, reason) in cases {
-        let error =
-            plan_upsert(&lab.view, &lab.settings, node, &claim(name, addresses)).unwrap_err();
+        let error = plan_upsert(
+            &lab.view,
+            &lab.settings,
+            node,
+            &mut NodeMemo::default(),
+            &claim(name, addresses),
+        )
+        .unwrap_err();
         assert_eq!(error.reason(), reason, "{addresses:?}: {error}");
     }
     lab.endpoint("n1", "cart-0", "10.1.0.4");
@@ -176,6 +183,7 @@ fn a_name_on_another_live_node_is_refused_until_that_node_is_stale() {
         &lab.view,
         &lab.settings,
         "n2",
+        &mut NodeMemo::default(),
         &claim("cart-0", &["10.1.1.4"]),
     )
     .unwrap_err();
@@ -196,6 +204,7 @@ fn an_apply_between_plan_and_commit_voids_the_claim() {
         &lab.view,
         &lab.settings,
         "n1",
+        &mut NodeMemo::default(),
         &claim("cart-0", &["10.1.0.4"]),
     )
     .unwrap();
@@ -238,7 +247,14 @@ fn sync_deletes_what_is_not_in_the_set_and_only_of_that_node() {
             claim("unknown", &["10.1.0.10"]),
         ],
     };
-    let plan = plan_sync(&lab.view, &lab.settings, "n1", &sync).unwrap();
+    let plan = plan_sync(
+        &lab.view,
+        &lab.settings,
+        "n1",
+        &mut NodeMemo::default(),
+        &sync,
+    )
+    .unwrap();
     let refused = commit(&mut lab.view, plan);
     assert_eq!(refused.len(), 1);
     assert_eq!(refused[0].reason(), Reason::UnknownWorkload);
@@ -259,7 +275,14 @@ fn an_endpoint_survives_the_deletion_of_its_workload() {
         request_id: 1,
         endpoints: vec![claim("cart-0", &["10.1.0.4"])],
     };
-    let plan = plan_sync(&lab.view, &lab.settings, "n1", &sync).unwrap();
+    let plan = plan_sync(
+        &lab.view,
+        &lab.settings,
+        "n1",
+        &mut NodeMemo::default(),
+        &sync,
+    )
+    .unwrap();
     assert!(commit(&mut lab.view, plan).is_empty());
     assert!(pair(&lab, "10.1.0.4").is_some());
 }

@@ -19,11 +19,12 @@ use clustermesh_api::v1::{Ack, Hello, Refused, SessionRequest, SessionResponse, 
 use clustermesh_mesh::View;
 use clustermesh_mesh::allocate::Plan;
 use clustermesh_mesh::claims::{
-    ClaimError, is_connected, plan_delete_endpoint, plan_hello, plan_readiness, plan_session,
-    plan_sync, plan_upsert,
+    ClaimError, NodeMemo, is_connected, plan_delete_endpoint, plan_hello, plan_readiness,
+    plan_session, plan_sync, plan_upsert,
 };
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 use tonic::{Status, Streaming};
@@ -55,6 +56,8 @@ pub(super) struct SessionTask {
 struct Open {
     ttl: Duration,
     session: OpenSession,
+    /// The node's record as its claims are judged by it.
+    memo: Arc<Mutex<NodeMemo>>,
 }
 
 /// Why a session is over.
@@ -151,7 +154,11 @@ impl SessionTask {
         let (node, instance) = (&self.node, hello.instance_id);
         self.shared.metrics.open.inc();
         info!(node, instance, "node session opened");
-        let mut open = Open { ttl, session };
+        let mut open = Open {
+            ttl,
+            session,
+            memo: Arc::default(),
+        };
         let (end, last_message) = self.converse(&mut open, requests).await;
         drop(open);
         self.shared.metrics.open.dec();
@@ -319,6 +326,7 @@ impl SessionTask {
         let node = self.node.clone();
         let planner = &self.shared.planner;
         let metrics = self.shared.metrics.clone();
+        let memo = Arc::clone(&open.memo);
         Ok(match message {
             // Nothing but a sign of life, or a message of a newer agent.
             Some(Asked::Heartbeat(_)) | None => None,
@@ -335,7 +343,9 @@ impl SessionTask {
             Some(Asked::UpsertEndpoint(claim)) => {
                 let id = claim.request_id;
                 let outcome = planner
-                    .submit(move |view: &dyn View, _| plan_upsert(view, &settings, &node, &claim))
+                    .submit(move |view: &dyn View, _| {
+                        plan_upsert(view, &settings, &node, &mut memo.lock(), &claim)
+                    })
                     .await?;
                 Some(Box::pin(
                     async move { answers(id, outcome.await, &metrics) },
@@ -362,7 +372,9 @@ impl SessionTask {
             Some(Asked::SyncEndpoints(sync)) => {
                 let id = sync.request_id;
                 let outcome = planner
-                    .submit(move |view: &dyn View, _| plan_sync(view, &settings, &node, &sync))
+                    .submit(move |view: &dyn View, _| {
+                        plan_sync(view, &settings, &node, &mut memo.lock(), &sync)
+                    })
                     .await?;
                 Some(Box::pin(async move {
                     let (refusals, outcome) = match outcome.await {
