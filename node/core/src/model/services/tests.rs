@@ -3,6 +3,8 @@ use clustermesh_ebpf_abi::IdentitySplit;
 use super::*;
 use crate::Settings;
 use crate::change::Change;
+use crate::change::ServicePort;
+use crate::refused::Reason;
 
 fn service(name: &str, vip: [u8; 4], ports: usize) -> Change {
     let port = |number| ServicePort {
