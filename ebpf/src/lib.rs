@@ -7,6 +7,7 @@
 
 mod datapath;
 mod error;
+mod features;
 mod flows;
 mod links;
 mod maps;
@@ -18,6 +19,7 @@ mod table;
 pub use clustermesh_ebpf_abi as abi;
 pub use datapath::{Datapath, Options, Takeover};
 pub use error::Error;
+pub use features::Features;
 pub use flows::FlowReader;
 pub use links::AttachMode;
 pub use maps::Maps;

@@ -6,10 +6,10 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 
-use crate::Error;
 use crate::maps::SPECS;
 use crate::pins::Pins;
 use crate::sys::bpf::AttachType;
+use crate::{Error, Features};
 
 /// Compiled by `build.rs`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CLUSTERMESH_BPF_OBJECT"));
@@ -63,7 +63,11 @@ pub(crate) struct Programs(Ebpf);
 impl Programs {
     /// Loads the programs onto the maps of this layout; maps that are not there are made and pinned.
     pub(crate) fn load(pins: &Pins, with_sockets: bool) -> Result<Self, Error> {
+        let constants = Features::probe().constants();
         let mut loader = EbpfLoader::new();
+        for (name, value) in &constants {
+            loader.override_global(name, value, true);
+        }
         for spec in &SPECS {
             loader.map_pin_path(spec.symbol, pins.map(spec));
         }

@@ -6,13 +6,15 @@
 //! the other end takes equal ones for its own frames.
 
 use aya_ebpf::bindings::{
-    BPF_F_ADJ_ROOM_DECAP_L3_IPV4, BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L2_ETH,
-    BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
-    BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
+    BPF_F_ADJ_ROOM_ENCAP_L2_ETH, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6,
+    BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO, bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
 };
-use aya_ebpf::helpers::generated::{bpf_get_hash_recalc, bpf_skb_adjust_room, bpf_skb_ecn_set_ce};
+use aya_ebpf::helpers::generated::{
+    bpf_get_hash_recalc, bpf_skb_adjust_room, bpf_skb_change_proto, bpf_skb_ecn_set_ce,
+};
 use clustermesh_ebpf_abi::{DropReason, NodeConfig, TUNNEL_MAC_DESTINATION, TUNNEL_MAC_SOURCE};
 
+use crate::features::ethernet_inside;
 use crate::frame::{ETHERNET_BYTES, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES, IPV6_BYTES};
 use crate::parse::{Family, PROTOCOL_UDP, Packet, Words};
 
@@ -35,7 +37,6 @@ const SOURCE_PORT_MASK: u32 = 0x3fff;
 
 const GROW_FLAGS: u64 = BPF_F_ADJ_ROOM_FIXED_GSO as u64
     | BPF_F_ADJ_ROOM_ENCAP_L4_UDP as u64
-    | BPF_F_ADJ_ROOM_ENCAP_L2_ETH as u64
     | ((ETHERNET_BYTES as u64) << 56);
 
 /// UDP, VXLAN and inner Ethernet up to its type, as words in memory order.
@@ -135,10 +136,13 @@ pub fn write_outer(
 #[inline(always)]
 fn grow(frame: Frame, ip_bytes: usize, family_flag: u64) -> Result<(), DropReason> {
     let bytes = (ip_bytes + TUNNEL_BYTES) as i32;
+    let mut flags = GROW_FLAGS | family_flag;
+    // Without it segmentation in software works as well, devices do not take part in it.
+    if ethernet_inside() {
+        flags |= u64::from(BPF_F_ADJ_ROOM_ENCAP_L2_ETH);
+    }
     // SAFETY: the context is valid.
-    let status = unsafe {
-        bpf_skb_adjust_room(frame.skb, bytes, BPF_ADJ_ROOM_MAC, GROW_FLAGS | family_flag)
-    };
+    let status = unsafe { bpf_skb_adjust_room(frame.skb, bytes, BPF_ADJ_ROOM_MAC, flags) };
     if status == 0 {
         Ok(())
     } else {
@@ -233,27 +237,18 @@ pub fn decapsulate(
     inner: Family,
     congested: bool,
 ) -> Result<(), DropReason> {
-    let ip_bytes = match outer {
+    if outer != inner {
+        change_family(frame, inner)?;
+    }
+    // A change of family has put a header of the inner one in the outer one's place.
+    let ip_bytes = match inner {
         Family::V4 => IPV4_BYTES,
         Family::V6 => IPV6_BYTES,
     };
-    // The flag changes the protocol that the kernel notes for the packet; kernels before 6.3 do
-    // not know it, so it is set only where the families differ.
-    let flag = match (outer, inner) {
-        (Family::V4, Family::V6) => BPF_F_ADJ_ROOM_DECAP_L3_IPV6,
-        (Family::V6, Family::V4) => BPF_F_ADJ_ROOM_DECAP_L3_IPV4,
-        (Family::V4, Family::V4) | (Family::V6, Family::V6) => 0,
-    };
     let bytes = (ip_bytes + TUNNEL_BYTES) as i32;
+    let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
     // SAFETY: the context is valid.
-    let status = unsafe {
-        bpf_skb_adjust_room(
-            frame.skb,
-            -bytes,
-            BPF_ADJ_ROOM_MAC,
-            u64::from(BPF_F_ADJ_ROOM_FIXED_GSO) | u64::from(flag),
-        )
-    };
+    let status = unsafe { bpf_skb_adjust_room(frame.skb, -bytes, BPF_ADJ_ROOM_MAC, flags) };
     if status != 0 {
         return Err(DropReason::EncapsulationFailed);
     }
@@ -262,4 +257,21 @@ pub fn decapsulate(
         unsafe { bpf_skb_ecn_set_ce(frame.skb) };
     }
     Ok(())
+}
+
+/// Makes the kernel note another IP version for the packet, and with it the room for its header.
+/// Flags of the shrinking call do both at once, but kernels before 6.3 do not know them.
+#[inline(always)]
+fn change_family(frame: Frame, to: Family) -> Result<(), DropReason> {
+    let ethertype = match to {
+        Family::V4 => ETHERTYPE_IPV4,
+        Family::V6 => ETHERTYPE_IPV6,
+    };
+    // SAFETY: the context is valid.
+    let status = unsafe { bpf_skb_change_proto(frame.skb, ethertype, 0) };
+    if status == 0 {
+        Ok(())
+    } else {
+        Err(DropReason::EncapsulationFailed)
+    }
 }

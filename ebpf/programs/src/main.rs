@@ -14,6 +14,7 @@ mod answer;
 mod checksum;
 mod deliver;
 mod encap;
+mod features;
 mod frame;
 mod from_host;
 mod from_network;

@@ -5,6 +5,7 @@ use clustermesh_ebpf_abi::{
     BACKENDS_PER_LIST_MAX, BackendKey, FrontendKey, FrontendValue, SocketChoice,
 };
 
+use crate::features::socket_errors;
 use crate::maps::{BACKENDS, FRONTENDS};
 use crate::socket_address::SocketAddress;
 
@@ -142,10 +143,12 @@ pub fn backend_of(choice: &SocketChoice) -> SocketAddress {
     SocketAddress::new(&choice.backend_address, choice.backend_port_be)
 }
 
-/// Ends the call with "connection refused".
+/// Ends the call with "connection refused"; older kernels make that "operation not permitted".
 #[inline(always)]
 pub fn refuse() -> i32 {
-    // SAFETY: a plain helper, which the hooks that may refuse a call have.
-    unsafe { bpf_set_retval(-ECONNREFUSED) };
+    if socket_errors() {
+        // SAFETY: a plain helper, which the hooks that may refuse a call have.
+        unsafe { bpf_set_retval(-ECONNREFUSED) };
+    }
     REFUSE
 }

@@ -15,15 +15,17 @@ const ENOTSUPP: i32 = 524;
 /// `enum bpf_cmd`.
 #[repr(u32)]
 #[derive(Clone, Copy)]
-enum Command {
+pub(super) enum Command {
     #[cfg(test)]
     MapCreate = 0,
     MapLookup = 1,
     MapUpdate = 2,
     MapDelete = 3,
     MapNextKey = 4,
+    ProgramLoad = 5,
     Pin = 6,
     Get = 7,
+    ProgramRun = 10,
     Info = 15,
     ProgramQuery = 16,
     MapLookupBatch = 24,
@@ -167,7 +169,7 @@ fn address<T>(value: &T) -> u64 {
 /// # Safety
 ///
 /// All pointers in `attr` must be valid for what `command` reads and writes through them.
-unsafe fn call<T>(command: Command, attr: &mut T) -> io::Result<RawFd> {
+pub(super) unsafe fn call<T>(command: Command, attr: &mut T) -> io::Result<RawFd> {
     // SAFETY: `attr` is a live `repr(C)` prefix of `union bpf_attr` of the length given; the kernel takes
     // the rest as zeros. Its pointers are the caller's promise.
     let result = unsafe {
@@ -184,7 +186,7 @@ unsafe fn call<T>(command: Command, attr: &mut T) -> io::Result<RawFd> {
     RawFd::try_from(result).map_err(io::Error::other)
 }
 
-fn new_fd(result: RawFd) -> OwnedFd {
+pub(super) fn new_fd(result: RawFd) -> OwnedFd {
     // SAFETY: the kernel has just created this descriptor for us.
     unsafe { OwnedFd::from_raw_fd(result) }
 }

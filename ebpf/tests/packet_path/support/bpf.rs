@@ -4,9 +4,10 @@
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 
-use aya::Ebpf;
 use aya::maps::Map;
 use aya::programs::{ProgramError, SchedClassifier};
+use aya::{Ebpf, EbpfLoader};
+use clustermesh_ebpf::Features;
 use clustermesh_ebpf_abi::{
     Address, DropReason, EndpointValue, IPCACHE_PREFIX_BASE_BITS, InterfaceValue, IpcacheKey,
     IpcacheValue, NodeAddressValue, NodeConfig, NodeValue, TrafficPath, TrafficValue, v4_mapped,
@@ -102,7 +103,12 @@ impl Datapath {
             );
             std::slice::from_raw_parts(aligned.as_ptr().cast::<u8>(), OBJECT.len())
         };
-        let mut ebpf = Ebpf::load(object).expect("the object loads");
+        let constants = Features::probe().constants();
+        let mut loader = EbpfLoader::new();
+        for (name, value) in &constants {
+            loader.override_global(name, value, true);
+        }
+        let mut ebpf = loader.load(object).expect("the object loads");
         for name in PROGRAMS {
             let program: &mut SchedClassifier = ebpf
                 .program_mut(name)

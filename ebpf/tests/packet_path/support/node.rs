@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use aya::programs::tc::qdisc_add_clsact;
 use aya::programs::{SchedClassifier, TcAttachType};
+use clustermesh_ebpf::Features;
 use clustermesh_ebpf_abi::{
     ENDPOINT_HOST, EndpointValue, IDENTITY_REMOTE_NODE, InterfaceValue, NODE_DIRECT,
     NODE_INDEX_LOCAL, NODE_PRESENT, NodeConfig, NodeValue, TUNNEL_PORT, V4_MAPPED_BITS,
@@ -155,6 +157,9 @@ impl Node {
                 .try_into()
                 .expect("a tc program");
             inside(&node.host, || {
+                if !Features::probe().tcx {
+                    qdisc_add_clsact(link).expect("clsact");
+                }
                 program.attach(link, TcAttachType::Ingress).map(drop)
             })
             .expect("attach");

@@ -1,0 +1,56 @@
+//! What this kernel can do, found by trying; the object's constants follow from it.
+
+use crate::sys::{bpf, probe};
+
+/// What differs between the kernels on which the programs run (5.10 and later).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// tcx links (6.6).
+    pub tcx: bool,
+    /// A refused socket call ends with "connection refused" (6.1); else with "operation not permitted".
+    pub socket_errors: bool,
+    /// Devices take part in segmenting tunnel packets (5.13).
+    pub ethernet_inside: bool,
+}
+
+impl Features {
+    /// Asks the kernel. What it does not answer, for want of rights too, counts as absent.
+    #[must_use]
+    pub fn probe() -> Self {
+        Self {
+            tcx: bpf::tcx_supported(),
+            socket_errors: probe::socket_errors(),
+            ethernet_inside: probe::ethernet_inside(),
+        }
+    }
+
+    /// Constants of the object with the kernel programs, by name, as they must be on this kernel.
+    #[must_use]
+    pub fn constants(self) -> [(&'static str, u8); 2] {
+        [
+            ("SOCKET_ERRORS", self.socket_errors.into()),
+            ("ETHERNET_INSIDE", self.ethernet_inside.into()),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_found_agrees_with_the_kernels_version() {
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        let mut numbers = release.split(['.', '-']).map(|n| n.trim().parse::<u32>());
+        let version = (
+            numbers.next().unwrap().unwrap(),
+            numbers.next().unwrap().unwrap(),
+        );
+        let expected = Features {
+            tcx: version >= (6, 6),
+            socket_errors: version >= (6, 1),
+            ethernet_inside: version >= (5, 13),
+        };
+        assert_eq!(Features::probe(), expected, "kernel {release}");
+    }
+}
