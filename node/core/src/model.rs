@@ -9,6 +9,7 @@ mod addresses;
 mod claims;
 mod gate;
 mod nodes;
+mod places;
 mod services;
 mod sources;
 
@@ -132,6 +133,7 @@ impl Model {
     /// The listing is complete.
     pub fn end_listing(&mut self) {
         self.settle_services();
+        self.refuse_unplaced_node_addresses();
         self.dirty = Keys::all(&self.wanted, &self.actual);
         self.held = Keys::default();
         self.listing = false;
@@ -150,6 +152,13 @@ impl Model {
     #[must_use]
     pub fn is_settled(&self) -> bool {
         !self.listing && self.held.is_empty() && self.kept_entries() == 0
+    }
+
+    /// True if what the store says is all that there is: another kernel state, filled from it alone, lacks nothing
+    /// that the present one has. Not so while the store is a new one, its grace runs or a peer's copy is incomplete.
+    #[must_use]
+    pub fn is_trusted(&self) -> bool {
+        self.is_settled() && !self.is_distrusted()
     }
 
     /// Takes one change.

@@ -1,15 +1,16 @@
 //! What a store of which the kernel holds nothing yet does not list: it stays until that is known to be meant.
 //!
 //! A store that was lost and made anew is empty at first. What it lacks was not deleted by anybody: entries of a
-//! peer stay until the new store's copy of that peer is complete or its configuration is removed there, own ones
-//! until [`ABSENCE_GRACE_MS`] has passed, in which every node opens a session and claims its own again. What the
-//! new store has named once is deleted like anything else.
+//! peer stay until the new store's copy of that peer is complete, its configuration is removed there, or the server
+//! turns out not to be configured with it; own ones until [`ABSENCE_GRACE_MS`] has passed, in which every node opens
+//! a session and claims its own again. What the new store has named once is deleted like anything else.
 
 use std::collections::{HashMap, HashSet};
 
 use clustermesh_ebpf_abi::{BackendValue, FrontendKey};
 
 use super::Model;
+use crate::change::ClusterName;
 use crate::plan::{Keys, Plan};
 
 /// Own entries that a new store lacks stay so long, milliseconds.
@@ -23,6 +24,8 @@ pub(super) struct Absence {
     /// Frontends, each with the backends that the store has not named for it.
     frontends: HashMap<FrontendKey, HashSet<BackendValue>>,
     own_until_ms: Option<u64>,
+    /// The store is not the one of which the kernel's entries are, and may not have everything yet.
+    distrusted: bool,
 }
 
 impl Absence {
@@ -68,6 +71,43 @@ impl Model {
         self.absence
             .own_until_ms
             .get_or_insert(now_ms.saturating_add(ABSENCE_GRACE_MS));
+        self.absence.distrusted = true;
+    }
+
+    /// True from [`Model::distrust_absence`] on until the grace is over and every known peer's copy is complete.
+    pub(super) fn is_distrusted(&self) -> bool {
+        self.absence.distrusted
+            && (self.absence.own_until_ms.is_some() || self.sources.unsynced().next().is_some())
+    }
+
+    /// The peers that the store's server is configured with, all of them: entries of a cluster that is none of
+    /// them are given up. As long as one of them has not said its number, nobody knows whose entries are whose.
+    pub fn peers_configured(&mut self, peers: &[ClusterName]) {
+        let Some(mut ids) = peers
+            .iter()
+            .map(|peer| self.sources.id_of(peer))
+            .collect::<Option<HashSet<u16>>>()
+        else {
+            return;
+        };
+        ids.insert(self.settings.cluster_id);
+        let kept: HashSet<u16> = self
+            .actual
+            .nodes
+            .values()
+            .map(|node| node.cluster_id)
+            .chain(
+                self.absence
+                    .frontends
+                    .values()
+                    .flatten()
+                    .map(|backend| backend.cluster_id),
+            )
+            .filter(|id| !ids.contains(id))
+            .collect();
+        for id in kept {
+            self.give_up(id);
+        }
     }
 
     /// Entries that stay although the store does not name them.

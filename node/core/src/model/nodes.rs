@@ -12,6 +12,7 @@ use ipnetwork::IpNetwork;
 use super::Model;
 use super::addresses::Origin;
 use super::claims::{Claim, Claims};
+use super::places::Places;
 use super::sources::{OWN, SourceId};
 use crate::change::{ClusterConfig, ClusterName, NodeRecord};
 use crate::refused::Reason;
@@ -26,13 +27,47 @@ pub const NODE_ADDRESSES_WANTED_MAX: usize = NODES_MAX as usize / 8 * 7;
 /// Reserved identity of a node's ingress address.
 const IDENTITY_INGRESS: u32 = 8;
 
-#[derive(Default)]
 pub(super) struct Nodes {
     by_name: HashMap<(SourceId, Box<str>), Node>,
+    /// Names of the nodes that have an index of their own.
+    names: HashMap<u32, Box<str>>,
     /// Underlay address, as the cluster's address records name it, to index.
     hosts: HashMap<(SourceId, IpAddr), u32>,
     address_claims: Claims<Address, AddressClaim>,
+    /// Who is in the map if it cannot take all: the same addresses on every machine, whatever came first.
+    address_places: Places<(AddressRank, Address)>,
     next_index: u32,
+}
+
+/// Tunnel ends go first, without which a node is not heard at all; of those, and of the rest, our own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum AddressRank {
+    OwnTunnelEnd,
+    PeersTunnelEnd,
+    Own,
+    Peers,
+}
+
+impl AddressRank {
+    const ALL: [Self; 4] = [
+        Self::OwnTunnelEnd,
+        Self::PeersTunnelEnd,
+        Self::Own,
+        Self::Peers,
+    ];
+}
+
+impl Default for Nodes {
+    fn default() -> Self {
+        Self {
+            by_name: HashMap::new(),
+            names: HashMap::new(),
+            hosts: HashMap::new(),
+            address_claims: Claims::default(),
+            address_places: Places::new(NODE_ADDRESSES_WANTED_MAX),
+            next_index: 0,
+        }
+    }
 }
 
 struct Node {
@@ -45,6 +80,18 @@ struct Node {
 struct AddressClaim {
     source: SourceId,
     index: u32,
+    tunnel_end: bool,
+}
+
+impl AddressClaim {
+    fn rank(&self) -> AddressRank {
+        match (self.tunnel_end, self.source == OWN) {
+            (true, true) => AddressRank::OwnTunnelEnd,
+            (true, false) => AddressRank::PeersTunnelEnd,
+            (false, true) => AddressRank::Own,
+            (false, false) => AddressRank::Peers,
+        }
+    }
 }
 
 impl Claim for AddressClaim {
@@ -259,10 +306,21 @@ impl Model {
         if self.wanted.nodes.insert(index, value) != Some(value) {
             self.dirty.nodes.insert(index);
         }
-        for ip in &record.underlay {
+        self.nodes.names.insert(index, name.clone());
+        for (place, ip) in record.underlay.iter().enumerate() {
+            let first_of_family = |held: &&IpAddr| held.is_ipv4() == ip.is_ipv4();
+            let claim = AddressClaim {
+                source,
+                index,
+                tunnel_end: record
+                    .underlay
+                    .iter()
+                    .position(|held| first_of_family(&held))
+                    == Some(place),
+            };
             self.nodes
                 .address_claims
-                .insert(tables::address(*ip), AddressClaim { source, index });
+                .insert(tables::address(*ip), claim);
             self.resolve_node_address(*ip);
             if self.nodes.hosts.insert((source, *ip), index) != Some(index) {
                 self.host_changed(source, *ip);
@@ -295,6 +353,7 @@ impl Model {
         }
         if index != NODE_INDEX_LOCAL {
             self.wanted.nodes.remove(&index);
+            self.nodes.names.remove(&index);
             self.dirty.nodes.insert(index);
             self.pod_cidrs_changed = true;
         }
@@ -302,7 +361,11 @@ impl Model {
     }
 
     fn drop_underlay(&mut self, source: SourceId, ip: IpAddr, index: u32) {
-        let claim = AddressClaim { source, index };
+        let claim = AddressClaim {
+            source,
+            index,
+            tunnel_end: false,
+        };
         self.nodes
             .address_claims
             .remove(&tables::address(ip), &claim);
@@ -313,24 +376,39 @@ impl Model {
         }
     }
 
+    /// Gives the address the place that its claims are worth, and others what follows from that.
     fn resolve_node_address(&mut self, ip: IpAddr) {
         let key = tables::address(ip);
-        let winner = self.nodes.address_claims.of(&key).first().copied();
-        let changed = match winner {
+        let winner = self.nodes.address_claims.of(&key).first();
+        let rank = winner.map(AddressClaim::rank);
+        let stale = AddressRank::ALL
+            .into_iter()
+            .filter(|held| rank != Some(*held));
+        for rank in stale {
+            if let Some((_, promoted)) = self.nodes.address_places.remove(&(rank, key)) {
+                self.write_node_address(promoted);
+            }
+        }
+        if let Some(rank) = rank
+            && let Some((_, left_out)) = self.nodes.address_places.insert((rank, key))
+        {
+            self.write_node_address(left_out);
+            if !self.listing {
+                self.refuse_node_address(left_out);
+            }
+        }
+        self.write_node_address(key);
+    }
+
+    fn write_node_address(&mut self, key: Address) {
+        let winner = self.nodes.address_claims.of(&key).first();
+        let placed =
+            winner.filter(|claim| self.nodes.address_places.has_place(&(claim.rank(), key)));
+        let changed = match placed {
             Some(claim) => {
                 let value = NodeAddressValue {
                     node_index: claim.index,
                 };
-                if self.wanted.node_addresses.len() >= NODE_ADDRESSES_WANTED_MAX
-                    && !self.wanted.node_addresses.contains_key(&key)
-                {
-                    self.refuse(
-                        Reason::MapFull,
-                        format!("node address {ip}"),
-                        format!("{NODE_ADDRESSES_WANTED_MAX} addresses of nodes are taken"),
-                    );
-                    return;
-                }
                 self.wanted.node_addresses.insert(key, value) != Some(value)
             }
             None => self.wanted.node_addresses.remove(&key).is_some(),
@@ -338,6 +416,44 @@ impl Model {
         if changed {
             self.dirty.node_addresses.insert(key);
         }
+    }
+
+    /// Names the addresses that found no place: to be called when a listing is complete, because its order says
+    /// nothing about who stays.
+    pub(super) fn refuse_unplaced_node_addresses(&mut self) {
+        let waiting: Vec<Address> = self
+            .nodes
+            .address_places
+            .waiting()
+            .map(|(_, key)| key)
+            .collect();
+        // The newest refusals are the ones that are named: those first in line come last.
+        for key in waiting.into_iter().rev() {
+            self.refuse_node_address(key);
+        }
+    }
+
+    fn refuse_node_address(&mut self, key: Address) {
+        let claim = self.nodes.address_claims.of(&key).first().copied();
+        let owner = claim.and_then(|claim| {
+            let name = self.nodes.names.get(&claim.index)?;
+            Some(format!(
+                " of node {}/{name}",
+                self.sources.name(claim.source)
+            ))
+        });
+        self.refuse(
+            Reason::MapFull,
+            format!(
+                "node address {}{}",
+                tables::ip(&key),
+                owner.unwrap_or_default()
+            ),
+            format!(
+                "{NODE_ADDRESSES_WANTED_MAX} addresses of nodes are taken, tunnel ends first: \
+                 packets that the node sends from this one are dropped"
+            ),
+        );
     }
 
     /// The node map's value; `None` if the node cannot be reached or its cluster is not accepted.

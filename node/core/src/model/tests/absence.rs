@@ -116,3 +116,63 @@ fn a_peer_that_a_new_store_lacks_is_removed_when_its_copy_is_complete_or_it_is_r
         assert_eq!(backends(&model, "172.20.0.1"), ["10.1.0.4", "10.1.1.4"]);
     }
 }
+
+#[test]
+fn a_peer_that_was_removed_while_the_store_was_lost_is_given_up_once_all_configured_peers_are_known()
+ {
+    let mut model = over_a_new_store(vec![
+        node("east", "e1", "192.0.2.1", "10.1.0.1"),
+        service("172.20.0.1", Affinity::None),
+    ]);
+    let of_west = |model: &Model| {
+        model
+            .actual()
+            .ipcache
+            .contains_key(&host_key(parse("10.2.0.4")))
+    };
+    // North has not said which number it has: the entries may be north's.
+    model.peers_configured(&[cluster("north")]);
+    settle(&mut model);
+    assert!(of_west(&model));
+    model.apply(config("north", 3));
+    model.peers_configured(&[cluster("north")]);
+    settle(&mut model);
+    assert!(!of_west(&model));
+    assert_eq!(backends(&model, "172.20.0.1"), ["10.1.0.4", "10.1.1.4"]);
+    // Own entries go by the grace alone.
+    assert!(model.kept_entries() > 0);
+    model.pass_time(1_000 + ABSENCE_GRACE_MS);
+    settle(&mut model);
+    assert_eq!(model.kept_entries(), 0);
+}
+
+#[test]
+fn a_configured_peer_keeps_its_entries() {
+    let mut model = over_a_new_store(vec![config("west", 2)]);
+    model.peers_configured(&[cluster("west")]);
+    assert_eq!(model.plan(), Plan::default());
+}
+
+#[test]
+fn empty_maps_are_not_filled_from_a_new_store_before_it_can_have_everything() {
+    // A change of the layout: the maps are new, what the old ones have does not show in them.
+    let mut model = model_of(Tables::default());
+    model.begin_listing();
+    model.distrust_absence(1_000);
+    for change in two_clusters() {
+        model.apply(change);
+    }
+    model.end_listing();
+    model.progress(&cluster("east"), at(8, 1));
+    settle(&mut model);
+    assert!(model.is_settled() && !model.is_trusted());
+    model.pass_time(1_000 + ABSENCE_GRACE_MS);
+    settle(&mut model);
+    assert!(!model.is_trusted(), "the copy of west is not complete");
+    model.progress(&cluster("west"), at(9, 1));
+    assert!(model.is_trusted());
+    // Of a store that is known, a complete listing is enough.
+    let mut model = listed(two_clusters(), Tables::default());
+    settle(&mut model);
+    assert!(model.is_trusted());
+}
