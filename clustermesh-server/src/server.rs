@@ -49,6 +49,7 @@ struct ClusterParts {
     planner: Planner,
     registry: Registry,
     statuses: PeerStatuses,
+    peers: Vec<String>,
 }
 
 impl Server {
@@ -92,9 +93,10 @@ impl Server {
         etcd::add_services(&mut routes, &store, &metrics, &drain);
         if let Some(settings) = settings {
             let parts = ClusterParts {
-                planner: Planner::start(store.clone()),
+                planner: Planner::start(store.clone(), &settings.name),
                 registry: Registry::new(),
                 statuses: PeerStatuses::default(),
+                peers: config.peers.iter().map(|peer| peer.name.clone()).collect(),
                 settings: Arc::new(settings),
             };
             own_records::write(&parts.planner, &parts.settings)
@@ -188,6 +190,7 @@ async fn start_replica(config: &Config) -> anyhow::Result<crate::store::TokioRep
             .map(|address| format!("https://{address}"))
             .into_iter()
             .collect(),
+        ..Node::default()
     };
     replica.auto_compaction = match config.compaction.retention() {
         Some(keep) => AutoCompaction::Age { keep },
@@ -209,6 +212,7 @@ fn add_cluster_services(
         store.clone(),
         parts.settings.name.clone(),
         parts.settings.id,
+        parts.peers.clone(),
         metrics.watch.clone(),
         drain.clone(),
     );

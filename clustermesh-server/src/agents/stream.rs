@@ -32,18 +32,20 @@ pub struct AgentStreamService {
     store: Store,
     cluster: String,
     cluster_id: u32,
+    peers: Vec<String>,
     metrics: WatchMetrics,
     drain: Drain,
     slots: Arc<Semaphore>,
 }
 
 impl AgentStreamService {
-    /// Serves the records of `store` as cluster `cluster` with number `cluster_id`.
+    /// Serves the records of `store` as cluster `cluster` with number `cluster_id`, which copies `peers`.
     #[must_use]
     pub fn new(
         store: Store,
         cluster: String,
         cluster_id: u32,
+        peers: Vec<String>,
         metrics: WatchMetrics,
         drain: Drain,
     ) -> Self {
@@ -51,6 +53,7 @@ impl AgentStreamService {
             store,
             cluster,
             cluster_id,
+            peers,
             metrics,
             drain,
             slots: Arc::new(Semaphore::new(MAX_SESSIONS)),
@@ -84,6 +87,8 @@ impl AgentStream for AgentStreamService {
             cluster: self.cluster.clone(),
             cluster_id: self.cluster_id,
             full_listing: listing.is_some(),
+            peers_known: true,
+            peers: self.peers.clone(),
         };
         let (messages, stream) = mpsc::channel(AGENT_QUEUE_MESSAGES);
         let sent_revision = listing
