@@ -166,7 +166,7 @@ impl<R: AsyncRuntime> Batcher<R> {
                 proposals,
                 ..pb::Batch::default()
             };
-            let command = Command(batch.encode_to_vec().into());
+            let command = Command::new(batch.encode_to_vec());
             add(&self.metrics.entries_proposed_total, 1);
             let (responder, answer) = ProgressResponder::complete_only();
             let sent = raft.client_write_ff(command, Some(responder)).await;

@@ -129,13 +129,13 @@ impl<R: AsyncRuntime> StateMachine<R> {
         let log_id = entry.log_id();
         let batch = match &entry.payload {
             EntryPayload::Normal(command) => {
-                let batch = pb::Batch::decode(command.0.clone())
+                let batch = pb::Batch::decode(command.batch.clone())
                     .map_err(|reason| EntryError::Decode { log_id, reason })?;
                 add(
                     &self.shared.metrics.entry_bytes_applied_total,
-                    command.0.len(),
+                    command.batch.len(),
                 );
-                Some((batch, command.0.len() as u64))
+                Some((batch, command.batch.len() as u64))
             }
             EntryPayload::Blank | EntryPayload::Membership(_) => None,
         };

@@ -21,6 +21,8 @@ pub struct Identity {
     pub replica_id: ReplicaId,
     /// Name of its cluster; empty for a plain store.
     pub cluster_name: String,
+    /// Id of its group, once it knows it; 0 before.
+    pub cluster_id: u64,
 }
 
 /// A locked data folder; clones share the lock, which ends with the last of them.
@@ -48,20 +50,7 @@ impl DataDir {
                 });
             }
         }
-        let sealed = codec::seal(pb::meta::Value::Identity(pb::Identity {
-            replica_id: identity.replica_id,
-            cluster_name: identity.cluster_name.clone(),
-        }));
-        let unnamed = path.join(temporary(IDENTITY));
-        let named = path.join(IDENTITY);
-        fs::File::create(&unnamed)
-            .and_then(|mut file| {
-                file.write_all(&sealed)?;
-                file.sync_data()
-            })
-            .map_err(StoreError::io("write", &unnamed))?;
-        fs::rename(&unnamed, &named).map_err(StoreError::io("rename", &unnamed))?;
-        sync_dir(path)?;
+        write_identity(path, &identity)?;
         Ok(Self {
             path: path.to_owned(),
             identity,
@@ -118,6 +107,16 @@ impl DataDir {
         &self.identity
     }
 
+    /// Replaces the identity, durably.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; then the old one stands.
+    pub fn set_identity(&mut self, identity: Identity) -> Result<(), StoreError> {
+        write_identity(&self.path, &identity)?;
+        self.identity = identity;
+        Ok(())
+    }
+
     /// Where the log lives.
     pub fn log_path(&self) -> PathBuf {
         self.path.join(LOG)
@@ -131,6 +130,24 @@ impl DataDir {
 
 fn temporary(name: &str) -> String {
     format!("{name}.tmp")
+}
+
+fn write_identity(path: &Path, identity: &Identity) -> Result<(), StoreError> {
+    let sealed = codec::seal(pb::meta::Value::Identity(pb::Identity {
+        replica_id: identity.replica_id,
+        cluster_name: identity.cluster_name.clone(),
+        cluster_id: identity.cluster_id,
+    }));
+    let unnamed = path.join(temporary(IDENTITY));
+    let named = path.join(IDENTITY);
+    fs::File::create(&unnamed)
+        .and_then(|mut file| {
+            file.write_all(&sealed)?;
+            file.sync_data()
+        })
+        .map_err(StoreError::io("write", &unnamed))?;
+    fs::rename(&unnamed, &named).map_err(StoreError::io("rename", &unnamed))?;
+    sync_dir(path)
 }
 
 fn lock(path: &Path) -> Result<fs::File, StoreError> {
@@ -171,6 +188,7 @@ fn read_identity(path: &Path) -> Result<Option<Identity>, StoreError> {
         Ok(pb::meta::Value::Identity(identity)) => Ok(Some(Identity {
             replica_id: identity.replica_id,
             cluster_name: identity.cluster_name,
+            cluster_id: identity.cluster_id,
         })),
         Ok(_) => Err(damaged("it holds something else".into())),
         Err(error) => Err(damaged(error.to_string())),

@@ -103,11 +103,42 @@ pub struct Node {
     pub peer_url: String,
     /// Where clients reach it.
     pub client_urls: Vec<String>,
+    /// A learner that becomes a voter as soon as it has caught up.
+    pub join_as_voter: bool,
+    /// The replica that goes once this one votes; 0 for none.
+    pub replaces: ReplicaId,
 }
 
-/// An encoded `clustermesh.core.v1.Batch`: every replica applies the same bytes.
+/// What a log entry does.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Command(pub Bytes);
+pub struct Command {
+    /// An encoded `clustermesh.core.v1.Batch`: every replica applies the same bytes.
+    pub batch: Bytes,
+    /// Whose proposals they are, where a replica forwarded them; by place.
+    pub origins: Vec<Origin>,
+}
+
+impl Command {
+    /// A batch of this replica's own proposals.
+    #[must_use]
+    pub fn new(batch: impl Into<Bytes>) -> Self {
+        Self {
+            batch: batch.into(),
+            origins: Vec::new(),
+        }
+    }
+}
+
+/// A proposal that a replica forwarded: it answers its client when it has applied it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Origin {
+    /// Place in the batch.
+    pub place: u32,
+    /// The replica that was asked.
+    pub replica_id: ReplicaId,
+    /// Chosen by that replica for this proposal only.
+    pub request_id: u64,
+}
 
 impl Debug for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -116,6 +147,6 @@ impl Debug for Command {
 }
 impl Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "command of {} bytes", self.0.len())
+        write!(f, "command of {} bytes", self.batch.len())
     }
 }

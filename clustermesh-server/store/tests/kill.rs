@@ -48,7 +48,7 @@ fn payload(index: u64) -> Vec<u8> {
 fn entry(index: u64) -> Entry {
     Entry::new(
         LogId::new_term_index(1, index),
-        EntryPayload::Normal(Command(payload(index).into())),
+        EntryPayload::Normal(Command::new(payload(index))),
     )
 }
 

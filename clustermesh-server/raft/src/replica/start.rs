@@ -66,6 +66,7 @@ fn open_folder<R: AsyncRuntime>(
             Identity {
                 replica_id: random_id::<R>(),
                 cluster_name: cluster_name.to_owned(),
+                cluster_id: 0,
             },
         )?
     } else {
@@ -98,6 +99,7 @@ fn open_memory<R: AsyncRuntime>(
         (None, _) => Identity {
             replica_id: random_id::<R>(),
             cluster_name: cluster_name.to_owned(),
+            cluster_id: 0,
         },
     };
     *kept = Some(identity.clone());

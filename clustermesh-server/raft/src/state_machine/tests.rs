@@ -61,7 +61,7 @@ async fn disk_passes_openrafts_storage_suite() {
 async fn an_entry_that_cannot_be_decoded_is_an_error_and_changes_nothing() {
     let machine = machine(SnapshotStore::memory());
     let entry = |bytes: &'static [u8]| {
-        let command = clustermesh_store::Command(bytes.into());
+        let command = clustermesh_store::Command::new(bytes);
         clustermesh_store::Entry::new(LogId::new_term_index(1, 1), EntryPayload::Normal(command))
     };
     assert!(matches!(

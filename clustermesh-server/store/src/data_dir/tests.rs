@@ -4,6 +4,7 @@ fn identity() -> Identity {
     Identity {
         replica_id: 7,
         cluster_name: "east".into(),
+        cluster_id: 0,
     }
 }
 

@@ -35,7 +35,7 @@ fn entry(term: u64, index: u64, bytes: usize) -> Entry {
     let fill = u8::try_from((term * 31 + index) % 251).unwrap();
     Entry::new(
         id(term, index),
-        EntryPayload::Normal(Command(vec![fill; bytes].into())),
+        EntryPayload::Normal(Command::new(vec![fill; bytes])),
     )
 }
 
@@ -71,6 +71,7 @@ fn entries_votes_and_marks_survive_a_reopen() {
             name: "n".into(),
             peer_url: "p".into(),
             client_urls: vec!["c".into(), "d".into()],
+            ..Node::default()
         };
         let membership = Membership::new(
             vec![[1].into(), [1, 2].into()],

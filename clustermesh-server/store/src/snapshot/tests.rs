@@ -6,6 +6,7 @@ fn meta(index: u64) -> SnapshotMeta {
         name: "a".into(),
         peer_url: "https://a:2380".into(),
         client_urls: vec!["https://a:2379".into()],
+        ..Node::default()
     };
     let membership = Membership::new(
         vec![[1].into()],
