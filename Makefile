@@ -9,7 +9,7 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup peers build lint test demo bench clean
+.PHONY: help setup peers build lint test differential demo bench clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: ## Format, clippy, docs, dependency rules
 
 test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces
 	@cargo test $(WORKSPACE)
+
+differential: setup build ## Random operations on etcd and on ours, answers compared (SEEDS=n, or SEED=n again)
+	@$(if $(SEED),SEED=$(SEED)) SEEDS=$(or $(SEEDS),50) cargo test --locked -p clustermesh-integration --test differential -- --nocapture
 
 demo: setup build ## The main job on one machine, as a table (KEEP=1 leaves the lab running)
 	@$(CARGO_TARGET_DIR)/debug/clustermesh-demo $(if $(filter 1,$(KEEP)),--keep)

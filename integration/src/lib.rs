@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod demo;
+pub mod judges;
 pub mod lab;
 pub mod scenario;
 pub mod traffic;

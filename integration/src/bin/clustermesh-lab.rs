@@ -34,7 +34,7 @@ enum Command {
         #[arg(long)]
         agents: Option<usize>,
         /// How programs are attached
-        #[arg(long, value_enum, default_value_t = Attach::Tcx)]
+        #[arg(long, value_enum, default_value_t = Attach::Auto)]
         attach: Attach,
         /// How pods of different nodes reach each other
         #[arg(long, value_enum, default_value_t = Routing::Tunnel)]
@@ -49,6 +49,7 @@ enum Command {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Attach {
+    Auto,
     Tcx,
     Clsact,
 }
@@ -80,6 +81,7 @@ async fn main() -> Result<ExitCode> {
                 nodes_per_cluster: nodes,
                 agents_per_cluster: agents.unwrap_or(nodes),
                 attach_mode: match attach {
+                    Attach::Auto => AttachMode::Auto,
                     Attach::Tcx => AttachMode::Tcx,
                     Attach::Clsact => AttachMode::Clsact,
                 },

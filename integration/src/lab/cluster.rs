@@ -193,6 +193,7 @@ listen_admin = "127.0.0.1:9962"
 [cluster]
 name = "{name}"
 id = {id}
+settle_seconds = 0
 pod_cidr_v4 = "10.{id}.0.0/16"
 pod_cidr_v6 = "fd0c:{id}::/48"
 service_cidr_v4 = "10.1{id:02}.0.0/16"

@@ -33,6 +33,8 @@ pub const NODES_PER_CLUSTER_MAX: usize = 9;
 /// How the agents attach their programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachMode {
+    /// tcx links where the kernel has them, else clsact.
+    Auto,
     /// tcx links (kernel 6.6).
     Tcx,
     /// The clsact queueing discipline.
@@ -68,7 +70,7 @@ pub struct LabConfig {
 }
 
 impl LabConfig {
-    /// Two clusters of two nodes, tcx, tunnel, IPv4 underlay, binaries beside the running one.
+    /// Two clusters of two nodes, the best attach mode, tunnel, IPv4 underlay, binaries beside the running one.
     ///
     /// # Errors
     /// When the running binary's folder cannot be told.
@@ -77,7 +79,7 @@ impl LabConfig {
             clusters: vec!["a".to_owned(), "b".to_owned()],
             nodes_per_cluster: 2,
             agents_per_cluster: 2,
-            attach_mode: AttachMode::Tcx,
+            attach_mode: AttachMode::Auto,
             routing_mode: RoutingMode::Tunnel,
             underlay_v6: false,
             binaries: binaries_folder()?,

@@ -49,6 +49,7 @@ impl Node {
         std::fs::create_dir_all(&cgroup).with_context(|| cgroup.display().to_string())?;
         let pki = lab.folder().join("pki");
         let attach_mode = match lab.config().attach_mode {
+            AttachMode::Auto => "auto",
             AttachMode::Tcx => "tcx",
             AttachMode::Clsact => "clsact",
         };

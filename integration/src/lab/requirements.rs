@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+/// The oldest kernel on which everything but tcx works: redirecting to a neighbour and into a pod came with it.
+const KERNEL_MIN: (u32, u32) = (5, 10);
+
 /// What is missing, each with its remedy; empty when the lab can run.
 #[must_use]
 pub fn missing() -> Vec<String> {
@@ -10,11 +13,11 @@ pub fn missing() -> Vec<String> {
         missing.push("root: namespaces and kernel programs need it (run with sudo)".to_owned());
     }
     let kernel = kernel_version();
-    // Refusing a connection with its error needs bpf_set_retval.
-    if kernel < (5, 18) {
+    // docs/kernels.md says what is there on which kernel.
+    if kernel < KERNEL_MIN {
         missing.push(format!(
-            "kernel 5.18 or newer (this is {}.{}); 6.6 for tcx",
-            kernel.0, kernel.1
+            "kernel {}.{} or newer (this is {}.{}); 6.6 for tcx",
+            KERNEL_MIN.0, KERNEL_MIN.1, kernel.0, kernel.1
         ));
     }
     if !Path::new("/dev/net/tun").exists() {

@@ -1,0 +1,252 @@
+//! One server: performs an operation and gives the answer in a form that can be compared.
+
+use std::fmt;
+
+use anyhow::Result;
+use clustermesh_api::etcd::rpc::kv_client::KvClient;
+use clustermesh_api::etcd::rpc::lease_client::LeaseClient;
+use clustermesh_api::etcd::rpc::maintenance_client::MaintenanceClient;
+use clustermesh_api::etcd::rpc::{
+    LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesResponse, LeaseTimeToLiveResponse,
+    ResponseHeader,
+};
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use super::generate::Op;
+use super::watching::Watching;
+use crate::judges::group::Group;
+
+/// Answers are taken up to this size; etcd sets no limit.
+const ANSWER_BYTES_MAX: usize = 256 << 20;
+/// A remaining TTL may be so much below the granted one.
+const TTL_PASSED_SECONDS_MAX: i64 = 300;
+
+/// What a server answered, without what may differ.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// Success.
+    Ok {
+        /// Every field, one a line.
+        text: String,
+        /// Revision in the header.
+        revision: i64,
+        /// The watch that the answer says to run from now on.
+        watch: Option<i64>,
+    },
+    /// An error.
+    Err {
+        /// gRPC code.
+        code: Code,
+        /// Text.
+        message: String,
+    },
+}
+
+impl PartialEq for Answer {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Ok { text: left, .. }, Self::Ok { text: right, .. }) => left == right,
+            (
+                Self::Err { code, message },
+                Self::Err {
+                    code: other_code,
+                    message: other_message,
+                },
+            ) => code == other_code && message == other_message,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ok { text, .. } => f.write_str(text),
+            Self::Err { code, message } => write!(f, "error {code:?}: {message}"),
+        }
+    }
+}
+
+impl Answer {
+    pub(super) fn ok(text: String, revision: i64) -> Self {
+        Self::Ok {
+            text,
+            revision,
+            watch: None,
+        }
+    }
+
+    /// Whether it is no error.
+    pub const fn is_ok(&self) -> bool {
+        matches!(self, Self::Ok { .. })
+    }
+
+    /// Revision of the header; 0 of an error.
+    pub const fn revision(&self) -> i64 {
+        match self {
+            Self::Ok { revision, .. } => *revision,
+            Self::Err { .. } => 0,
+        }
+    }
+
+    /// Whether two servers that answered so can be compared further.
+    pub fn leaves_same_state(&self, other: &Self) -> bool {
+        self.revision() == other.revision()
+            && self.is_ok() == other.is_ok()
+            && self.running_watch() == other.running_watch()
+    }
+
+    /// The watch that runs since this answer.
+    pub const fn running_watch(&self) -> Option<i64> {
+        match self {
+            Self::Ok { watch, .. } => *watch,
+            Self::Err { .. } => None,
+        }
+    }
+
+    /// `ok`, or the error's text.
+    pub fn outcome(&self) -> String {
+        match self {
+            Self::Ok { .. } => "ok".to_owned(),
+            Self::Err { message, .. } => message.clone(),
+        }
+    }
+
+    fn of<T: Comparable>(answer: Result<tonic::Response<T>, Status>) -> Self {
+        match answer {
+            Ok(response) => {
+                let mut message = response.into_inner();
+                let revision = set_ids_aside(message.header_mut());
+                message.settle();
+                Self::ok(format!("{message:#?}"), revision)
+            }
+            Err(status) => Self::Err {
+                code: status.code(),
+                message: status.message().to_owned(),
+            },
+        }
+    }
+}
+
+/// Removes what differs between any two clusters; returns the revision.
+pub(super) fn set_ids_aside(header: &mut Option<ResponseHeader>) -> i64 {
+    header.as_mut().map_or(0, |header| {
+        header.cluster_id = 0;
+        header.member_id = 0;
+        header.raft_term = 0;
+        header.revision
+    })
+}
+
+/// A response with a header.
+trait Comparable: fmt::Debug {
+    fn header_mut(&mut self) -> &mut Option<ResponseHeader>;
+    /// Removes what depends on the time or on the order of a hash map.
+    fn settle(&mut self) {}
+}
+
+macro_rules! comparable {
+    ($($name:ident),*) => {$(
+        impl Comparable for clustermesh_api::etcd::rpc::$name {
+            fn header_mut(&mut self) -> &mut Option<ResponseHeader> {
+                &mut self.header
+            }
+        }
+    )*};
+}
+
+comparable!(
+    RangeResponse,
+    PutResponse,
+    DeleteRangeResponse,
+    TxnResponse,
+    CompactionResponse,
+    LeaseGrantResponse,
+    LeaseRevokeResponse,
+    LeaseKeepAliveResponse,
+    HashKvResponse
+);
+
+impl Comparable for LeaseTimeToLiveResponse {
+    fn header_mut(&mut self) -> &mut Option<ResponseHeader> {
+        &mut self.header
+    }
+
+    fn settle(&mut self) {
+        let passed = self.granted_ttl - self.ttl;
+        if self.ttl > 0 && (0..=TTL_PASSED_SECONDS_MAX).contains(&passed) {
+            self.ttl = self.granted_ttl;
+        }
+        self.keys.sort();
+    }
+}
+
+impl Comparable for LeaseLeasesResponse {
+    fn header_mut(&mut self) -> &mut Option<ResponseHeader> {
+        &mut self.header
+    }
+
+    fn settle(&mut self) {
+        self.leases.sort_by_key(|lease| lease.id);
+    }
+}
+
+/// Connections to one server.
+pub struct Side {
+    kv: KvClient<Channel>,
+    lease: LeaseClient<Channel>,
+    maintenance: MaintenanceClient<Channel>,
+    watching: Watching,
+}
+
+impl Side {
+    /// Connects to the first replica.
+    pub async fn connect(group: &Group) -> Result<Self> {
+        let channel = group.connect(0).await?.channel();
+        let kv = KvClient::new(channel.clone())
+            .max_decoding_message_size(ANSWER_BYTES_MAX)
+            .max_encoding_message_size(ANSWER_BYTES_MAX);
+        Ok(Self {
+            watching: Watching::start(channel.clone(), kv.clone()).await?,
+            kv,
+            lease: LeaseClient::new(channel.clone()),
+            maintenance: MaintenanceClient::new(channel),
+        })
+    }
+
+    /// Performs an operation. An error of the server is an answer.
+    pub async fn perform(&mut self, op: &Op) -> Result<Answer> {
+        Ok(match op {
+            Op::Range(request) => Answer::of(self.kv.range(request.clone()).await),
+            Op::Put(request) => Answer::of(self.kv.put(request.clone()).await),
+            Op::DeleteRange(request) => Answer::of(self.kv.delete_range(request.clone()).await),
+            Op::Txn(request) => Answer::of(self.kv.txn(request.clone()).await),
+            Op::Compact(request) => Answer::of(self.kv.compact(*request).await),
+            Op::LeaseGrant(request) => Answer::of(self.lease.lease_grant(*request).await),
+            Op::LeaseRevoke(request) => Answer::of(self.lease.lease_revoke(*request).await),
+            Op::LeaseKeepAlive(request) => Answer::of(self.keep_alive(*request).await),
+            Op::LeaseTimeToLive(request) => {
+                Answer::of(self.lease.lease_time_to_live(*request).await)
+            }
+            Op::LeaseLeases(request) => Answer::of(self.lease.lease_leases(*request).await),
+            Op::HashKv(request) => Answer::of(self.maintenance.hash_kv(*request).await),
+            Op::Watch(op) => self.watching.perform(op).await?,
+        })
+    }
+
+    async fn keep_alive(
+        &mut self,
+        request: LeaseKeepAliveRequest,
+    ) -> Result<tonic::Response<LeaseKeepAliveResponse>, Status> {
+        let mut answers = self
+            .lease
+            .lease_keep_alive(tokio_stream::once(request))
+            .await?
+            .into_inner();
+        let answer = answers.message().await?;
+        answer
+            .map(tonic::Response::new)
+            .ok_or_else(|| Status::internal("the stream ended without an answer"))
+    }
+}
