@@ -406,7 +406,8 @@ impl WatchTask {
     async fn end(&self, end: WatchEnd) {
         let message = match end {
             WatchEnd::Compacted { compact_revision } => {
-                let mut response = self.blank(self.store.revision());
+                // etcd's header names no revision here.
+                let mut response = self.blank(0);
                 response.canceled = true;
                 response.compact_revision = compact_revision;
                 Ok(response)
