@@ -9,10 +9,10 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup peers build lint test differential demo bench clean
+.PHONY: help setup peers build lint test differential demo bench bench-store clean
 
 help: ## Show the targets
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install what a fresh Debian 12 machine with rustup lacks (idempotent)
 	@deploy/setup.sh $(BPF_LINKER_VERSION) $(CARGO_DENY_VERSION)
@@ -49,6 +49,11 @@ demo: setup build ## The main job on one machine, as a table (KEEP=1 leaves the 
 bench: setup ## Figures against peers, as ratios
 	@cargo build $(WORKSPACE) --release --bins
 	@$(CARGO_TARGET_DIR)/release/clustermesh-bench
+
+REPLICAS ?= 3
+bench-store: setup ## The store against etcd, as ratios (REPLICAS=1 or 3)
+	@cargo build --locked --release -p clustermesh-server -p clustermesh-cli -p clustermesh-integration --bins
+	@$(CARGO_TARGET_DIR)/release/clustermesh-bench-store --replicas $(REPLICAS)
 
 clean: ## Remove build output and whatever a killed lab left behind
 	@if [ -x $(CARGO_TARGET_DIR)/debug/clustermesh-lab ]; then $(CARGO_TARGET_DIR)/debug/clustermesh-lab clean; fi

@@ -176,6 +176,16 @@ impl Model {
                     }
                 }
             }
+            if let Op::Truncate(keep) = op {
+                // Records go one by one, from the end.
+                let keep = keep.map(|keep| keep.index);
+                while log.terms.last_key_value().map(|(index, _)| *index) > keep {
+                    log.terms.pop_last();
+                    if log.holds(found) {
+                        return Ok(log);
+                    }
+                }
+            }
             log.apply(op);
             if log.holds(found) {
                 return Ok(log);

@@ -91,6 +91,7 @@ impl Replica {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
+            .env("RUST_BACKTRACE", "0")
             .spawn()
             .with_context(|| format!("start {}", options.program.display()))?;
         let said = child.stdout.take().context("stdout of the replica")?;

@@ -31,7 +31,7 @@ type Durable = <<R as AsyncRuntime>::Oneshot as Oneshot>::Receiver<Result<(), st
 const CLUSTER: &str = "power";
 const REPLICA: u64 = 1;
 /// Entries that stay in the log when it is purged, bytes at about this many.
-const MAX_LOG_BYTES: u64 = 10 << 20;
+const MAX_LOG_BYTES: u64 = 4 << 20;
 const SNAPSHOT_CHUNKS: u64 = 3;
 
 /// How the log is written.
@@ -65,12 +65,12 @@ fn mix(number: u64) -> u64 {
 fn size_bytes(place: Place) -> usize {
     let dice = mix(place.term << 32 ^ place.index);
     let spread = usize::try_from(dice >> 40).unwrap_or(0);
-    match dice % 512 {
+    match dice % 2_048 {
         // More than one record.
         0 => (1 << 20) + spread % (2 << 20),
         // More than one part of a record.
-        1..16 => 90_000 + spread % 250_000,
-        16..64 => 4_000 + spread % 30_000,
+        1..24 => 40_000 + spread % 250_000,
+        24..192 => 4_000 + spread % 30_000,
         _ => spread % 1_500,
     }
 }

@@ -8,6 +8,7 @@ pub mod program;
 pub mod propagate;
 mod services;
 mod site;
+pub mod store;
 pub mod tunnel;
 
 use std::collections::BTreeSet;

@@ -125,6 +125,18 @@ impl Member {
             .with_context(|| format!("{} does not run", self.name))
     }
 
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its address.
+    #[must_use]
+    pub const fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
     /// Where clients reach it.
     #[must_use]
     pub fn endpoint(&self) -> String {
