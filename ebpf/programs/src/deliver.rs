@@ -1,7 +1,7 @@
 //! The last step of a packet: into a pod, to the host's stack, or to another node.
 
 use aya_ebpf::bindings::{
-    BPF_F_INGRESS, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH,
+    BPF_F_INGRESS, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT,
     bpf_fib_lookup, bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{
@@ -241,11 +241,21 @@ fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<Action, Dr
         query.family = AF_INET6 as u8;
         query.__bindgen_anon_4.ipv6_dst = endpoint.0;
     }
-    let flags = BPF_FIB_LOOKUP_OUTPUT | BPF_FIB_LOOKUP_SKIP_NEIGH;
     let size = size_of::<bpf_fib_lookup>() as i32;
     // SAFETY: the query is as large as is said.
-    let status = unsafe { fib_lookup(frame.skb.cast(), &raw mut query, size, flags) };
-    if status != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
+    let status = unsafe {
+        fib_lookup(
+            frame.skb.cast(),
+            &raw mut query,
+            size,
+            BPF_FIB_LOOKUP_OUTPUT,
+        )
+    };
+    // The route is known also where its neighbour is not yet; the redirect asks for that one. The flag
+    // that leaves the neighbour out is newer than the kernels that this is to run on.
+    if status != i64::from(BPF_FIB_LKUP_RET_SUCCESS)
+        && status != i64::from(BPF_FIB_LKUP_RET_NO_NEIGH)
+    {
         return Err(DropReason::NoRoute);
     }
     // SAFETY: as above.

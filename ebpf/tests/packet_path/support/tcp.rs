@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::net::inside;
 
 /// A connection that makes no progress for this long has failed.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Byte `position` of the stream: a pattern whose period fits no packet size.
 fn byte_at(position: usize) -> u8 {
@@ -36,6 +36,8 @@ pub fn transfer(from: &str, to: &str, address: IpAddr, bytes: usize) -> Result<(
 }
 
 fn send(target: SocketAddr, bytes: usize) -> Result<(), String> {
+    // Before the connection: the other end has patience for packets, not for this.
+    let data: Vec<u8> = (0..bytes).map(byte_at).collect();
     let mut stream =
         TcpStream::connect_timeout(&target, PATIENCE).map_err(|e| format!("connect: {e}"))?;
     stream
@@ -44,7 +46,6 @@ fn send(target: SocketAddr, bytes: usize) -> Result<(), String> {
     stream
         .set_read_timeout(Some(PATIENCE))
         .map_err(|e| e.to_string())?;
-    let data: Vec<u8> = (0..bytes).map(byte_at).collect();
     stream.write_all(&data).map_err(|e| format!("write: {e}"))?;
     let mut answer = [0; 8];
     stream
