@@ -1,7 +1,12 @@
 //! Apply: one log entry's proposals in order, each to its outcome.
 
-use std::{collections::HashMap, sync::Arc};
+mod gate;
+mod group;
+mod peer_copy;
 
+use std::sync::Arc;
+
+use bytes::Bytes;
 use clustermesh_api::etcd::rpc::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse,
     LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeResponse, PutRequest, PutResponse,
@@ -11,7 +16,8 @@ use clustermesh_api::etcd::rpc::{
 use crate::{
     check,
     error::{ApplyError, KvError},
-    limits::{BATCH_FORMAT, DROPPED_EVENTS_PER_ENTRY},
+    hash_kv::HashCursor,
+    limits::{BATCH_FORMAT_QUOTA, DROPPED_EVENTS_PER_ENTRY, FEATURE_LEVEL},
     pb::{self, proposal::Command},
     peer::PeerCursor,
     state::State,
@@ -28,6 +34,12 @@ pub struct Applied {
     pub groups: Vec<Arc<EventGroup>>,
     /// Cursors that changed, in order, with their place among the groups.
     pub cursors: Vec<CursorChange>,
+    /// Users, roles or whether permissions are checked changed: watches must be looked at again.
+    pub auth_changed: bool,
+    /// An alarm was raised or taken back.
+    pub alarms_changed: bool,
+    /// Of the entry's last compaction: the hash at its revision as it was before, to be finished and kept ([`crate::CompactionHashes`]).
+    pub compaction_hash: Option<HashCursor>,
 }
 
 /// Answer to one proposal.
@@ -74,6 +86,33 @@ pub enum Outcome {
         /// Whether there was a cursor.
         known: bool,
     },
+    /// Users, roles or tokens are as asked for.
+    Auth,
+    /// Of a change of an alarm: the one that stands now or was taken back; none where nothing stood.
+    Alarm {
+        /// At most one.
+        alarms: Vec<pb::MemberAlarm>,
+    },
+    /// Kinds of entry that all replicas can apply.
+    FeatureLevel {
+        /// The level now.
+        level: u32,
+    },
+    /// The announced downgrade stands, or is taken back.
+    Downgrade,
+    /// The group has a new identity; all that was below the new revision is compacted.
+    Recover,
+    /// The id is never used again.
+    MemberRemoved,
+}
+
+/// What an entry says beside its proposals.
+#[derive(Clone, Copy)]
+struct Entry {
+    term: u64,
+    leader_time_unix_ms: i64,
+    leader_id: u64,
+    quota_bytes: u64,
 }
 
 /// A cursor that changed.
@@ -87,19 +126,31 @@ pub struct CursorChange {
     pub cursor: Option<PeerCursor>,
 }
 
-/// Whether this build can apply the proposal.
-const fn is_known(proposal: &pb::Proposal) -> bool {
-    !matches!(
-        proposal.command,
-        None | Some(
-            Command::Auth(_)
-                | Command::Alarm(_)
-                | Command::FeatureLevel(_)
-                | Command::Downgrade(_)
-                | Command::Recover(_)
-                | Command::MemberRemoved(_)
-        )
-    )
+/// What this build knows of an entry.
+fn check_known(batch: &pb::Batch) -> Result<(), ApplyError> {
+    if batch.format == 0 || batch.format > BATCH_FORMAT_QUOTA {
+        return Err(ApplyError::UnknownFormat {
+            found: batch.format,
+            known: BATCH_FORMAT_QUOTA,
+        });
+    }
+    for (position, proposal) in batch.proposals.iter().enumerate() {
+        let wanted = match &proposal.command {
+            None | Some(Command::Auth(pb::AuthChange { change: None })) => {
+                return Err(ApplyError::UnknownCommand { position });
+            }
+            Some(Command::FeatureLevel(request)) => request.level,
+            Some(Command::Bootstrap(request)) => request.feature_level,
+            Some(_) => 0,
+        };
+        if wanted > FEATURE_LEVEL {
+            return Err(ApplyError::UnknownFeatureLevel {
+                wanted,
+                known: FEATURE_LEVEL,
+            });
+        }
+    }
+    Ok(())
 }
 
 impl State {
@@ -108,78 +159,80 @@ impl State {
     /// # Errors
     /// [`ApplyError`] when this build does not know the entry's format or a command; nothing is changed then and the replica must stop.
     pub fn apply(&mut self, batch: &pb::Batch, term: u64) -> Result<Applied, ApplyError> {
-        if batch.format != BATCH_FORMAT {
-            return Err(ApplyError::UnknownFormat {
-                found: batch.format,
-                known: BATCH_FORMAT,
-            });
-        }
-        if let Some(position) = batch
-            .proposals
-            .iter()
-            .position(|proposal| !is_known(proposal))
-        {
-            return Err(ApplyError::UnknownCommand { position });
-        }
+        check_known(batch)?;
+        let entry = Entry {
+            term,
+            leader_time_unix_ms: batch.leader_time_unix_ms,
+            leader_id: batch.leader_id,
+            quota_bytes: batch.quota_bytes,
+        };
         let mut applied = Applied {
             outcomes: Vec::with_capacity(batch.proposals.len()),
             ..Applied::default()
         };
-        for command in batch
-            .proposals
-            .iter()
-            .filter_map(|proposal| proposal.command.as_ref())
-        {
-            let result = self.apply_command(command, term, &mut applied);
+        let auth = (self.auth.is_enabled(), self.auth.revision());
+        for proposal in &batch.proposals {
+            let Some(command) = &proposal.command else {
+                continue;
+            };
+            let result = self.apply_proposal(proposal, command, entry, &mut applied);
             applied.outcomes.push(ProposalResult {
                 result,
                 revision: self.revision(),
             });
         }
+        applied.auth_changed = auth != (self.auth.is_enabled(), self.auth.revision());
         self.drop_compacted();
         Ok(applied)
     }
 
-    fn apply_command(
+    fn apply_proposal(
         &mut self,
+        proposal: &pb::Proposal,
         command: &Command,
-        term: u64,
+        entry: Entry,
         applied: &mut Applied,
     ) -> Result<Outcome, KvError> {
+        let alarms = self.group.alarms.len();
+        let passed = self.gate(proposal, command, entry);
+        applied.alarms_changed |= alarms != self.group.alarms.len();
+        passed?;
         match command {
             Command::Put(request) => self.apply_put(request, applied).map(Outcome::Put),
             Command::DeleteRange(request) => self
                 .apply_delete(request, applied)
                 .map(Outcome::DeleteRange),
             Command::Txn(request) => self.apply_txn(request, applied).map(Outcome::Txn),
-            Command::Compact(request) => self.apply_compact(*request).map(Outcome::Compact),
+            Command::Compact(request) => {
+                self.apply_compact(*request, applied).map(Outcome::Compact)
+            }
             Command::LeaseGrant(request) => {
                 self.apply_lease_grant(*request).map(Outcome::LeaseGrant)
             }
             Command::LeaseRevoke(request) => {
-                if !self.leases.contains(request.id) {
+                if !self.remove_lease(request.id, applied) {
                     return Err(KvError::LeaseNotFound);
                 }
-                self.remove_leases(&[request.id], applied);
                 Ok(Outcome::LeaseRevoke(LeaseRevokeResponse::default()))
             }
             Command::LeaseExpire(request) => {
-                let mut expired = Vec::new();
                 // A leader of another term may have kept them alive.
-                if request.term == term {
-                    expired = self.remove_leases(&request.ids, applied);
-                }
+                let expired = if request.term == entry.term {
+                    self.expire_leases(&request.ids, applied)
+                } else {
+                    Vec::new()
+                };
                 Ok(Outcome::LeaseExpire { expired })
             }
-            Command::Bootstrap(request) => self.apply_bootstrap(*request),
             Command::PeerCopy(request) => self.apply_peer_copy(request, applied),
             Command::PeerForget(request) => Ok(self.apply_peer_forget(request, applied)),
-            Command::Auth(_)
-            | Command::Alarm(_)
-            | Command::FeatureLevel(_)
-            | Command::Downgrade(_)
-            | Command::Recover(_)
-            | Command::MemberRemoved(_) => Err(KvError::KeyNotFound),
+            Command::Auth(request) => self.apply_auth(request, entry),
+            Command::Bootstrap(request) => self.apply_bootstrap(*request),
+            Command::Alarm(request) => self.apply_alarm(*request, applied),
+            Command::FeatureLevel(request) => Ok(self.apply_feature_level(*request)),
+            Command::Downgrade(request) => Ok(self.apply_downgrade(request)),
+            Command::Recover(request) => self.apply_recover(*request),
+            Command::MemberRemoved(request) => self.apply_member_removed(*request),
         }
     }
 
@@ -211,8 +264,14 @@ impl State {
         self.write(applied, |write| plan.execute(write))
     }
 
-    fn apply_compact(&mut self, request: CompactionRequest) -> Result<CompactionResponse, KvError> {
+    fn apply_compact(
+        &mut self,
+        request: CompactionRequest,
+        applied: &mut Applied,
+    ) -> Result<CompactionResponse, KvError> {
+        let hash = self.hash_compaction(request.revision);
         self.compact(request.revision)?;
+        applied.compaction_hash = hash;
         Ok(CompactionResponse::default())
     }
 
@@ -229,101 +288,40 @@ impl State {
         })
     }
 
-    /// Removes the leases that are there and all their keys, in one revision.
-    fn remove_leases(&mut self, ids: &[i64], applied: &mut Applied) -> Vec<i64> {
-        let mut removed = Vec::new();
+    /// Removes the leases that are there, each with its keys in one revision, as etcd does. Replicas below feature level 1 take one for all.
+    fn expire_leases(&mut self, ids: &[i64], applied: &mut Applied) -> Vec<i64> {
+        if self.group.feature_level >= 1 {
+            let mut expired = ids.to_vec();
+            expired.retain(|id| self.remove_lease(*id, applied));
+            return expired;
+        }
+        let mut expired = Vec::new();
         let mut keys = Vec::new();
         for id in ids {
             if let Some(attached) = self.leases.remove(*id) {
-                removed.push(*id);
+                expired.push(*id);
                 keys.extend(attached);
             }
         }
+        self.delete_keys(&keys, applied);
+        expired
+    }
+
+    /// Removes a lease and all its keys, in one revision; false where there is none.
+    fn remove_lease(&mut self, id: i64, applied: &mut Applied) -> bool {
+        let Some(keys) = self.leases.remove(id) else {
+            return false;
+        };
+        self.delete_keys(&keys, applied);
+        true
+    }
+
+    fn delete_keys(&mut self, keys: &[Bytes], applied: &mut Applied) {
         self.write_always(applied, |write| {
-            for key in &keys {
+            for key in keys {
                 write.delete_key(key);
             }
         });
-        removed
-    }
-
-    fn apply_bootstrap(&mut self, request: pb::Bootstrap) -> Result<Outcome, KvError> {
-        if request.cluster_id == 0 {
-            return Err(KvError::ClusterIdZero);
-        }
-        if self.cluster_id != 0 {
-            return Err(KvError::ClusterIdAlreadySet);
-        }
-        self.cluster_id = request.cluster_id;
-        Ok(Outcome::Bootstrap {
-            cluster_id: request.cluster_id,
-        })
-    }
-
-    fn apply_peer_copy(
-        &mut self,
-        request: &pb::PeerCopy,
-        applied: &mut Applied,
-    ) -> Result<Outcome, KvError> {
-        check::check_peer_copy(request)?;
-        // One revision holds one change of a key: the last one counts.
-        let last: HashMap<&[u8], usize> = request
-            .changes
-            .iter()
-            .enumerate()
-            .map(|(place, change)| (change.key.as_ref(), place))
-            .collect();
-        let written = self.write_always(applied, |write| {
-            let mut written = 0;
-            for (place, change) in request.changes.iter().enumerate() {
-                if last.get(change.key.as_ref()) != Some(&place) {
-                    continue;
-                }
-                let current = write.latest(&change.key);
-                match &change.value {
-                    Some(value) => {
-                        if current.is_some_and(|current| current.value_bytes() == value) {
-                            continue;
-                        }
-                        write.put_value(&change.key, value, 0);
-                    }
-                    None => {
-                        if write.delete_key(&change.key).is_none() {
-                            continue;
-                        }
-                    }
-                }
-                written += 1;
-            }
-            written
-        });
-        let cursor = PeerCursor {
-            cluster: request.cluster.clone(),
-            store_id: request.store_id,
-            revision: request.revision,
-            synced: request.synced,
-        };
-        if self.cursors.get(&request.cluster) != Some(&cursor) {
-            self.cursors.insert(request.cluster.clone(), cursor.clone());
-            applied.cursors.push(CursorChange {
-                after_groups: applied.groups.len(),
-                cluster: request.cluster.clone(),
-                cursor: Some(cursor),
-            });
-        }
-        Ok(Outcome::PeerCopy { written })
-    }
-
-    fn apply_peer_forget(&mut self, request: &pb::PeerForget, applied: &mut Applied) -> Outcome {
-        let known = self.cursors.remove(&request.cluster).is_some();
-        if known {
-            applied.cursors.push(CursorChange {
-                after_groups: applied.groups.len(),
-                cluster: request.cluster.clone(),
-                cursor: None,
-            });
-        }
-        Outcome::PeerForget { known }
     }
 
     /// Runs the writes of one request; an error takes all of them back.
@@ -395,6 +393,21 @@ impl State {
             *group = Arc::new(group.without_prev());
         }
         Ok(())
+    }
+
+    /// Drops all history and every version that no reader can ask for: where revisions begin anew.
+    pub(crate) fn drop_history(&mut self) {
+        self.history.clear();
+        let pins = self.live_pins();
+        let compact_revision = self.compact_revision;
+        let keys: Vec<Bytes> = self.keyspace.index().keys().cloned().collect();
+        for key in keys {
+            self.keyspace.trim(&key, compact_revision, |version| {
+                for pin in &pins {
+                    pin.keep(&version);
+                }
+            });
+        }
     }
 
     /// Drops some of what lies below the compact revision. A part with each entry, so that a large compaction never stops the store, and by a

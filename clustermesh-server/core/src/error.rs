@@ -4,8 +4,11 @@ use thiserror::Error;
 
 const INVALID_ARGUMENT: i32 = 3;
 const NOT_FOUND: i32 = 5;
+const PERMISSION_DENIED: i32 = 7;
+const RESOURCE_EXHAUSTED: i32 = 8;
 const FAILED_PRECONDITION: i32 = 9;
 const OUT_OF_RANGE: i32 = 11;
+const DATA_LOSS: i32 = 15;
 
 /// Why a request was refused; it changed nothing. Texts are etcd's where etcd has the error (`rpctypes/error.go`).
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -49,6 +52,93 @@ pub enum KvError {
     /// TTL above [`crate::limits::MAX_LEASE_TTL_SECONDS`].
     #[error("etcdserver: too large lease TTL")]
     LeaseTtlTooLarge,
+    /// The quota for live and historic bytes is reached, or the NOSPACE alarm stands.
+    #[error("etcdserver: mvcc: database space exceeded")]
+    NoSpace,
+    /// The CORRUPT alarm stands.
+    #[error("etcdserver: corrupt cluster")]
+    Corrupt,
+    /// Not all replicas can apply this yet.
+    #[error("etcdserver: not capable")]
+    NotCapable,
+    /// Auth cannot be enabled without a user `root`.
+    #[error("etcdserver: root user does not exist")]
+    RootUserNotExist,
+    /// Auth cannot be enabled while `root` lacks the role of that name.
+    #[error("etcdserver: root user does not have root role")]
+    RootRoleNotExist,
+    /// A user of this name is there already.
+    #[error("etcdserver: user name already exists")]
+    UserAlreadyExist,
+    /// No user was named: without a token or a certificate, or in the request.
+    #[error("etcdserver: user name is empty")]
+    UserEmpty,
+    /// No such user.
+    #[error("etcdserver: user name not found")]
+    UserNotFound,
+    /// A role of this name is there already.
+    #[error("etcdserver: role name already exists")]
+    RoleAlreadyExist,
+    /// No such role.
+    #[error("etcdserver: role name not found")]
+    RoleNotFound,
+    /// No role was named.
+    #[error("etcdserver: role name is empty")]
+    RoleEmpty,
+    /// Wrong name or password.
+    #[error("etcdserver: authentication failed, invalid user ID or password")]
+    AuthFailed,
+    /// A grant without permission.
+    #[error("etcdserver: permission not given")]
+    PermissionNotGiven,
+    /// The user's roles do not cover it.
+    #[error("etcdserver: permission denied")]
+    PermissionDenied,
+    /// The user does not have the role that was to be taken.
+    #[error("etcdserver: role is not granted to the user")]
+    RoleNotGranted,
+    /// The role does not have the permission that was to be taken.
+    #[error("etcdserver: permission is not granted to the role")]
+    PermissionNotGranted,
+    /// There are no tokens while auth is disabled.
+    #[error("etcdserver: authentication is not enabled")]
+    AuthNotEnabled,
+    /// Would lock everyone out, or a permission for an impossible range.
+    #[error("etcdserver: invalid auth management")]
+    InvalidAuthMgmt,
+    /// Users or roles changed after the caller was found out; asking again finds him out anew.
+    #[error("etcdserver: revision of auth store is old")]
+    AuthOldRevision,
+    /// One of the lists that the group keeps is full.
+    #[error("clustermesh: there may be {limit} {what} at most; remove some first")]
+    ListFull {
+        /// What the list holds.
+        what: &'static str,
+        /// Its limit.
+        limit: usize,
+    },
+    /// A copy of a peer would grow past its limit.
+    #[error(
+        "clustermesh: the copy of peer {cluster} would hold {wanted} {what}, {limit} are allowed; raise the limit or let the peer export less"
+    )]
+    PeerQuotaExceeded {
+        /// Name of the peer.
+        cluster: String,
+        /// `records` or `bytes`.
+        what: &'static str,
+        /// What it would have.
+        wanted: u64,
+        /// Its limit.
+        limit: u64,
+    },
+    /// A recovery must raise the revision, and not past what can be counted.
+    #[error("clustermesh: a recovery cannot raise revision {revision} by {bump}")]
+    RecoveryRevision {
+        /// Revision now.
+        revision: i64,
+        /// Wanted increase.
+        bump: i64,
+    },
     /// The group got its cluster id before.
     #[error("clustermesh: the cluster id is already set")]
     ClusterIdAlreadySet,
@@ -77,7 +167,23 @@ impl KvError {
         match self {
             Self::Compacted | Self::FutureRevision | Self::LeaseTtlTooLarge => OUT_OF_RANGE,
             Self::LeaseNotFound => NOT_FOUND,
-            Self::LeaseExists | Self::ClusterIdAlreadySet => FAILED_PRECONDITION,
+            Self::PermissionDenied => PERMISSION_DENIED,
+            Self::NoSpace | Self::ListFull { .. } | Self::PeerQuotaExceeded { .. } => {
+                RESOURCE_EXHAUSTED
+            }
+            Self::Corrupt => DATA_LOSS,
+            Self::LeaseExists
+            | Self::NotCapable
+            | Self::RootUserNotExist
+            | Self::RootRoleNotExist
+            | Self::UserAlreadyExist
+            | Self::UserNotFound
+            | Self::RoleAlreadyExist
+            | Self::RoleNotFound
+            | Self::RoleNotGranted
+            | Self::PermissionNotGranted
+            | Self::AuthNotEnabled
+            | Self::ClusterIdAlreadySet => FAILED_PRECONDITION,
             Self::EmptyKey
             | Self::KeyNotFound
             | Self::ValueProvided
@@ -86,6 +192,13 @@ impl KvError {
             | Self::DuplicateKey
             | Self::InvalidSortOption
             | Self::RequestTooLarge
+            | Self::UserEmpty
+            | Self::RoleEmpty
+            | Self::AuthFailed
+            | Self::PermissionNotGiven
+            | Self::InvalidAuthMgmt
+            | Self::AuthOldRevision
+            | Self::RecoveryRevision { .. }
             | Self::ClusterIdZero
             | Self::PeerClusterMissing
             | Self::PeerKeyNotAllowed { .. } => INVALID_ARGUMENT,
@@ -102,6 +215,16 @@ pub enum ApplyError {
         /// Format of the entry.
         found: u32,
         /// Newest format known here.
+        known: u32,
+    },
+    /// All replicas were said to know what this build does not.
+    #[error(
+        "the group goes to feature level {wanted}, this build knows up to {known}: upgrade this replica"
+    )]
+    UnknownFeatureLevel {
+        /// Level of the entry.
+        wanted: u32,
+        /// Newest level known here.
         known: u32,
     },
     /// A proposal holds no command that this build knows.

@@ -7,6 +7,7 @@ use smallvec::SmallVec;
 
 use crate::{
     key_range::KeyRange,
+    peer::{PeerUsage, cached_cluster},
     version::{Version, VersionNumbers},
 };
 
@@ -18,6 +19,8 @@ pub(crate) type Versions = SmallVec<[Arc<Version>; 2]>;
 pub(crate) struct Keyspace {
     index: BTreeMap<Bytes, Versions>,
     bytes: u64,
+    /// Live records below `cilium/cache/`, by peer.
+    copies: BTreeMap<Bytes, PeerUsage>,
 }
 
 /// A version that was added, with what watchers are to see as the one before.
@@ -36,7 +39,52 @@ impl Keyspace {
             .flatten()
             .map(|version| version.approximate_bytes())
             .sum();
-        Self { index, bytes }
+        let mut keyspace = Self {
+            index: BTreeMap::new(),
+            bytes,
+            copies: BTreeMap::new(),
+        };
+        for versions in index.values() {
+            keyspace.count_copy(None, versions.last().and_then(live));
+        }
+        keyspace.index = index;
+        keyspace
+    }
+
+    /// What a peer's copy holds.
+    pub(crate) fn copy(&self, cluster: &[u8]) -> PeerUsage {
+        self.copies.get(cluster).copied().unwrap_or_default()
+    }
+
+    /// Peers with what their copies hold, by name.
+    pub(crate) fn copies(&self) -> impl Iterator<Item = (&Bytes, PeerUsage)> + '_ {
+        self.copies.iter().map(|(cluster, usage)| (cluster, *usage))
+    }
+
+    /// Counts the change of one key's newest live version.
+    fn count_copy(&mut self, before: Option<&Arc<Version>>, after: Option<&Arc<Version>>) {
+        let Some(cluster) = before
+            .or(after)
+            .and_then(|version| cached_cluster(version.key()))
+        else {
+            return;
+        };
+        let usage = match self.copies.get_mut(cluster) {
+            Some(usage) => usage,
+            None => self
+                .copies
+                .entry(Bytes::copy_from_slice(cluster))
+                .or_default(),
+        };
+        if let Some(before) = before {
+            usage.remove(before.key(), before.value_bytes());
+        }
+        if let Some(after) = after {
+            usage.add(after.key(), after.value_bytes());
+        }
+        if usage.records == 0 {
+            self.copies.remove(cluster);
+        }
     }
 
     pub(crate) const fn index(&self) -> &BTreeMap<Bytes, Versions> {
@@ -96,6 +144,7 @@ impl Keyspace {
             ));
             self.bytes += added.approximate_bytes();
             versions.push(Arc::clone(&added));
+            self.count_copy(replaced.as_ref(), Some(&added));
             return Added {
                 version: added,
                 before_revision,
@@ -118,6 +167,7 @@ impl Keyspace {
         self.bytes += added.approximate_bytes();
         self.index
             .insert(own_key, SmallVec::from_iter([Arc::clone(&added)]));
+        self.count_copy(None, Some(&added));
         Added {
             version: added,
             before_revision: None,
@@ -133,6 +183,7 @@ impl Keyspace {
         let added = Arc::new(Version::tombstone(replaced.key().clone(), revision, sub));
         self.bytes += added.approximate_bytes();
         versions.push(Arc::clone(&added));
+        self.count_copy(Some(&replaced), None);
         Some(Added {
             version: added,
             before_revision,
@@ -145,11 +196,14 @@ impl Keyspace {
         let Some(versions) = self.index.get_mut(key) else {
             return;
         };
-        if let Some(version) = versions.pop() {
-            self.bytes -= version.approximate_bytes();
-        }
+        let taken = versions.pop();
+        let now = versions.last().and_then(live).cloned();
         if versions.is_empty() {
             self.index.remove(key);
+        }
+        if let Some(version) = taken {
+            self.bytes -= version.approximate_bytes();
+            self.count_copy(live(&version), now.as_ref());
         }
     }
 

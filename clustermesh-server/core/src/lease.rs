@@ -98,6 +98,18 @@ impl LeaseTable {
             .map(|(id, lease)| (*id, lease.granted_ttl_s))
     }
 
+    /// Attached keys of a lease, in no order; none where there is no lease.
+    pub(crate) fn keys(&self, id: i64) -> impl Iterator<Item = &Bytes> + '_ {
+        self.leases
+            .get(&id)
+            .into_iter()
+            .flat_map(|lease| lease.keys.iter())
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.leases.len()
+    }
+
     /// Number of attached keys over all leases.
     pub(crate) fn attached(&self) -> usize {
         self.leases.values().map(|lease| lease.keys.len()).sum()

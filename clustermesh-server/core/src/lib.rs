@@ -4,9 +4,12 @@
 //! entry's term: no clock, randomness or I/O, so that equal logs give equal states. Semantics, error texts and codes are those of etcd's v3 API.
 
 mod apply;
+pub mod auth;
 pub mod check;
 mod error;
+mod group;
 mod hash;
+mod hash_kv;
 mod key_range;
 mod keyspace;
 mod lease;
@@ -27,9 +30,10 @@ mod test_support;
 
 pub use apply::{Applied, CursorChange, Outcome, ProposalResult};
 pub use error::{ApplyError, Compacted, KvError};
+pub use hash_kv::{CompactionHashes, HashCursor, KvHash, MAX_COMPACTION_HASHES};
 pub use key_range::KeyRange;
 pub use lease::LeaseView;
-pub use peer::PeerCursor;
+pub use peer::{PeerCursor, PeerUsage};
 pub use snapshot::{SnapshotCursor, SnapshotError, SnapshotLoader};
 pub use state::State;
 pub use txn::is_read_only;

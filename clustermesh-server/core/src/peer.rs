@@ -17,6 +17,40 @@ pub struct PeerCursor {
     pub synced: bool,
 }
 
+/// What a peer's copy holds below `cilium/cache/`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeerUsage {
+    /// Live records.
+    pub records: u64,
+    /// Their keys and values, bytes.
+    pub bytes: u64,
+}
+
+impl PeerUsage {
+    pub(crate) const fn add(&mut self, key: &[u8], value: &[u8]) {
+        self.records += 1;
+        self.bytes += key.len() as u64 + value.len() as u64;
+    }
+
+    pub(crate) const fn remove(&mut self, key: &[u8], value: &[u8]) {
+        self.records = self.records.saturating_sub(1);
+        self.bytes = self
+            .bytes
+            .saturating_sub(key.len() as u64 + value.len() as u64);
+    }
+}
+
+/// The peer that a copied record is counted for: `cilium/cache/<kind>/<version>/<peer>/…`.
+pub(crate) fn cached_cluster(key: &[u8]) -> Option<&[u8]> {
+    let mut parts = key
+        .strip_prefix(b"cilium/cache/")?
+        .splitn(4, |byte| *byte == b'/')
+        .skip(2);
+    let cluster = parts.next()?;
+    // Something must follow.
+    parts.next().map(|_| cluster)
+}
+
 /// Checks a peer copy: all its keys lie in ranges that copies may write.
 ///
 /// # Errors

@@ -1,11 +1,12 @@
 //! Snapshots at a fixed revision, taken piece by piece while applies go on.
 
+mod auth;
 mod loader;
 
 use std::{
     collections::BTreeMap,
     ops::Bound,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     vec,
 };
 
@@ -15,10 +16,13 @@ use thiserror::Error;
 
 pub use loader::SnapshotLoader;
 
+use auth::AuthPart;
+
 use crate::{
-    limits::{MAX_SNAPSHOT_CHUNK_KEYS, SNAPSHOT_FORMAT},
+    group::Group,
+    limits::{MAX_SNAPSHOT_CHUNK_KEYS, SNAPSHOT_FORMAT, SNAPSHOT_FORMAT_GROUP},
     pb,
-    state::State,
+    state::{FIRST_REVISION, State},
     version::Version,
 };
 
@@ -47,6 +51,16 @@ pub enum SnapshotError {
         /// Newest format known here.
         known: u32,
     },
+    /// The group of the snapshot uses what this build does not know.
+    #[error(
+        "snapshot has feature level {found}, this build knows up to {known}: upgrade this replica"
+    )]
+    UnknownFeatureLevel {
+        /// Level of the group.
+        found: u32,
+        /// Newest level known here.
+        known: u32,
+    },
     /// Chunks are missing, doubled or contradict each other.
     #[error("snapshot is damaged at chunk {sequence}: {reason}")]
     Damaged {
@@ -65,20 +79,46 @@ pub(crate) struct Pin {
 }
 
 #[derive(Debug, Default)]
-struct Kept {
-    /// Keys below are in the snapshot already.
-    position: Bytes,
-    versions: BTreeMap<Bytes, Vec<Arc<Version>>>,
+pub(crate) struct Kept {
+    /// Keys below are in the snapshot already; `None` when all are.
+    position: Option<Bytes>,
+    pub(crate) versions: BTreeMap<Bytes, Vec<Arc<Version>>>,
+}
+
+impl Kept {
+    /// What was kept below is not needed any more; `None` for all of it.
+    pub(crate) fn done_below(&mut self, position: Option<Bytes>) {
+        self.versions = match &position {
+            Some(position) => self.versions.split_off(position),
+            None => BTreeMap::new(),
+        };
+        self.position = position;
+    }
 }
 
 impl Pin {
+    fn new(revision: i64) -> Self {
+        let kept = Kept {
+            position: Some(Bytes::new()),
+            ..Kept::default()
+        };
+        Self {
+            revision,
+            kept: Mutex::new(kept),
+        }
+    }
+
     /// Takes a version that leaves the index, if the snapshot still needs it.
     pub(crate) fn keep(&self, version: &Arc<Version>) {
         if version.mod_revision() > self.revision {
             return;
         }
         let mut kept = self.lock();
-        if version.key() >= &kept.position {
+        if kept
+            .position
+            .as_ref()
+            .is_some_and(|position| version.key() >= position)
+        {
             kept.versions
                 .entry(version.key().clone())
                 .or_default()
@@ -86,7 +126,7 @@ impl Pin {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Kept> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Kept> {
         // A panic elsewhere leaves the map whole: each change is one call.
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -95,6 +135,7 @@ impl Pin {
 #[derive(Debug)]
 enum Phase {
     Header,
+    Auth,
     Leases,
     Keys,
     Trailer,
@@ -108,6 +149,8 @@ enum Phase {
 pub struct SnapshotCursor {
     pin: Arc<Pin>,
     header: pb::SnapshotHeader,
+    format: u32,
+    auth: AuthPart,
     leases: vec::IntoIter<pb::SnapshotLease>,
     phase: Phase,
     sequence: u64,
@@ -119,14 +162,42 @@ pub struct SnapshotCursor {
 }
 
 impl State {
-    /// Starts a snapshot at the current revision. Short: copies leases' ids and cursors, no keys.
-    pub fn snapshot(&mut self) -> SnapshotCursor {
-        let pin = Arc::new(Pin {
-            revision: self.revision,
-            kept: Mutex::default(),
-        });
-        self.live_pins();
-        self.pins.push(Arc::downgrade(&pin));
+    /// Keeps what compaction drops from now on for whoever holds the pin.
+    pub(crate) fn pin(&self) -> Arc<Pin> {
+        let pin = Arc::new(Pin::new(self.revision));
+        let mut pins = self.lock_pins();
+        pins.retain(|pin| pin.strong_count() > 0);
+        pins.push(Arc::downgrade(&pin));
+        pin
+    }
+
+    /// Pins that are still held.
+    pub(crate) fn live_pins(&self) -> Vec<Arc<Pin>> {
+        let mut pins = self.lock_pins();
+        pins.retain(|pin| pin.strong_count() > 0);
+        pins.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Whether the pin is one of this state.
+    pub(crate) fn check_pinned(&self, pin: &Arc<Pin>) -> Result<(), SnapshotError> {
+        let is_ours = self
+            .lock_pins()
+            .iter()
+            .any(|other| std::ptr::eq(other.as_ptr(), Arc::as_ptr(pin)));
+        if is_ours {
+            Ok(())
+        } else {
+            Err(SnapshotError::StateReplaced)
+        }
+    }
+
+    fn lock_pins(&self) -> MutexGuard<'_, Vec<Weak<Pin>>> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a snapshot at the current revision. Short: copies leases' ids, cursors, users and roles, no keys.
+    pub fn snapshot(&self) -> SnapshotCursor {
+        let pin = self.pin();
         let leases: Vec<_> = self
             .leases
             .iter()
@@ -152,8 +223,24 @@ impl State {
                         synced: cursor.synced,
                     })
                     .collect(),
-                ..pb::SnapshotHeader::default()
+                feature_level: self.group.feature_level,
+                auth: (!self.auth.is_untouched()).then(|| pb::SnapshotAuth {
+                    enabled: self.auth.is_enabled(),
+                    revision: self.auth.revision(),
+                    seeded: self.auth.is_seeded(),
+                }),
+                alarms: self.alarms().collect(),
+                removed_members: self.removed_members().collect(),
+                downgrade_target: self.group.downgrade_target.clone(),
+                history_revision: Some(self.first_history_revision())
+                    .filter(|first| *first > self.compact_revision.max(FIRST_REVISION + 1)),
             },
+            format: if self.group == Group::default() && self.auth.is_untouched() {
+                SNAPSHOT_FORMAT
+            } else {
+                SNAPSHOT_FORMAT_GROUP
+            },
+            auth: AuthPart::new(&self.auth),
             counts: pb::SnapshotTrailer {
                 leases: leases.len() as u64,
                 ..pb::SnapshotTrailer::default()
@@ -184,22 +271,29 @@ impl SnapshotCursor {
         state: &State,
         max_bytes: usize,
     ) -> Result<Option<Bytes>, SnapshotError> {
-        let pinned = state
-            .pins
-            .iter()
-            .any(|pin| std::ptr::eq(pin.as_ptr(), Arc::as_ptr(&self.pin)));
-        if !pinned {
-            return Err(SnapshotError::StateReplaced);
-        }
+        state.check_pinned(&self.pin)?;
         let mut chunk = pb::SnapshotChunk {
-            format: SNAPSHOT_FORMAT,
+            format: self.format,
             sequence: self.sequence,
             ..pb::SnapshotChunk::default()
         };
         match self.phase {
             Phase::Header => {
                 chunk.header = Some(self.header.clone());
-                self.phase = Phase::Leases;
+                self.phase = if self.auth.is_sent() {
+                    Phase::Leases
+                } else {
+                    Phase::Auth
+                };
+            }
+            Phase::Auth => {
+                self.auth.fill(max_bytes, &mut chunk);
+                self.counts.roles += chunk.roles.len() as u64;
+                self.counts.users += chunk.users.len() as u64;
+                self.counts.tokens += chunk.tokens.len() as u64;
+                if self.auth.is_sent() {
+                    self.phase = Phase::Leases;
+                }
             }
             Phase::Leases => {
                 let count = (max_bytes / ITEM_OVERHEAD_BYTES).max(1);
@@ -297,8 +391,7 @@ impl SnapshotCursor {
         };
         drop(indexed);
         drop(pinned);
-        kept.position = self.next_key.clone();
-        kept.versions = kept.versions.split_off(&self.next_key);
+        kept.done_below((!complete).then(|| self.next_key.clone()));
         complete
     }
 }

@@ -2,19 +2,24 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Weak},
+    sync::{Arc, Mutex, Weak},
 };
 
 use clustermesh_api::etcd::mvcc::KeyValue;
 use clustermesh_api::etcd::rpc::{RangeRequest, RangeResponse, TxnRequest, TxnResponse};
 
 use crate::{
+    auth::{Access, Actor, Auth},
     check,
     error::{Compacted, KvError},
+    group::Group,
     hash::Fnv64,
+    key_range::KeyRange,
     keyspace::{Keyspace, visible_at},
     lease::{LeaseTable, LeaseView},
-    peer::PeerCursor,
+    limits::LEASE_OVERHEAD_BYTES,
+    pb::MemberAlarm,
+    peer::{PeerCursor, PeerUsage, cached_cluster},
     range::ReadView,
     snapshot::Pin,
     txn::Plan,
@@ -23,6 +28,9 @@ use crate::{
 
 /// Revision of an empty store: the first write gets 2, as in etcd.
 pub(crate) const FIRST_REVISION: i64 = 1;
+
+/// No store comes near: a higher revision is damage, and counting on from it would overflow.
+pub(crate) const MAX_REVISION: i64 = i64::MAX / 2;
 
 /// Compact revision before the first compaction, as in etcd: a compaction at 0 succeeds once.
 pub(crate) const NEVER_COMPACTED: i64 = -1;
@@ -35,12 +43,14 @@ pub struct State {
     pub(crate) compact_revision: i64,
     pub(crate) keyspace: Keyspace,
     /// One group for each revision to the newest, without holes, from the compact revision or the first one; from an earlier one while compacted
-    /// groups are still to be dropped. The index holds what readers from the first group's revision on can see.
+    /// groups are still to be dropped; from the one after the compact revision after a recovery, which made that revision without a change. The index holds what readers from the first group's revision on can see.
     pub(crate) history: VecDeque<Arc<EventGroup>>,
     pub(crate) leases: LeaseTable,
     pub(crate) cursors: BTreeMap<String, PeerCursor>,
-    /// Running snapshots; compaction gives them what they still need.
-    pub(crate) pins: Vec<Weak<Pin>>,
+    pub(crate) auth: Auth,
+    pub(crate) group: Group,
+    /// Running snapshots and hashes; compaction gives them what they still need.
+    pub(crate) pins: Mutex<Vec<Weak<Pin>>>,
 }
 
 impl Default for State {
@@ -61,7 +71,9 @@ impl State {
             history: VecDeque::new(),
             leases: LeaseTable::default(),
             cursors: BTreeMap::new(),
-            pins: Vec::new(),
+            auth: Auth::default(),
+            group: Group::default(),
+            pins: Mutex::default(),
         }
     }
 
@@ -87,10 +99,110 @@ impl State {
         }
     }
 
-    /// Bytes of all stored versions, live and historic, with an overhead for each: the same on every replica.
+    /// Bytes of all stored versions, live and historic, and of leases, with an overhead for each: the same on every replica. What the quota counts.
     #[must_use]
-    pub const fn approximate_bytes(&self) -> u64 {
-        self.keyspace.bytes()
+    pub fn approximate_bytes(&self) -> u64 {
+        self.keyspace.bytes() + self.leases.len() as u64 * LEASE_OVERHEAD_BYTES
+    }
+
+    /// Users, roles and tokens.
+    #[must_use]
+    pub const fn auth(&self) -> &Auth {
+        &self.auth
+    }
+
+    /// Alarms that stand, by kind and replica.
+    pub fn alarms(&self) -> impl Iterator<Item = MemberAlarm> + '_ {
+        self.group.alarms.iter()
+    }
+
+    /// Kinds of entry that all replicas can apply ([`crate::limits::FEATURE_LEVEL`]).
+    #[must_use]
+    pub const fn feature_level(&self) -> u32 {
+        self.group.feature_level
+    }
+
+    /// Whether this replica id was removed: it is never used again.
+    #[must_use]
+    pub fn is_removed_member(&self, member_id: u64) -> bool {
+        self.group.removed_members.contains(&member_id)
+    }
+
+    /// Ids of removed replicas, sorted.
+    pub fn removed_members(&self) -> impl Iterator<Item = u64> + '_ {
+        self.group.removed_members.iter().copied()
+    }
+
+    /// Version that a downgrade was announced to.
+    #[must_use]
+    pub fn downgrade_target(&self) -> Option<&str> {
+        Some(self.group.downgrade_target.as_str()).filter(|target| !target.is_empty())
+    }
+
+    /// What the copy of one peer holds below `cilium/cache/`.
+    #[must_use]
+    pub fn peer_usage(&self, cluster: &str) -> PeerUsage {
+        self.keyspace.copy(cluster.as_bytes())
+    }
+
+    /// What the copies of all peers hold, by name.
+    pub fn peer_usages(&self) -> impl Iterator<Item = (String, PeerUsage)> + '_ {
+        self.keyspace.copies().map(|(cluster, usage)| {
+            let name = String::from_utf8_lossy(cluster).into_owned();
+            (name, usage)
+        })
+    }
+
+    /// May the actor do all that the transaction holds, in whichever branch?
+    ///
+    /// # Errors
+    /// As [`Auth::check_range`].
+    pub fn check_txn_permitted(
+        &self,
+        actor: Actor<'_>,
+        request: &TxnRequest,
+    ) -> Result<(), KvError> {
+        self.auth.check_txn(actor, &self.leases, request)
+    }
+
+    /// May the actor read, or write, all keys of a lease? Yes for a lease that is not there.
+    ///
+    /// # Errors
+    /// As [`Auth::check_range`].
+    pub fn check_lease_permitted(
+        &self,
+        actor: Actor<'_>,
+        lease: i64,
+        access: Access,
+    ) -> Result<(), KvError> {
+        self.auth
+            .check_lease_keys(actor, self.leases.keys(lease), access)
+    }
+
+    /// Gives the group another identity and revisions that no client has seen: what `Recover` does, and what a restored backup needs. Keys, leases,
+    /// users and roles stay; history, alarms and tokens go.
+    ///
+    /// # Errors
+    /// [`KvError::ClusterIdZero`], [`KvError::RecoveryRevision`].
+    pub fn recover(&mut self, cluster_id: u64, revision_bump: i64) -> Result<(), KvError> {
+        if cluster_id == 0 {
+            return Err(KvError::ClusterIdZero);
+        }
+        let revision = self
+            .revision
+            .checked_add(revision_bump)
+            .filter(|revision| revision_bump > 0 && *revision < MAX_REVISION)
+            .ok_or(KvError::RecoveryRevision {
+                revision: self.revision,
+                bump: revision_bump,
+            })?;
+        self.cluster_id = cluster_id;
+        self.revision = revision;
+        self.compact_revision = revision;
+        self.auth.tokens.clear();
+        self.group.alarms.clear();
+        self.drop_history();
+        Ok(())
     }
 
     pub(crate) const fn view(&self) -> ReadView<'_> {
@@ -203,6 +315,22 @@ impl State {
             .filter(|group| group.revision >= self.compact_revision)
     }
 
+    /// First revision that has a group, or would have one.
+    pub(crate) fn first_history_revision(&self) -> i64 {
+        self.history.front().map_or_else(
+            || self.revision + 1,
+            |group| {
+                let first = self.floor_revision().max(FIRST_REVISION + 1);
+                // Only a recovery leaves the compact revision without a group.
+                if group.revision == self.compact_revision + 1 {
+                    group.revision
+                } else {
+                    first
+                }
+            },
+        )
+    }
+
     /// Revision that the index is dropped up to: at most the compact revision.
     pub(crate) fn floor_revision(&self) -> i64 {
         self.history.front().map_or(self.compact_revision, |group| {
@@ -245,6 +373,13 @@ impl State {
                 hash.i64(event.prev().map_or(0, |prev| prev.mod_revision()));
             }
         }
+        hash.u64(self.hash_beside_keys());
+        hash.finish()
+    }
+
+    /// Hash over leases, cursors, users and the group.
+    pub(crate) fn hash_beside_keys(&self) -> u64 {
+        let mut hash = Fnv64::new();
         for (id, granted_ttl_s) in self.leases.iter() {
             hash.i64(id);
             hash.i64(granted_ttl_s);
@@ -263,6 +398,8 @@ impl State {
             hash.i64(cursor.revision);
             hash.u64(u64::from(cursor.synced));
         }
+        self.auth.hash(&mut hash);
+        self.group.hash(&mut hash);
         hash.finish()
     }
 
@@ -322,6 +459,21 @@ impl State {
                 self.keyspace.bytes()
             ));
         }
+        let all = KeyRange::all();
+        let mut copies = BTreeMap::new();
+        for version in self.keyspace.visible(&all, self.revision) {
+            if let Some(cluster) = cached_cluster(version.key()) {
+                let usage: &mut PeerUsage = copies.entry(cluster).or_default();
+                usage.add(version.key(), version.value_bytes());
+            }
+        }
+        let counted = self
+            .keyspace
+            .copies()
+            .map(|(cluster, usage)| (cluster.as_ref(), usage));
+        if !counted.eq(copies) {
+            return Err("copies of peers are counted wrong".into());
+        }
         if attached != self.leases.attached() {
             return Err(format!(
                 "leases have {} keys, the index {attached}",
@@ -332,7 +484,13 @@ impl State {
     }
 
     fn check_history(&self) -> Result<(), String> {
-        let mut expected = self.floor_revision().max(FIRST_REVISION + 1);
+        let mut expected = self.first_history_revision();
+        if self.history.is_empty() && self.revision > self.compact_revision.max(FIRST_REVISION) {
+            return Err(format!(
+                "revision {} has no history, compacted at {}",
+                self.revision, self.compact_revision
+            ));
+        }
         for group in &self.history {
             if group.revision != expected {
                 return Err(format!(
@@ -358,11 +516,5 @@ impl State {
             ));
         }
         Ok(())
-    }
-
-    /// Pins of snapshots that are still running; those that ended are dropped.
-    pub(crate) fn live_pins(&mut self) -> Vec<Arc<Pin>> {
-        self.pins.retain(|pin| pin.strong_count() > 0);
-        self.pins.iter().filter_map(Weak::upgrade).collect()
     }
 }

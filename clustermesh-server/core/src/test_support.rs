@@ -10,12 +10,24 @@ use clustermesh_api::etcd::rpc::{
 
 use crate::{
     Applied, KvError, Outcome, State,
-    limits::BATCH_FORMAT,
-    pb::{Batch, Proposal, proposal::Command},
+    limits::{BATCH_FORMAT, FEATURE_LEVEL},
+    pb::{Batch, FeatureLevel, Proposal, proposal::Command},
 };
 
 /// Term of all entries in tests.
 pub(crate) const TERM: u64 = 7;
+
+/// An empty store of the newest feature level.
+pub(crate) fn group() -> State {
+    let mut state = State::new();
+    apply(
+        &mut state,
+        [Command::FeatureLevel(FeatureLevel {
+            level: FEATURE_LEVEL,
+        })],
+    );
+    state
+}
 
 pub(crate) fn bytes(text: &str) -> Bytes {
     Bytes::copy_from_slice(text.as_bytes())

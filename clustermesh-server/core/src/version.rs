@@ -100,6 +100,23 @@ impl Version {
         }
     }
 
+    /// `mvccpb.KeyValue` in protobuf; that of a tombstone has key and revision only.
+    pub(crate) fn encoded_key_value(&self) -> &[u8] {
+        // The event's type comes before its key and value; 0, for a put, is left out.
+        let kv_len = prost::encoding::decode_varint(&mut self.after_tag())
+            .ok()
+            .and_then(|len| usize::try_from(len).ok())
+            .unwrap_or_default();
+        let start = self.encoded.len().saturating_sub(kv_len);
+        self.encoded.get(start..).unwrap_or_default()
+    }
+
+    /// The encoded event from the length of its `kv` on.
+    fn after_tag(&self) -> &[u8] {
+        let skipped = if self.is_tombstone() { 3 } else { 1 };
+        self.encoded.get(skipped..).unwrap_or_default()
+    }
+
     /// Whether this is a deletion.
     #[must_use]
     pub const fn is_tombstone(&self) -> bool {

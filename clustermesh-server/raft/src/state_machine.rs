@@ -274,7 +274,7 @@ fn build<R: AsyncRuntime>(
     // A snapshot that was installed meanwhile replaces the state under the cursor: then begin anew.
     loop {
         let (mut cursor, meta, log_bytes) = {
-            let mut applied = shared.applied.write();
+            let applied = shared.applied.read();
             let meta = SnapshotMeta {
                 last_log_id: applied.last,
                 last_membership: applied.membership.clone(),

@@ -426,12 +426,12 @@ fn a_forgotten_peer_loses_its_cursor_only() {
 fn an_unknown_entry_stops_the_replica_and_changes_nothing() {
     let mut state = State::new();
     let newer = Batch {
-        format: 2,
+        format: 3,
         ..batch([put("a", "1")])
     };
     assert_eq!(
         state.apply(&newer, TERM).unwrap_err(),
-        ApplyError::UnknownFormat { found: 2, known: 1 }
+        ApplyError::UnknownFormat { found: 3, known: 2 }
     );
     let mut unknown = batch([put("a", "1")]);
     unknown.proposals.push(Proposal::default());

@@ -457,6 +457,10 @@ fn answer(keys: &Keys, request: &RangeRequest) -> RangeResponse {
     if request.keys_only {
         for kv in &mut kvs {
             kv.value.clear();
+            // etcd answers from its index, which knows no leases, unless it has to sort by value.
+            if request.sort_target != 4 {
+                kv.lease = 0;
+            }
         }
     }
     RangeResponse {

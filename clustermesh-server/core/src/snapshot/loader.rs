@@ -7,16 +7,13 @@ use prost::Message;
 
 use crate::{
     keyspace::{Keyspace, Versions, visible_at},
-    limits::SNAPSHOT_FORMAT,
+    limits::{FEATURE_LEVEL, SNAPSHOT_FORMAT_GROUP},
     pb,
     peer::PeerCursor,
-    snapshot::SnapshotError,
-    state::{FIRST_REVISION, NEVER_COMPACTED, State},
+    snapshot::{SnapshotError, auth},
+    state::{FIRST_REVISION, MAX_REVISION, NEVER_COMPACTED, State},
     version::{EventGroup, StoredEvent, Version, VersionNumbers},
 };
-
-/// No store comes near: a higher revision is damage, and counting on from it would overflow.
-const MAX_REVISION: i64 = i64::MAX / 2;
 
 /// Takes the chunks of a snapshot in order and yields the state that they describe.
 #[derive(Debug, Default)]
@@ -43,15 +40,15 @@ impl SnapshotLoader {
     /// # Errors
     /// [`SnapshotError`] naming the chunk; the loader is of no use then.
     pub fn push(&mut self, chunk: Bytes) -> Result<(), SnapshotError> {
-        let chunk =
+        let mut chunk =
             pb::SnapshotChunk::decode(chunk).map_err(|error| SnapshotError::Undecodable {
                 sequence: self.sequence,
                 reason: error.to_string(),
             })?;
-        if chunk.format != SNAPSHOT_FORMAT {
+        if chunk.format == 0 || chunk.format > SNAPSHOT_FORMAT_GROUP {
             return Err(SnapshotError::UnknownFormat {
                 found: chunk.format,
-                known: SNAPSHOT_FORMAT,
+                known: SNAPSHOT_FORMAT_GROUP,
             });
         }
         if self.ended {
@@ -60,11 +57,19 @@ impl SnapshotLoader {
         if chunk.sequence != self.sequence {
             return Err(self.damaged(format!("it has number {}", chunk.sequence)));
         }
-        match (chunk.header, self.state.is_some()) {
+        match (chunk.header.take(), self.state.is_some()) {
             (Some(header), false) => self.state = Some(self.start(header)?),
             (None, true) => {}
             (Some(_), true) => return Err(self.damaged("a second header")),
             (None, false) => return Err(self.damaged("no header")),
+        }
+        self.counts.roles += chunk.roles.len() as u64;
+        self.counts.users += chunk.users.len() as u64;
+        self.counts.tokens += chunk.tokens.len() as u64;
+        if let Some(state) = &mut self.state
+            && let Err(reason) = auth::load(&mut state.auth, &mut chunk)
+        {
+            return Err(self.damaged(reason));
         }
         for lease in chunk.leases {
             self.push_lease(lease)?;
@@ -132,11 +137,24 @@ impl SnapshotLoader {
                 header.revision
             )));
         }
-        self.first_revision = floor_revision.max(FIRST_REVISION + 1);
+        self.first_revision = header
+            .history_revision
+            .unwrap_or_else(|| floor_revision.max(FIRST_REVISION + 1));
+        let after_recovery = compact_revision.saturating_add(1);
+        if header
+            .history_revision
+            .is_some_and(|first| first != after_recovery)
+        {
+            return Err(self.damaged(format!(
+                "history begins at {}, compacted at {compact_revision}",
+                self.first_revision
+            )));
+        }
         let mut state = State::new();
         state.cluster_id = header.cluster_id;
         state.revision = header.revision;
         state.compact_revision = compact_revision;
+        self.start_group(&header, &mut state)?;
         for cursor in header.cursors {
             let known = state.cursors.insert(
                 cursor.cluster.clone(),
@@ -152,6 +170,41 @@ impl SnapshotLoader {
             }
         }
         Ok(state)
+    }
+
+    fn start_group(
+        &self,
+        header: &pb::SnapshotHeader,
+        state: &mut State,
+    ) -> Result<(), SnapshotError> {
+        if header.feature_level > FEATURE_LEVEL {
+            return Err(SnapshotError::UnknownFeatureLevel {
+                found: header.feature_level,
+                known: FEATURE_LEVEL,
+            });
+        }
+        state.group.feature_level = header.feature_level;
+        if let Some(auth) = &header.auth {
+            state.auth.enabled = auth.enabled;
+            state.auth.revision = auth.revision;
+            state.auth.seeded = auth.seeded;
+        }
+        for alarm in &header.alarms {
+            if alarm.kind() == pb::AlarmKind::None {
+                return Err(self.damaged(format!("an alarm of kind {}", alarm.kind)));
+            }
+            state
+                .group
+                .alarms
+                .raise(alarm.kind(), alarm.member_id)
+                .map_err(|error| self.damaged(error.to_string()))?;
+        }
+        state.group.removed_members = header.removed_members.iter().copied().collect();
+        state
+            .group
+            .downgrade_target
+            .clone_from(&header.downgrade_target);
+        Ok(())
     }
 
     fn push_lease(&mut self, lease: pb::SnapshotLease) -> Result<(), SnapshotError> {

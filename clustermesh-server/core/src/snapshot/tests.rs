@@ -114,7 +114,7 @@ fn compaction_takes_nothing_from_a_running_snapshot() {
         contents(&loaded, "a", ""),
         [("a".to_owned(), "2".to_owned())]
     );
-    assert_eq!(state.pins.len(), 1);
+    assert_eq!(state.live_pins().len(), 1);
     drop(cursor);
     assert!(state.live_pins().is_empty());
 }
@@ -136,7 +136,7 @@ fn chunks_keep_to_their_size() {
 
 #[test]
 fn a_replaced_state_ends_the_snapshot() {
-    let mut state = sample();
+    let state = sample();
     let mut cursor = state.snapshot();
     cursor.next_chunk(&state, 1000).unwrap();
     let other = sample();
@@ -166,10 +166,10 @@ fn damaged_snapshots_are_refused() {
     some.push(chunks[count - 1].clone());
     assert!(load(some).is_err(), "a chunk after the end");
     let mut newer = pb::SnapshotChunk::decode(chunks[0].clone()).unwrap();
-    newer.format = 2;
+    newer.format = 3;
     assert_eq!(
         load([Bytes::from(newer.encode_to_vec())]).unwrap_err(),
-        SnapshotError::UnknownFormat { found: 2, known: 1 }
+        SnapshotError::UnknownFormat { found: 3, known: 2 }
     );
 }
 
