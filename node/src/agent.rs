@@ -1,22 +1,22 @@
 //! The agent: start over what the kernel holds, tasks, drain.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clustermesh_api::IdentitySplit as ApiSplit;
 use clustermesh_client::Client;
-use clustermesh_ebpf::abi::IdentitySplit;
+use clustermesh_ebpf::abi::{IdentitySplit, NodeConfig};
 use clustermesh_ebpf::{AttachMode, Datapath, Takeover};
 use clustermesh_node_core::decode::Decoder;
-use clustermesh_node_core::{Model, Settings};
+use clustermesh_node_core::{ABSENCE_GRACE_MS, Model, Settings};
 use clustermesh_process::{
-    AdminPages, AdminServer, Drain, DrainEnd, Readiness, ReadyToken, drain,
-    install_crypto_provider, notify_ready, notify_stopping, shutdown_signal,
+    AdminPages, AdminServer, Drain, DrainEnd, HealthCheck, Heartbeats, Readiness, ReadyToken,
+    drain, install_crypto_provider, notify_ready, notify_stopping, shutdown_signal,
 };
 use prometheus_client::registry::Registry;
 use rtnetlink::Handle;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::endpoint::Endpoints;
@@ -31,8 +31,13 @@ use crate::state::{NodeFacts, StateFiles};
 use crate::stream::Follower;
 use crate::{netlink, probe};
 
-/// The underlay is compared with what was found at the start this often.
-const UNDERLAY_CHECKED_EVERY: Duration = Duration::from_secs(10);
+/// The underlay is compared with what the kernel's state is made for this often; a change that two looks in a row
+/// have found is followed.
+const UNDERLAY_CHECKED_EVERY: Duration = Duration::from_secs(5);
+/// The main loop shows this often that it goes round.
+const BEAT_EVERY: Duration = Duration::from_secs(1);
+/// A loop that is silent for longer is stuck.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// Tasks get so long to end.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -76,17 +81,18 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             endpoints,
             metrics,
             attach_mode,
-            underlay: underlay.addresses.clone(),
-            pod_mtu: underlay.pod_mtu,
+            underlay: underlay.clone(),
         },
         cached_workloads,
     ));
     let readiness = Readiness::new();
-    let pages = AdminPages::new(
-        Arc::new(registry),
-        readiness.clone(),
-        Arc::new(|| Ok::<(), String>(())),
-    );
+    let heartbeats = Heartbeats::new(SILENCE_MAX);
+    let alive: HealthCheck = {
+        let heartbeats = heartbeats.clone();
+        Arc::new(move || heartbeats.check(Instant::now()))
+    };
+    let pages = AdminPages::new(Arc::new(registry), readiness.clone(), Arc::clone(&alive))
+        .with_liveness(alive);
     let admin = AdminServer::bind(admin_address, pages)
         .await
         .with_context(|| format!("admin address {admin_address}"))?;
@@ -100,29 +106,29 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         handle,
         datapath,
         underlay,
+        underlay_next: None,
+        heartbeats,
         pair,
         client: client.clone(),
         flows: flows.clone(),
-        layout_changed: matches!(takeover, Takeover::LayoutChanged { .. }),
+        layout_changed: false,
+        takeover_token: None,
         facts: None,
         server_token: Some(readiness.token("pod CIDR from the server")),
         sync_token: Some(readiness.token("first complete listing in the kernel")),
     };
+    if matches!(takeover, Takeover::LayoutChanged { .. }) {
+        node.set_layout_changed(true);
+        node.takeover_token = Some(readiness.token("switch to the new map layout"));
+    }
     if let Some(facts) = cached_facts {
         node.take_facts(facts.clone(), &view).await?;
         shared.facts.send_replace(Some(facts));
-        work_off_queue(&shared.config.queue_dir(), &shared.endpoints).await;
     }
     tokio::spawn(admin.serve(DrainEnd::of(&view)));
     tokio::spawn(api.serve(Arc::clone(&shared), flows, view.clone()));
     tokio::spawn(probe::run(Arc::clone(&shared), view.clone()));
     let identity = session::Identity {
-        underlay: node
-            .underlay
-            .addresses
-            .iter()
-            .map(ToString::to_string)
-            .collect(),
         boot_id: boot_id(),
         instance_id: format!("{:016x}", rand::random::<u64>()),
     };
@@ -132,6 +138,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         identity,
         view.clone(),
     ));
+    // Whoever waits for this unit wants to call the plugin: ADD and DEL are answered from here on, without a server
+    // too. Whether the records are in the kernel is what `/readyz` says.
     if let Err(error) = notify_ready() {
         warn!(%error, "service manager not told");
     }
@@ -157,6 +165,9 @@ struct Node {
     handle: Handle,
     datapath: Arc<Mutex<Datapath>>,
     underlay: Underlay,
+    /// A change that the last look at the underlay has found.
+    underlay_next: Option<Underlay>,
+    heartbeats: Heartbeats,
     pair: HostPair,
     client: Client,
     flows: Flows,
@@ -165,6 +176,7 @@ struct Node {
     facts: Option<NodeFacts>,
     server_token: Option<ReadyToken>,
     sync_token: Option<ReadyToken>,
+    takeover_token: Option<ReadyToken>,
 }
 
 impl Node {
@@ -172,6 +184,10 @@ impl Node {
         let mut facts = self.shared.facts.subscribe();
         let mut cidrs = self.shared.remote_cidrs.subscribe();
         let mut synced = self.shared.synced.subscribe();
+        let mut trusted = self.shared.trusted.subscribe();
+        let heartbeat = self.heartbeats.watch("the main loop");
+        let mut beats = tokio::time::interval(BEAT_EVERY);
+        beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         if self.facts.is_none() {
             facts.mark_changed();
         }
@@ -182,15 +198,12 @@ impl Node {
         loop {
             tokio::select! {
                 signal = &mut stop => return signal.context("signals"),
+                _ = beats.tick() => heartbeat.beat(),
                 _ = underlay_checks.tick() => self.check_underlay().await,
                 Ok(()) = facts.changed() => {
                     let new = facts.borrow_and_update().clone();
                     if let Some(new) = new && self.facts.as_ref() != Some(&new) {
-                        let first = self.facts.is_none();
                         self.take_facts(new, drain).await?;
-                        if first {
-                            work_off_queue(&self.shared.config.queue_dir(), &self.shared.endpoints).await;
-                        }
                     }
                 }
                 Ok(()) = cidrs.changed() => {
@@ -200,13 +213,22 @@ impl Node {
                     }
                 }
                 Ok(_) = synced.wait_for(|synced| *synced), if self.sync_token.is_some() => {
-                    if self.layout_changed {
-                        self.activate().await?;
-                        self.lock_datapath().finish_takeover()?;
-                        self.layout_changed = false;
-                        info!("the new map layout is full and in use");
-                    }
                     self.sync_token = None;
+                    if self.layout_changed && !*self.shared.trusted.borrow() {
+                        warn!(
+                            "the new map layout waits: the server's store is not the one that filled the old one, and \
+                             has not got everything yet; the programs of before go on with their maps for {} s, and \
+                             until every peer is synced or removed from the server's configuration",
+                            ABSENCE_GRACE_MS / 1000
+                        );
+                    }
+                }
+                Ok(_) = trusted.wait_for(|trusted| *trusted), if self.layout_changed => {
+                    self.activate().await?;
+                    self.lock_datapath().finish_takeover()?;
+                    self.set_layout_changed(false);
+                    self.takeover_token = None;
+                    info!("the new map layout is full and in use");
                 }
             }
         }
@@ -227,25 +249,19 @@ impl Node {
                 held.max_connected_clusters
             );
         }
-        let split = match facts.max_connected_clusters {
-            511 => ApiSplit::Clusters511,
-            _ => ApiSplit::Clusters255,
-        };
-        self.shared.files.store_facts(&facts)?;
+        let split = split_of(&facts);
+        tokio::task::block_in_place(|| self.shared.files.store_facts(&facts))?;
         self.facts = Some(facts.clone());
         self.ensure_routes(true).await?;
-        let config = host::node_config(
-            &facts,
-            &self.underlay,
-            self.pair,
-            split.local_bits(),
-            self.flows.are_on(),
-        );
-        self.shared.maps.set_config(&config)?;
+        self.shared.maps.set_config(&self.node_config(&facts))?;
         self.shared.endpoints.restore(&facts, self.pair).await?;
         if first {
+            // Before the plugin is answered: what ended while no agent ran must not be met by an ADD.
+            self.shared.queue.work_off(&self.shared.endpoints).await;
+            tokio::spawn(work_off_queue(Arc::clone(&self.shared), drain.clone()));
             let bits = split.local_bits();
             let model = self.model(&facts, bits)?;
+            let over_entries = self.layout_changed || !model.actual().is_empty();
             *self.shared.model() = Some(model);
             if !self.layout_changed {
                 self.activate().await?;
@@ -256,6 +272,8 @@ impl Node {
                 self.client.clone(),
                 decoder,
                 self.shared.files.store_id()?,
+                over_entries,
+                self.heartbeats.watch("the record stream"),
             );
             tokio::spawn(follower.run(drain.clone()));
             self.server_token = None;
@@ -279,24 +297,81 @@ impl Node {
         Ok(Model::new(settings, read_tables(&self.shared.maps)?))
     }
 
-    /// Says so when the underlay is not what the kernel's state was made for.
-    async fn check_underlay(&self) {
-        let gauge = &self.shared.metrics.underlay_changed;
-        let found = Underlay::find(&self.handle, &self.shared.config).await;
-        let fault = match found {
-            Ok(found) if found == self.underlay => None,
-            Ok(found) => Some(format!("{:?}, before {:?}", found, self.underlay)),
-            Err(error) => Some(format!("{error:#}")),
+    /// Looks at the underlay, and follows a change that lasts. What cannot be used is said once, and tried again.
+    async fn check_underlay(&mut self) {
+        let found = match Underlay::find(&self.handle, &self.shared.config).await {
+            Ok(found) => found,
+            Err(error) => return self.underlay_fault(&error),
         };
-        let changed_before = gauge.set(i64::from(fault.is_some())) != 0;
-        match fault {
-            Some(fault) if !changed_before => warn!(
-                fault,
-                "the underlay has changed: restart the agent to use it; traffic goes on as before"
-            ),
-            None if changed_before => info!("the underlay is as it was at the start again"),
-            _ => {}
+        if found == self.underlay {
+            self.underlay_next = None;
+            if self.shared.metrics.underlay_unusable.set(0) != 0 {
+                info!("the underlay is as it was again");
+            }
+            return;
         }
+        if self.underlay_next.as_ref() != Some(&found) {
+            self.underlay_next = Some(found);
+            return;
+        }
+        let before = std::mem::replace(&mut self.underlay, found);
+        if let Err(error) = self.follow_underlay().await {
+            self.underlay = before;
+            return self.underlay_fault(&error);
+        }
+        self.underlay_next = None;
+        self.shared.metrics.underlay_unusable.set(0);
+        self.shared.metrics.underlay_changes.inc();
+        info!(now = ?self.underlay, ?before, "the underlay has changed, and traffic with it");
+    }
+
+    fn underlay_fault(&mut self, error: &anyhow::Error) {
+        self.underlay_next = None;
+        if self.shared.metrics.underlay_unusable.set(1) == 0 {
+            error!(
+                fault = format!("{error:#}"),
+                "the underlay cannot be used as it is now: traffic goes by what it was; give the devices a usable \
+                 address, or change underlay_devices and underlay_addresses and restart the agent"
+            );
+        }
+    }
+
+    /// Makes everything that depends on the underlay agree with it: programs first, so that what others send to the
+    /// new address is taken; then routes and paths; last the session, by which others learn of it.
+    async fn follow_underlay(&mut self) -> anyhow::Result<()> {
+        if let Some(facts) = &self.facts {
+            self.shared.maps.set_config(&self.node_config(facts))?;
+            if !self.layout_changed {
+                self.activate().await?;
+            }
+            self.ensure_routes(true).await?;
+        }
+        if let Some(model) = self.shared.model().as_mut() {
+            let Underlay {
+                addresses,
+                path_v4,
+                path_v6,
+                ..
+            } = &self.underlay;
+            model.change_underlay(addresses.clone(), *path_v4, *path_v6);
+        }
+        self.shared.underlay.send_replace(self.underlay.clone());
+        Ok(())
+    }
+
+    fn node_config(&self, facts: &NodeFacts) -> NodeConfig {
+        host::node_config(
+            facts,
+            &self.underlay,
+            self.pair,
+            split_of(facts).local_bits(),
+            self.flows.are_on(),
+        )
+    }
+
+    fn set_layout_changed(&mut self, changed: bool) {
+        self.layout_changed = changed;
+        self.shared.metrics.takeover_pending.set(i64::from(changed));
     }
 
     fn lock_datapath(&self) -> std::sync::MutexGuard<'_, Datapath> {
@@ -325,6 +400,14 @@ impl Node {
             renew,
         )
         .await
+    }
+}
+
+/// How the cluster's identities are split.
+fn split_of(facts: &NodeFacts) -> ApiSplit {
+    match facts.max_connected_clusters {
+        511 => ApiSplit::Clusters511,
+        _ => ApiSplit::Clusters255,
     }
 }
 

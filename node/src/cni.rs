@@ -18,7 +18,7 @@ use prost::Message as _;
 use tonic::Status;
 
 use crate::config::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, QUEUE_NAME, SOCKET_NAME};
-use crate::endpoint::interface_name;
+use crate::local_api::queued_del_file;
 use crate::local_client::connect;
 use crate::state::write_durably;
 
@@ -135,7 +135,7 @@ fn from_status(status: &Status) -> CniError {
     }
 }
 
-/// DEL is queued for the agent's next start; everything else must wait for it.
+/// DEL is queued until an agent looks; everything else must wait for one.
 fn without_agent(
     call: &Call,
     config: &Config,
@@ -167,7 +167,7 @@ fn queue(dir: &Path, call: &Call) -> Result<(), CniError> {
         container_id: call.container_id.clone(),
         ifname: call.ifname.clone(),
     };
-    let path = dir.join(format!("{}.json", interface_name(&attachment)));
+    let path = queued_del_file(dir, &attachment);
     let stored = serde_json::to_vec(&attachment)
         .map_err(std::io::Error::from)
         .and_then(|bytes| {

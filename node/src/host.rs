@@ -134,6 +134,12 @@ impl Underlay {
         })
     }
 
+    /// The addresses, textual.
+    #[must_use]
+    pub fn address_texts(&self) -> Vec<String> {
+        self.addresses.iter().map(ToString::to_string).collect()
+    }
+
     fn of_family(&self, v4: bool) -> Option<IpAddr> {
         self.addresses.iter().copied().find(|ip| ip.is_ipv4() == v4)
     }

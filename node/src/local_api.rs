@@ -19,7 +19,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use crate::flows::Flows;
 use crate::shared::Shared;
 
-pub use queue::work_off as work_off_queue;
+pub use queue::{DelQueue, file_of as queued_del_file, run as work_off_queue};
 
 /// The bound socket.
 pub struct LocalApi {

@@ -26,8 +26,12 @@ pub struct Metrics {
     pub applied_revision: Family<Labels, Gauge>,
     /// Entries that stay although a new store does not name them.
     pub kept_entries: Gauge,
-    /// 1 while devices, addresses or MTU of the underlay are not those that the agent found at its start.
-    pub underlay_changed: Gauge,
+    /// 1 while the underlay cannot be used as it is: traffic goes by what it was before.
+    pub underlay_unusable: Gauge,
+    /// Changes of the underlay that were followed.
+    pub underlay_changes: Counter,
+    /// 1 while programs of an earlier build go on with their maps, because the new ones may lack something.
+    pub takeover_pending: Gauge,
     /// Time of one round of map calls, seconds.
     pub apply_seconds: Histogram,
     /// Reconnects of stream and session.
@@ -51,7 +55,9 @@ impl Metrics {
             map_failures: Family::default(),
             applied_revision: Family::default(),
             kept_entries: Gauge::default(),
-            underlay_changed: Gauge::default(),
+            underlay_unusable: Gauge::default(),
+            underlay_changes: Counter::default(),
+            takeover_pending: Gauge::default(),
             apply_seconds: Histogram::new(exponential_buckets(0.000_05, 2.0, 16)),
             reconnects: Family::default(),
             cni_calls: Family::default(),
@@ -78,9 +84,19 @@ impl Metrics {
             metrics.kept_entries.clone(),
         );
         registry.register(
-            "underlay_changed",
-            "1 while the underlay is not as at the agent's start: restart the agent",
-            metrics.underlay_changed.clone(),
+            "underlay_unusable",
+            "1 while the underlay's devices or addresses cannot be used as they are; see the log",
+            metrics.underlay_unusable.clone(),
+        );
+        registry.register(
+            "underlay_changes",
+            "Changes of the underlay's devices, addresses or MTU that were followed",
+            metrics.underlay_changes.clone(),
+        );
+        registry.register(
+            "takeover_pending",
+            "1 while programs and maps of an earlier layout are in use",
+            metrics.takeover_pending.clone(),
         );
         registry.register(
             "apply_seconds",

@@ -57,6 +57,7 @@ pub fn round(shared: &Shared) -> bool {
         .take_pod_cidrs_changed()
         .then(|| model.remote_pod_cidrs());
     let settled = complete && model.is_settled();
+    let trusted = complete && model.is_trusted();
     let services = model.take_services_changed();
     let workloads = model.take_workloads_changed();
     drop(guard);
@@ -86,6 +87,9 @@ pub fn round(shared: &Shared) -> bool {
     if (services || workloads) && listed {
         probe::refresh_targets(shared);
     }
+    shared
+        .trusted
+        .send_if_modified(|held| std::mem::replace(held, trusted) != trusted);
     if complete && listed {
         shared
             .synced

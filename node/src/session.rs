@@ -17,9 +17,11 @@ use clustermesh_client::{Client, NodeSession};
 use clustermesh_ebpf::abi::LAYOUT_VERSION;
 use clustermesh_process::Drain;
 use ipnetwork::IpNetwork;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use crate::host::Underlay;
 use crate::metrics::label;
 use crate::probe::AddressReadiness;
 use crate::shared::{Applied, Shared};
@@ -40,8 +42,6 @@ const CLAIMS_RETRIED_EVERY: Duration = Duration::from_secs(1);
 /// What does not change over sessions.
 #[derive(Clone, Debug)]
 pub struct Identity {
-    /// Addresses on the underlay.
-    pub underlay: Vec<String>,
     /// Id of this boot of the machine.
     pub boot_id: String,
     /// Distinguishes this run of the agent.
@@ -84,10 +84,12 @@ pub async fn run(shared: Arc<Shared>, client: Client, identity: Identity, drain:
 }
 
 async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow::Result<()> {
+    let mut underlay = shared.underlay.subscribe();
+    let underlay_addresses = underlay.borrow_and_update().address_texts();
     let hello = Hello {
         node: shared.config.node.clone(),
         boot_id: identity.boot_id.clone(),
-        underlay_addresses: identity.underlay.clone(),
+        underlay_addresses,
         labels: shared.config.labels.clone().into_iter().collect(),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         map_layout_version: LAYOUT_VERSION,
@@ -117,7 +119,8 @@ async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow:
         changed
     });
     shared.connected.send_replace(true);
-    talk(shared, session, Duration::from_secs(u64::from(ttl)) / 3).await
+    let beat = Duration::from_secs(u64::from(ttl)) / 3;
+    talk(shared, session, beat, underlay).await
 }
 
 async fn welcome(session: &mut NodeSession) -> anyhow::Result<Welcome> {
@@ -164,7 +167,12 @@ fn facts(shared: &Shared, welcome: &Welcome) -> anyhow::Result<NodeFacts> {
     })
 }
 
-async fn talk(shared: &Shared, session: NodeSession, beat: Duration) -> anyhow::Result<()> {
+async fn talk(
+    shared: &Shared,
+    session: NodeSession,
+    beat: Duration,
+    mut underlay: watch::Receiver<Underlay>,
+) -> anyhow::Result<()> {
     let NodeSession {
         sender,
         mut responses,
@@ -193,6 +201,10 @@ async fn talk(shared: &Shared, session: NodeSession, beat: Duration) -> anyhow::
                 claims.answer(response.message);
                 let mut registered = shared.registered.lock().unwrap_or_else(PoisonError::into_inner);
                 registered.clone_from(claims.stored());
+            }
+            Ok(()) = underlay.changed() => {
+                info!("the underlay has changed, opening a session that says so");
+                return Ok(());
             }
             _ = beats.tick() => sender.send(Request::Heartbeat(Heartbeat {})).await?,
             changed = endpoints.changed() => {

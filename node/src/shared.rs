@@ -14,6 +14,8 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::endpoint::Endpoints;
+use crate::host::Underlay;
+use crate::local_api::DelQueue;
 use crate::metrics::Metrics;
 use crate::probe::Prober;
 use crate::state::{NodeFacts, StateFiles, StoredWorkload};
@@ -55,10 +57,10 @@ pub struct Shared {
     pub metrics: Metrics,
     /// How programs are attached.
     pub attach_mode: &'static str,
-    /// Addresses on the underlay.
-    pub underlay: Vec<std::net::IpAddr>,
-    /// Largest packet of pods, bytes.
-    pub pod_mtu: u32,
+    /// DELs that came while no agent answered.
+    pub queue: DelQueue,
+    /// Devices, addresses and MTU of the underlay that the kernel's state is made for.
+    pub underlay: watch::Sender<Underlay>,
     /// `None` until the server has welcomed this node for the first time.
     pub facts: watch::Sender<Option<NodeFacts>>,
     /// True while a session is open.
@@ -67,6 +69,8 @@ pub struct Shared {
     pub applied: watch::Sender<Applied>,
     /// True from the first time on that the kernel held everything of a complete listing.
     pub synced: watch::Sender<bool>,
+    /// True if a kernel state that is filled from the records alone lacks nothing.
+    pub trusted: watch::Sender<bool>,
     /// Pod CIDRs of other nodes.
     pub remote_cidrs: watch::Sender<RemoteCidrs>,
     /// Counts changes of workloads.
@@ -90,18 +94,19 @@ impl Shared {
         });
         Self {
             prober: Prober::new(parts.config.probe_interval_ms),
+            queue: DelQueue::new(parts.config.queue_dir()),
             config: parts.config,
             files: parts.files,
             maps: parts.maps,
             endpoints: parts.endpoints,
             metrics: parts.metrics,
             attach_mode: parts.attach_mode,
-            underlay: parts.underlay,
-            pod_mtu: parts.pod_mtu,
+            underlay: watch::Sender::new(parts.underlay),
             facts: watch::Sender::new(None),
             connected: watch::Sender::new(false),
             applied: watch::Sender::new(Applied::default()),
             synced: watch::Sender::new(false),
+            trusted: watch::Sender::new(false),
             remote_cidrs: watch::Sender::new(RemoteCidrs::default()),
             workload_changes: watch::Sender::new(0),
             registered: Mutex::default(),
@@ -186,8 +191,6 @@ pub struct Parts {
     pub metrics: Metrics,
     /// How programs are attached.
     pub attach_mode: &'static str,
-    /// Addresses on the underlay.
-    pub underlay: Vec<std::net::IpAddr>,
-    /// Largest packet of pods, bytes.
-    pub pod_mtu: u32,
+    /// The underlay as it was found.
+    pub underlay: Underlay,
 }

@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use clustermesh_node_core::ipam::{Attachment, Ipam};
 use ipnetwork::IpNetwork;
@@ -81,6 +82,7 @@ pub struct StoredWorkload {
 #[derive(Debug)]
 pub struct StateFiles {
     dir: PathBuf,
+    writes: Mutex<()>,
     _lock: Flock<File>,
 }
 
@@ -144,6 +146,7 @@ impl StateFiles {
             .map_err(|_| StateError::Locked(dir.to_owned()))?;
         Ok(Self {
             dir: dir.to_owned(),
+            writes: Mutex::default(),
             _lock: lock,
         })
     }
@@ -225,6 +228,8 @@ impl StateFiles {
     }
 
     fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<(), StateError> {
+        // Two writers of one file would share its temporary name.
+        let _writing = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
         let path = self.dir.join(name);
         let bytes = serde_json::to_vec(value)
             .map_err(io::Error::from)

@@ -8,11 +8,11 @@ use clustermesh_api::etcd::mvcc::event::EventType;
 use clustermesh_api::v1::AgentWatchResponse;
 use clustermesh_api::v1::agent_watch_response::Message;
 use clustermesh_client::Client;
+use clustermesh_node_core::ABSENCE_GRACE_MS;
 use clustermesh_node_core::change::ClusterName;
 use clustermesh_node_core::decode::Decoder;
 use clustermesh_node_core::progress::Position;
-use clustermesh_node_core::{ABSENCE_GRACE_MS, Model};
-use clustermesh_process::Drain;
+use clustermesh_process::{Drain, Heartbeat};
 use futures_util::FutureExt as _;
 use tracing::{info, warn};
 
@@ -26,6 +26,10 @@ const MESSAGES_PER_ROUND_MAX: usize = 256;
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 /// Longest wait before a new connection.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// The server's first message is waited for so long.
+const ANSWER_WAIT: Duration = Duration::from_secs(10);
+/// A quiet stream shows this often that somebody follows it.
+const BEAT_EVERY: Duration = Duration::from_secs(5);
 /// The known workloads are stored at most this often.
 const WORKLOADS_STORED_EVERY: Duration = Duration::from_secs(1);
 
@@ -40,17 +44,24 @@ pub struct Follower {
     listing: bool,
     /// The store of which the kernel's entries are, as far as is known.
     held_store: Option<u64>,
+    /// The kernel has entries, in maps of this layout or another.
+    over_entries: bool,
+    /// Clusters that the server copies, if it says.
+    peers: Option<Vec<ClusterName>>,
+    heartbeat: Heartbeat,
     started: Instant,
 }
 
 impl Follower {
-    /// A follower that has read nothing yet; the kernel holds what was read from `held_store`.
+    /// A follower that has read nothing yet; the kernel holds what was read from `held_store`, if `over_entries` at all.
     #[must_use]
     pub fn new(
         shared: Arc<Shared>,
         client: Client,
         decoder: Decoder,
         held_store: Option<u64>,
+        over_entries: bool,
+        heartbeat: Heartbeat,
     ) -> Self {
         let cluster = shared.config.cluster.as_str().into();
         Self {
@@ -62,6 +73,9 @@ impl Follower {
             revision: 0,
             listing: true,
             held_store,
+            over_entries,
+            peers: None,
+            heartbeat,
             started: Instant::now(),
         }
     }
@@ -71,6 +85,7 @@ impl Follower {
         let mut backoff = BACKOFF_MIN;
         let mut last = String::new();
         loop {
+            self.heartbeat.beat();
             let before = self.revision;
             let ended = tokio::select! {
                 ended = self.follow() => ended,
@@ -106,7 +121,12 @@ impl Follower {
 
     async fn follow(&mut self) -> anyhow::Result<()> {
         let resume = if self.store_id == 0 { 0 } else { self.revision };
-        let mut stream = self.client.agent_watch(self.store_id, resume).await?;
+        let watch = self.client.agent_watch(self.store_id, resume);
+        let mut stream = tokio::time::timeout(ANSWER_WAIT, watch)
+            .await
+            .context("the server does not answer the request for records")??;
+        let mut beats = tokio::time::interval(BEAT_EVERY);
+        beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut retry = false;
         let mut store_due: Option<tokio::time::Instant> = None;
         let mut workloads = self.shared.workload_changes.subscribe();
@@ -114,6 +134,10 @@ impl Follower {
             let first = tokio::select! {
                 message = stream.next() => Some(message?.context("the server ended the stream")?),
                 () = tokio::time::sleep(RETRY_AFTER), if retry => None,
+                _ = beats.tick(), if !retry => {
+                    self.heartbeat.beat();
+                    continue;
+                }
                 Ok(()) = workloads.changed() => {
                     store_due.get_or_insert_with(|| tokio::time::Instant::now() + WORKLOADS_STORED_EVERY);
                     self.refresh_identities().await;
@@ -127,6 +151,7 @@ impl Follower {
                     continue;
                 }
             };
+            self.heartbeat.beat();
             if let Some(first) = first {
                 self.handle(first)?;
                 for _ in 1..MESSAGES_PER_ROUND_MAX {
@@ -149,9 +174,17 @@ impl Follower {
         let now_ms = self.now_ms();
         if let Some(model) = self.shared.model().as_mut() {
             model.pass_time(now_ms);
+            if model.kept_entries() > 0
+                && let Some(peers) = &self.peers
+            {
+                model.peers_configured(peers);
+            }
         }
         let complete = round(&self.shared);
-        let kept = self.shared.model().as_ref().map_or(0, Model::kept_entries);
+        let (kept, trusted) = match self.shared.model().as_ref() {
+            Some(model) => (model.kept_entries(), model.is_trusted()),
+            None => (0, false),
+        };
         let kept_before = self
             .shared
             .metrics
@@ -162,17 +195,25 @@ impl Follower {
                 entries = kept,
                 store_id = format!("{:x}", self.store_id),
                 "this store does not name entries that the kernel has from another one: \
-                 peers' stay until they are synced or removed, own ones for {} s",
+                 peers' stay until they are synced or removed from the server's configuration, own ones for {} s",
                 ABSENCE_GRACE_MS / 1000
             );
         }
-        if complete && kept == 0 && self.held_store != Some(self.store_id) {
+        if complete && trusted && self.held_store != Some(self.store_id) {
             match self.shared.files.store_store_id(self.store_id) {
-                Ok(()) => self.held_store = Some(self.store_id),
+                Ok(()) => {
+                    self.held_store = Some(self.store_id);
+                    self.over_entries = true;
+                }
                 Err(error) => warn!(%error, "the store's id is not stored for the next start"),
             }
         }
-        complete && kept == 0
+        complete && (trusted || !self.distrusts())
+    }
+
+    /// True if the store is not the one of which the kernel's entries are.
+    fn distrusts(&self) -> bool {
+        self.over_entries && self.held_store != Some(self.store_id)
     }
 
     fn now_ms(&self) -> u64 {
@@ -215,9 +256,16 @@ impl Follower {
                     "following records"
                 );
                 self.store_id = start.store_id;
+                self.peers = start.peers_known.then(|| {
+                    start
+                        .peers
+                        .iter()
+                        .map(|peer| peer.as_str().into())
+                        .collect()
+                });
                 if start.full_listing {
                     model.begin_listing();
-                    if self.held_store != Some(start.store_id) {
+                    if self.over_entries && self.held_store != Some(start.store_id) {
                         model.distrust_absence(now_ms);
                     }
                     self.listing = true;

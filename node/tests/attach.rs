@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 const START_WAIT: Duration = Duration::from_secs(10);
+/// Every machine has loopback to itself.
+const ADMIN_PORT: u16 = 9964;
 
 fn ip(arguments: &str) {
     let output = Command::new("ip")
@@ -64,7 +66,7 @@ impl Machine {
         let dir = machine.dir.path().display();
         let config = format!(
             "node = \"e1\"\ncluster = \"east\"\nstate_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\n\
-             bpffs = \"{dir}/bpf\"\ncgroup = \"\"\nunderlay_devices = [\"u0\"]\nadmin = \"127.0.0.1:0\"\n\
+             bpffs = \"{dir}/bpf\"\ncgroup = \"\"\nunderlay_devices = [\"u0\"]\nadmin = \"127.0.0.1:{ADMIN_PORT}\"\n\
              [server]\nendpoints = [\"http://127.0.0.1:1\"]\n"
         );
         fs::write(machine.path("node.toml"), config).unwrap();
@@ -134,6 +136,19 @@ impl Machine {
         let output = plugin.wait_with_output().unwrap();
         let json = serde_json::from_slice(&output.stdout).unwrap_or(serde_json::Value::Null);
         (output.status.success(), json)
+    }
+
+    /// Code and body of an admin page.
+    fn page(&self, path: &str) -> (String, String) {
+        let url = format!("http://127.0.0.1:{ADMIN_PORT}{path}");
+        let output = Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{}", self.host))
+            .args(["curl", "-s", "-w", "\n%{http_code}", &url])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (body, code) = text.rsplit_once('\n').unwrap();
+        (code.to_owned(), body.to_owned())
     }
 
     fn ping(&self, target: &str) -> Output {
@@ -242,26 +257,120 @@ fn a_restart_without_a_server_keeps_the_hosts_routes_to_peers_pods() {
     assert!(renewed.contains("mtu 1450"), "{routes}");
 }
 
+/// Asks until the answer is as it should be.
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + 3 * START_WAIT;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 #[test]
-fn a_changed_underlay_is_reported() {
+fn a_del_queued_while_the_agent_runs_is_carried_out_and_one_before_an_add_is_dropped() {
     let mut machine = Machine::new();
-    let admin = 20_000 + std::process::id() % 10_000;
-    let config = fs::read_to_string(machine.path("node.toml")).unwrap();
-    let config = config.replace("127.0.0.1:0", &format!("127.0.0.1:{admin}"));
-    fs::write(machine.path("node.toml"), config).unwrap();
+    machine.start();
+    let netns = machine.pod_netns();
+    let queued = || fs::read_dir(machine.path("state/cni-queue")).map_or(0, Iterator::count);
+    // A plugin that does not reach the agent, which is there.
+    let unreached = |container: &str| {
+        let socket = machine.path("run/agent.sock");
+        let aside = machine.path("run/aside");
+        fs::rename(&socket, &aside).unwrap();
+        let ok = machine.cni("DEL", container, &netns).0;
+        fs::rename(&aside, &socket).unwrap();
+        assert!(ok, "DEL is queued");
+    };
+    unreached("c1");
+    let (ok, result) = machine.cni("ADD", "c1", &netns);
+    assert!(ok, "{result}");
+    assert_eq!(queued(), 0);
+    assert!(machine.ping("10.1.0.4").status.success());
+    unreached("c1");
+    until("the queued DEL is not carried out", || {
+        queued() == 0 && !machine.ping("10.1.0.4").status.success()
+    });
+}
+
+#[test]
+fn the_service_manager_hears_of_the_local_api_and_the_page_of_what_is_missing() {
+    let mut machine = Machine::new();
+    let manager = std::os::unix::net::UnixDatagram::bind(machine.path("notify")).unwrap();
+    manager.set_read_timeout(Some(START_WAIT)).unwrap();
+    let agent = machine
+        .node(&[])
+        .env("NOTIFY_SOCKET", machine.path("notify"))
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap();
+    machine.agent = Some(agent);
+    let mut message = [0; 64];
+    let length = manager.recv(&mut message).unwrap();
+    assert_eq!(&message[..length], b"READY=1\n");
+    // No server has been reached: pods come and go all the same.
+    assert!(machine.node(&["status"]).output().unwrap().status.success());
+    assert!(machine.cni("ADD", "c1", &machine.pod_netns()).0);
+    let (code, body) = machine.page("/readyz");
+    assert_eq!(
+        (code.as_str(), body.trim()),
+        ("503", "waiting for: first complete listing in the kernel")
+    );
+    assert_eq!(machine.page("/livez").0, "200");
+}
+
+#[test]
+fn a_changed_underlay_is_followed_and_one_that_cannot_be_used_is_reported() {
+    let mut machine = Machine::new();
     machine.start();
     let host = machine.host.clone();
-    ip(&format!("-n {host} link set u0 mtu 1400"));
-    let deadline = Instant::now() + 2 * START_WAIT;
-    loop {
-        let output = Command::new("nsenter")
-            .arg(format!("--net=/run/netns/{host}"))
-            .args(["curl", "-s", &format!("http://127.0.0.1:{admin}/metrics")])
+    let metric = |line: &str| {
+        let (_, text) = machine.page("/metrics");
+        text.lines()
+            .any(|held| held == format!("clustermesh_node_{line}"))
+    };
+    let routes = || {
+        let output = Command::new("ip")
+            .args(["-n", &host, "route", "show", "dev", "cm_host"])
             .output()
             .unwrap();
-        if String::from_utf8_lossy(&output.stdout).contains("underlay_changed 1") {
-            break;
-        }
-        assert!(Instant::now() < deadline, "no word of the new MTU");
-    }
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    assert!(metric("underlay_unusable 0"));
+    ip(&format!("-n {host} link set u0 mtu 1400"));
+    until("routes do not follow the MTU", || {
+        routes().contains("mtu 1350")
+    });
+    until("the change is not counted", || {
+        metric("underlay_changes_total 1")
+    });
+
+    ip(&format!("-n {host} link delete u0"));
+    until("nobody says that the device is gone", || {
+        metric("underlay_unusable 1")
+    });
+    ip(&format!("-n {host} link add u0 type veth peer name u2"));
+    ip(&format!("-n {host} addr add 192.0.2.7/24 dev u0"));
+    ip(&format!("-n {host} link set u0 up"));
+    until("the new device is not followed", || {
+        metric("underlay_unusable 0") && metric("underlay_changes_total 2")
+    });
+    let status = machine.node(&["status", "-o", "json"]).output().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!(
+        status["underlay_addresses"],
+        serde_json::json!(["192.0.2.7"])
+    );
+    let links: Vec<String> = ["links", "filters"]
+        .iter()
+        .flat_map(|kind| fs::read_dir(machine.path("bpf/clustermesh").join(kind)).unwrap())
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("from_network"))
+        .collect();
+    let show = Command::new("ip")
+        .args(["-n", &host, "-o", "link", "show", "u0"])
+        .output()
+        .unwrap();
+    let show = String::from_utf8_lossy(&show.stdout).into_owned();
+    let index = show.split(':').next().unwrap();
+    assert_eq!(links, [format!("from_network-{index}")]);
 }

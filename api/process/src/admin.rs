@@ -34,6 +34,7 @@ pub struct AdminPages {
     registry: Arc<Registry>,
     readiness: Readiness,
     health: HealthCheck,
+    liveness: HealthCheck,
 }
 
 impl fmt::Debug for AdminPages {
@@ -52,7 +53,14 @@ impl AdminPages {
             registry,
             readiness,
             health,
+            liveness: Arc::new(|| Ok(())),
         }
+    }
+
+    /// `/livez` asks `liveness`, which must answer at once: a process that is not live is to be restarted.
+    #[must_use]
+    pub fn with_liveness(self, liveness: HealthCheck) -> Self {
+        Self { liveness, ..self }
     }
 
     /// The answer for `path`, or `None` when it is not one of these pages.
@@ -62,7 +70,7 @@ impl AdminPages {
             "/metrics" => self.metrics(),
             "/health" => self.health(),
             "/readyz" => self.readyz(),
-            "/livez" => text(StatusCode::OK, "ok\n".to_owned()),
+            "/livez" => self.livez(),
             _ => return None,
         };
         if method != Method::GET && method != Method::HEAD {
@@ -100,6 +108,13 @@ impl AdminPages {
                 // A JSON string has the escapes of Rust's debug form for the plain text used here.
                 format!(r#"{{"health":"false","reason":{reason:?}}}"#),
             ),
+        }
+    }
+
+    fn livez(&self) -> Response<Full<Bytes>> {
+        match (self.liveness)() {
+            Ok(()) => text(StatusCode::OK, "ok\n".to_owned()),
+            Err(reason) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
         }
     }
 
@@ -278,6 +293,16 @@ mod tests {
             )
         );
         assert_eq!(get(&pages, "/livez").await.0, StatusCode::OK);
+        let stuck = pages.clone().with_liveness(Arc::new(|| {
+            Err("main loop has been stuck for 61 s".to_owned())
+        }));
+        assert_eq!(
+            get(&stuck, "/livez").await,
+            (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "main loop has been stuck for 61 s\n".to_owned()
+            )
+        );
         assert!(pages.respond(&Method::GET, "/other").is_none());
         assert_eq!(
             pages.respond(&Method::POST, "/health").unwrap().status(),

@@ -2,14 +2,16 @@
 
 pub mod admin;
 pub mod drain;
+pub mod heartbeat;
 pub mod identity;
 pub mod logging;
 pub mod notify;
 pub mod readiness;
 pub mod tls;
 
-pub use admin::{AdminPages, AdminServer, DrainEnd};
+pub use admin::{AdminPages, AdminServer, DrainEnd, HealthCheck};
 pub use drain::{Drain, DrainPhase, DrainTrigger, drain, shutdown_signal};
+pub use heartbeat::{Heartbeat, Heartbeats};
 pub use identity::{Organisation, PeerIdentity};
 pub use logging::{LogFormat, LoggingError};
 pub use notify::{notify_ready, notify_stopping};

@@ -74,6 +74,16 @@ impl Tables {
         }
     }
 
+    /// True if nothing is in any map.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+            && self.node_addresses.is_empty()
+            && self.ipcache.is_empty()
+            && self.frontends.is_empty()
+            && self.lists.is_empty()
+    }
+
     /// The list that a frontend uses; empty for one without backends, `None` where the frontend or its list is missing.
     #[must_use]
     pub fn list_of(&self, frontend: &FrontendKey) -> Option<(u32, &[BackendValue])> {

@@ -147,7 +147,7 @@ impl Endpoints {
             netlink::delete_link(&self.handle, &interface_name(&attachment)).await?;
             next.ipam.release(&attachment, now_ms());
         }
-        self.files.store_endpoints(&next)?;
+        self.store(&next).await?;
         self.fill_maps(&next, pair)?;
         *stored = next;
         self.publish(&stored);
@@ -253,18 +253,18 @@ impl Endpoints {
             stored.ipam = next.ipam;
             return Err(error.into());
         }
-        self.files.store_endpoints(&next)?;
+        self.store(&next).await?;
         match self.attach(&request, &next).await {
             Ok(endpoint) => {
                 next.endpoints.push(endpoint.clone());
-                self.files.store_endpoints(&next)?;
+                self.store(&next).await?;
                 *stored = next;
                 self.publish(&stored);
                 Ok(endpoint)
             }
             Err(error) => {
                 next.ipam.release(&request.attachment, now_ms());
-                if let Err(state) = self.files.store_endpoints(&next) {
+                if let Err(state) = self.store(&next).await {
                     warn!(error = %state, "an address of a failed ADD stays allocated until the next start");
                 }
                 *stored = next;
@@ -377,7 +377,7 @@ impl Endpoints {
         let mut next = stored.clone();
         next.endpoints.retain(|e| &e.attachment != attachment);
         next.ipam.release(attachment, now_ms());
-        self.files.store_endpoints(&next)?;
+        self.store(&next).await?;
         *stored = next;
         self.publish(stored);
         Ok(())
@@ -471,11 +471,25 @@ impl Endpoints {
             }
         }
         if changed {
-            self.files.store_endpoints(&next)?;
+            self.store(&next).await?;
             *stored = next;
             self.publish(&stored);
         }
         Ok(())
+    }
+
+    /// Writes the file on a thread that may wait for the disk. The caller holds the lock on the endpoints until it
+    /// is written, so writes keep their order.
+    async fn store(&self, next: &StoredEndpoints) -> Result<(), StateError> {
+        let (files, next) = (Arc::clone(&self.files), next.clone());
+        match tokio::task::spawn_blocking(move || files.store_endpoints(&next)).await {
+            Ok(result) => result,
+            Err(ended) => Err(StateError::Io {
+                action: "write",
+                path: "endpoints.json".into(),
+                source: std::io::Error::other(ended),
+            }),
+        }
     }
 
     fn publish(&self, stored: &StoredEndpoints) {

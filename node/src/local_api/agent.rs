@@ -122,7 +122,7 @@ impl Agent for AgentService {
                 .flatten()
                 .map(|cidr| cidr.to_string())
                 .collect(),
-            underlay_addresses: shared.underlay.iter().map(ToString::to_string).collect(),
+            underlay_addresses: shared.underlay.borrow().address_texts(),
             refused_records: applied
                 .refused
                 .iter()

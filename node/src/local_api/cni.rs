@@ -57,6 +57,22 @@ impl CniService {
         })
     }
 
+    /// Carries a change out even if the plugin goes away meanwhile: half of one would contradict the state folder.
+    async fn to_its_end<T, F>(&self, change: impl FnOnce(Arc<Shared>) -> F) -> Result<T, CniError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, EndpointError>> + Send + 'static,
+    {
+        match tokio::spawn(change(Arc::clone(&self.shared))).await {
+            Ok(result) => result.map_err(|error| cni_error(&error)),
+            Err(error) => Err(CniError::new(
+                code::TRY_AGAIN_LATER,
+                "the agent ended in the middle of the call",
+                error.to_string(),
+            )),
+        }
+    }
+
     fn facts(&self) -> Result<NodeFacts, CniError> {
         self.shared.facts.borrow().clone().ok_or_else(|| {
             CniError::new(
@@ -88,19 +104,19 @@ impl CniService {
                 ),
             ));
         };
-        let mtu = self.shared.pod_mtu;
+        let request = AddRequest {
+            attachment: attachment(request),
+            netns: request.netns.clone(),
+            workload,
+            identity,
+            mtu: self.shared.underlay.borrow().pod_mtu,
+        };
         let endpoint = self
-            .shared
-            .endpoints
-            .add(AddRequest {
-                attachment: attachment(request),
-                netns: request.netns.clone(),
-                workload,
-                identity,
-                mtu,
+            .to_its_end(|shared| async move {
+                shared.queue.drop_before_add(&request.attachment).await;
+                shared.endpoints.add(request).await
             })
-            .await
-            .map_err(|error| cni_error(&error))?;
+            .await?;
         info!(
             workload = %format!("{}/{}", endpoint.namespace, endpoint.name),
             container = endpoint.attachment.container_id,
@@ -199,13 +215,14 @@ impl Cni for CniService {
 
     async fn del(&self, request: Request<CniRequest>) -> Result<Response<CniDelResponse>, Status> {
         let attachment = attachment(&request.into_inner());
-        let result = self.shared.endpoints.del(&attachment).await;
+        let gone = attachment.clone();
+        let result = self
+            .to_its_end(|shared| async move { shared.endpoints.del(&gone).await })
+            .await;
         if result.is_ok() {
             info!(container = attachment.container_id, "endpoint detached");
         }
-        let result = result
-            .map(|()| CniDelResponse {})
-            .map_err(|error| cni_error(&error));
+        let result = result.map(|()| CniDelResponse {});
         self.outcome("DEL", &attachment, result)
     }
 
@@ -250,12 +267,9 @@ impl Cni for CniService {
             })
             .collect();
         let result = self
-            .shared
-            .endpoints
-            .gc(&valid)
+            .to_its_end(|shared| async move { shared.endpoints.gc(&valid).await })
             .await
-            .map(|removed| CniGcResponse { removed })
-            .map_err(|error| cni_error(&error));
+            .map(|removed| CniGcResponse { removed });
         self.outcome(
             "GC",
             &Attachment {

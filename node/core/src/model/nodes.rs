@@ -9,11 +9,11 @@ use clustermesh_ebpf_abi::{
 };
 use ipnetwork::IpNetwork;
 
-use super::Model;
 use super::addresses::Origin;
 use super::claims::{Claim, Claims};
 use super::places::Places;
 use super::sources::{OWN, SourceId};
+use super::{Model, UnderlayPath};
 use crate::change::{ClusterConfig, ClusterName, NodeRecord};
 use crate::refused::Reason;
 use crate::tables;
@@ -208,6 +208,37 @@ impl Model {
         } else {
             self.withdraw_node(source, &name);
             self.place_node(source, name, record);
+        }
+    }
+
+    /// The node's own place on the underlay is another one now: paths to all other nodes follow.
+    pub fn change_underlay(
+        &mut self,
+        underlay: Vec<IpAddr>,
+        path_v4: Option<UnderlayPath>,
+        path_v6: Option<UnderlayPath>,
+    ) {
+        self.settings.underlay = underlay;
+        self.settings.path_v4 = path_v4;
+        self.settings.path_v6 = path_v6;
+        let names: Vec<(SourceId, Box<str>)> = self.nodes.by_name.keys().cloned().collect();
+        for (source, name) in names {
+            let Some(node) = self.nodes.by_name.get(&(source, name.clone())) else {
+                continue;
+            };
+            let record = node.record.clone();
+            match node.index {
+                // The index is kept: one write for each node, none for what lives there.
+                Some(index)
+                    if index != NODE_INDEX_LOCAL && self.node_value(source, &record).is_some() =>
+                {
+                    self.install_node(source, name, record, index);
+                }
+                _ => {
+                    self.withdraw_node(source, &name);
+                    self.place_node(source, name, record);
+                }
+            }
         }
     }
 

@@ -129,3 +129,30 @@ fn nodes_with_many_addresses_cannot_overfill_the_map_and_who_is_left_out_does_no
     assert_eq!(placed(&model).len(), NODE_ADDRESSES_WANTED_MAX);
     assert!(!placed(&model).contains(&address(parse("10.64.0.0"))));
 }
+
+#[test]
+fn a_changed_underlay_changes_the_path_to_every_node_and_nothing_else() {
+    let mut model = listed(two_clusters(), Tables::default());
+    settle(&mut model);
+    let before = model.actual().clone();
+    let path = UnderlayPath {
+        egress_ifindex: 9,
+        mtu_bytes: 1350,
+    };
+    model.change_underlay(vec![parse("192.0.2.9")], Some(path), None);
+    let plan = settle(&mut model);
+    assert_eq!(plan.node_upserts.len(), before.nodes.len());
+    for (index, node) in &model.actual().nodes {
+        assert_eq!((node.egress_ifindex, node.path_mtu_bytes), (9, 1350));
+        assert_eq!(node.endpoint, before.nodes[index].endpoint);
+    }
+    assert_eq!(model.actual().ipcache, before.ipcache);
+    // Without a family in common nobody is reached, until there is one again.
+    model.change_underlay(vec![parse("2001:db8::9")], None, Some(path));
+    settle(&mut model);
+    assert!(model.actual().nodes.is_empty());
+    model.change_underlay(vec![parse("192.0.2.9")], Some(path), None);
+    settle(&mut model);
+    assert_eq!(model.actual().nodes.len(), before.nodes.len());
+    assert_eq!(backends(&model, "172.20.0.1").len(), 3);
+}
