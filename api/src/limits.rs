@@ -69,6 +69,11 @@ pub const MAX_LABELS_PER_OBJECT: usize = 64;
 /// All annotations of one object, bytes, as in Kubernetes.
 pub const MAX_ANNOTATIONS_BYTES: usize = 256 * 1024;
 
+/// Records that are copied of one peer.
+pub const MAX_PEER_COPY_RECORDS: usize = 1_000_000;
+/// Keys and values that are copied of one peer, bytes.
+pub const MAX_PEER_COPY_BYTES: usize = 512 * 1024 * 1024;
+
 /// Peers that a server can be given: one less than the clusters that can be numbered.
 pub const MAX_PEERS: usize = 510;
 /// A heartbeat is written this often, seconds.

@@ -206,7 +206,7 @@ fn peer_table(peers: &[PeerStatus]) -> Table {
             peer.endpoints.to_string(),
             peer.identities.to_string(),
             peer.services.to_string(),
-            reasons(&peer.refused_records),
+            refused_of(peer),
             peer.last_error.clone(),
         ]);
     }
@@ -253,6 +253,18 @@ fn age(ms: i64) -> String {
     }
 }
 
+/// What stands for a count that the server does not know.
+const UNKNOWN: &str = "unknown";
+
+/// Refused records of a peer by reason; how many it refused before it was listed, a server does not know.
+fn refused_of(peer: &PeerStatus) -> String {
+    match (reasons(&peer.refused_records), peer.refused_incomplete) {
+        (reasons, false) => reasons,
+        (reasons, true) if reasons.is_empty() => UNKNOWN.to_owned(),
+        (reasons, true) => format!("{reasons},{UNKNOWN}"),
+    }
+}
+
 fn reasons(refused: &BTreeMap<String, u64>) -> String {
     let parts: Vec<String> = refused
         .iter()
@@ -282,6 +294,7 @@ fn to_json(status: &MeshStatusResponse) -> Value {
             "lastContactUnixMs": peer.last_contact_unix_ms,
             "lastError": peer.last_error,
             "refusedRecords": peer.refused_records,
+            "refusedIncomplete": peer.refused_incomplete,
         })
     };
     let node = |node: &NodeStatus| {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clustermesh_api::IdentitySplit;
 use clustermesh_api::identity_split::NumberingError;
-use clustermesh_api::limits::MAX_PEERS;
+use clustermesh_api::limits::{MAX_PEERS, SESSION_TTL_DEFAULT_SECONDS};
 use clustermesh_api::validate::{ClusterError, check_cluster_name};
 use clustermesh_mesh::{ClusterSettings, SettingsError};
 use clustermesh_process::TlsPaths;
@@ -78,6 +78,10 @@ pub struct ClusterConfig {
     pub service_cidr_v4: Option<Ipv4Network>,
     /// Range of services' virtual IPv6 addresses.
     pub service_cidr_v6: Option<Ipv6Network>,
+    /// A store made anew tells peers that its records are complete only so long after the server's start, in seconds:
+    /// its agents come back first. 0 for a cluster that never ran before.
+    #[serde(default = "default_settle_seconds")]
+    pub settle_seconds: u32,
 }
 
 /// `[tls]`.
@@ -191,6 +195,11 @@ fn default_node_mask_size_v4() -> u8 {
 
 fn default_node_mask_size_v6() -> u8 {
     64
+}
+
+/// Every agent that lives has opened its session again, or its session would be lost twice over.
+fn default_settle_seconds() -> u32 {
+    2 * SESSION_TTL_DEFAULT_SECONDS
 }
 
 fn default_drain_seconds() -> u64 {

@@ -12,7 +12,7 @@ use clustermesh_api::v1::{
     MeshStatusResponse, ObjectOutcome, WaitProgress, WaitRequest,
 };
 use clustermesh_mesh::allocate::Plan;
-use clustermesh_mesh::manifests::{ApplyError, plan_apply, plan_delete};
+use clustermesh_mesh::manifests::{ApplyError, plan_apply, plan_delete_step};
 use clustermesh_mesh::{ClusterSettings, Txn, View};
 use clustermesh_process::Drain;
 use tokio::sync::mpsc;
@@ -107,7 +107,10 @@ impl Mesh for MeshService {
         let Done { result, revision } = self
             .shared
             .planner
-            .commit(move |view: &dyn View, now| plan_delete(view, &settings, &objects, now))
+            .submit_steps(move |view: &dyn View, now, (): &()| {
+                plan_delete_step(view, &settings, &objects, now)
+            })
+            .await?
             .await
             .map_err(refused)?;
         Ok(Response::new(DeleteResponse {

@@ -1,9 +1,12 @@
 //! Copies of peers: one task per configured peer, and the end of those that are not configured any more.
 
+mod batch;
 mod link;
 mod listing;
+mod own_nodes;
 mod status;
 mod sync;
+mod timing;
 mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -89,8 +92,11 @@ impl Peering {
 
     /// Copies until the drain begins.
     pub async fn run(self, drain: Drain) {
+        // Ours come first; what changes while the stored copies are taken up is seen by the follower.
+        drop(own_nodes::take_up(&self.shared));
         self.take_up_stored();
         let mut tasks = JoinSet::new();
+        tasks.spawn(own_nodes::follow(Arc::clone(&self.shared)));
         tasks.spawn(forget_others(Arc::clone(&self.shared), self.configured));
         for link in self.links {
             tasks.spawn(link.run());

@@ -104,6 +104,18 @@ impl Server {
                 .map_err(|status| anyhow::anyhow!("own records: {}", status.message()))?;
             add_cluster_services(&mut routes, &parts, &store, &metrics, &drain);
             start_controllers(&mut tasks, &parts, &store, &metrics, &drain);
+            let settle = config
+                .cluster
+                .as_ref()
+                .map_or(0, |cluster| cluster.settle_seconds);
+            tasks.spawn(own_records::announce(
+                store.clone(),
+                parts.planner.clone(),
+                Arc::clone(&parts.settings),
+                Duration::from_secs(settle.into()),
+                metrics.controllers.clone(),
+                drain.clone(),
+            ));
             let peering = Peering::new(
                 config,
                 &parts.settings,

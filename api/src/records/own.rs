@@ -35,6 +35,9 @@ pub struct Session {
     /// The run of the agent that holds or held it.
     #[serde(default)]
     pub instance_id: String,
+    /// The session is lost after so long without a message, seconds; 0 in records of servers that did not write it.
+    #[serde(default)]
+    pub ttl_seconds: u32,
 }
 
 /// Whether the machine is heard of.

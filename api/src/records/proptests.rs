@@ -361,8 +361,8 @@ fn any_own() -> impl Strategy<Value = (Record, RecordKey)> {
             },
         )
     });
-    let session = (any::<bool>(), any::<i64>(), text()).prop_map(
-        move |(stale, since_unix_ms, instance_id)| {
+    let session = (any::<bool>(), any::<i64>(), text(), any::<u32>()).prop_map(
+        move |(stale, since_unix_ms, instance_id, ttl_seconds)| {
             let state = if stale {
                 SessionState::Stale
             } else {
@@ -372,6 +372,7 @@ fn any_own() -> impl Strategy<Value = (Record, RecordKey)> {
                 state,
                 since_unix_ms,
                 instance_id,
+                ttl_seconds,
             };
             (
                 Record::Session(session),

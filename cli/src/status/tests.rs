@@ -114,3 +114,19 @@ fn a_wait_that_ran_out_names_the_laggards() {
         "applied on 1 of 13 nodes (c1=120)"
     );
 }
+
+#[test]
+fn what_a_restarted_server_refused_is_unknown_and_not_nothing() {
+    let peer = |incomplete, counts: &[(&str, u64)]| PeerStatus {
+        refused_incomplete: incomplete,
+        refused_records: counts
+            .iter()
+            .map(|(reason, count)| ((*reason).to_owned(), *count))
+            .collect(),
+        ..PeerStatus::default()
+    };
+    assert_eq!(refused_of(&peer(false, &[])), "");
+    assert_eq!(refused_of(&peer(false, &[("quota", 3)])), "quota:3");
+    assert_eq!(refused_of(&peer(true, &[])), "unknown");
+    assert_eq!(refused_of(&peer(true, &[("quota", 3)])), "quota:3,unknown");
+}

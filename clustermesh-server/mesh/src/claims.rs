@@ -2,6 +2,7 @@
 
 mod endpoint;
 mod node;
+mod sync;
 
 use std::net::IpAddr;
 
@@ -11,11 +12,13 @@ use ipnetwork::IpNetwork;
 
 use crate::allocate::AllocateError;
 
-pub use endpoint::{plan_delete_endpoint, plan_readiness, plan_sync, plan_upsert};
+pub use endpoint::{plan_delete_endpoint, plan_readiness, plan_upsert};
+pub(crate) use node::clear_endpoints;
 pub use node::{
     KIND_NODE, MAX_UNDERLAY_ADDRESSES, NodeMemo, is_connected, plan_hello, plan_remove_node,
     plan_session, remove_node,
 };
+pub use sync::{SyncProgress, plan_sync};
 
 /// First host number of a node's pod CIDR that a pod may have; below are network, router and health addresses.
 pub const FIRST_POD_INDEX: u128 = 4;

@@ -1,9 +1,13 @@
 //! A plan in the making: a view with the plan's own writes on top.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
+use clustermesh_api::keys::Kind;
 
+use crate::keys::{OWN_ADDRESSES_PREFIX, own_address};
 use crate::txn::{Guard, Txn};
 use crate::view::{Kv, View};
 
@@ -91,6 +95,16 @@ impl<'a> Draft<'a> {
         self.txn.writes().len()
     }
 
+    fn pending_under<'p>(
+        &'p self,
+        prefix: &'p [u8],
+    ) -> impl Iterator<Item = (&'p Bytes, &'p Option<Bytes>)> {
+        self.txn
+            .writes()
+            .range(Bytes::copy_from_slice(prefix)..)
+            .take_while(move |(key, _)| key.starts_with(prefix))
+    }
+
     fn pending(&self, key: &Bytes, value: &Bytes) -> Kv {
         Kv {
             key: key.clone(),
@@ -113,12 +127,7 @@ impl View for Draft<'_> {
     }
 
     fn scan(&self, prefix: &[u8], visit: &mut dyn FnMut(Kv) -> ControlFlow<()>) {
-        let mut pending = self
-            .txn
-            .writes()
-            .range(Bytes::copy_from_slice(prefix)..)
-            .take_while(|(key, _)| key.starts_with(prefix))
-            .peekable();
+        let mut pending = self.pending_under(prefix).peekable();
         let mut stopped = false;
         self.base.scan(prefix, &mut |kv| {
             while let Some((key, value)) = pending.next_if(|(key, _)| **key <= kv.key) {
@@ -146,6 +155,26 @@ impl View for Draft<'_> {
                 return;
             }
         }
+    }
+
+    fn addresses_of(&self, node: &str) -> BTreeSet<IpAddr> {
+        let mut found = self.base.addresses_of(node);
+        found.extend(
+            self.pending_under(OWN_ADDRESSES_PREFIX.as_bytes())
+                .filter_map(|(key, _)| own_address(key)),
+        );
+        found
+    }
+
+    fn nodes_at(&self, cluster: &str, address: IpAddr) -> BTreeSet<String> {
+        let mut found = self.base.nodes_at(cluster, address);
+        let prefix = Kind::Nodes.state_prefix(cluster);
+        found.extend(
+            self.pending_under(prefix.as_bytes())
+                .filter_map(|(key, _)| std::str::from_utf8(&key[prefix.len()..]).ok())
+                .map(str::to_owned),
+        );
+        found
     }
 }
 

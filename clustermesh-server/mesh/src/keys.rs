@@ -38,6 +38,12 @@ pub(crate) fn address(address: IpAddr) -> Bytes {
     })
 }
 
+/// The address of one of this cluster's address records; `None` for other keys.
+pub(crate) fn own_address(key: &[u8]) -> Option<IpAddr> {
+    let text = key.strip_prefix(OWN_ADDRESSES_PREFIX.as_bytes())?;
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
 pub(crate) fn node(cluster: &str, name: &str) -> Bytes {
     bytes(&RecordKey::Node {
         tree: Tree::State,

@@ -13,13 +13,17 @@ pub mod settings;
 
 mod draft;
 mod holders;
+mod index;
 mod keys;
+mod step;
 #[cfg(test)]
 mod test_support;
 mod txn;
 mod view;
 
 pub use draft::Draft;
+pub use index::ClusterIndex;
 pub use settings::{ClusterSettings, SettingsError};
+pub use step::{MAX_STEP_WRITES, Step};
 pub use txn::{Guard, Txn, prefix_end};
 pub use view::{Kv, MapView, View};

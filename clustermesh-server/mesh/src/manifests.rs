@@ -17,11 +17,12 @@ use crate::allocate::{
     AllocateError, Plan, VirtualAddressRequest, identity, release_virtual_addresses,
     virtual_addresses,
 };
-use crate::claims::{ClaimError, KIND_NODE, remove_node};
+use crate::claims::{ClaimError, KIND_NODE, clear_endpoints, remove_node};
 use crate::draft::Draft;
 use crate::holders::Holders;
 use crate::keys;
 use crate::settings::ClusterSettings;
+use crate::step::{MAX_STEP_WRITES, Step};
 use crate::view::View;
 
 /// Why one object of a list cannot be applied or deleted; nothing of the list is.
@@ -174,6 +175,37 @@ pub fn plan_delete(
     } else {
         Err(errors)
     }
+}
+
+/// [`plan_delete`] in steps: endpoints of a node that has many go first. The whole list is judged before each.
+///
+/// # Errors
+/// As [`plan_delete`].
+pub fn plan_delete_step(
+    view: &dyn View,
+    settings: &ClusterSettings,
+    objects: &[ObjectRef],
+    now_unix_ms: i64,
+) -> Result<Plan<Step<Vec<ObjectOutcome>, ()>>, Vec<ApplyError>> {
+    let Plan { txn, result } = plan_delete(view, settings, objects, now_unix_ms)?;
+    if txn.writes().len() > MAX_STEP_WRITES {
+        let mut draft = Draft::new(view);
+        for node in objects.iter().filter(|object| object.kind == KIND_NODE) {
+            // What was judged of it: that it is not connected.
+            draft.guard(keys::session(&node.name));
+            clear_endpoints(&mut draft, &node.name, MAX_STEP_WRITES);
+        }
+        if draft.writes() > 0 {
+            return Ok(Plan {
+                txn: draft.into_txn(),
+                result: Step::More(()),
+            });
+        }
+    }
+    Ok(Plan {
+        txn,
+        result: Step::Done(result),
+    })
 }
 
 fn check_count(count: usize) -> Result<(), Vec<ApplyError>> {

@@ -4,6 +4,7 @@ mod config;
 mod copy;
 mod owners;
 mod rules;
+mod usage;
 
 pub use config::{ConfigRefused, Peer, accept_config, copied_config};
 pub use copy::{
@@ -11,3 +12,4 @@ pub use copy::{
 };
 pub use owners::{CidrOwners, Conflict};
 pub use rules::Refusal;
+pub use usage::CopyQuota;

@@ -42,6 +42,25 @@ impl Txn {
         self.writes.is_empty()
     }
 
+    /// About what the transaction takes in the log, bytes.
+    #[must_use]
+    pub fn approximate_bytes(&self) -> usize {
+        /// Tags, lengths and numbers of one compare or operation.
+        const FRAMING_BYTES: usize = 32;
+        let guards = self.guards.iter().map(|guard| match guard {
+            Guard::Absent(key) | Guard::Unchanged(key, _) => key.len(),
+            Guard::PrefixUnchanged(prefix, _) => 2 * prefix.len(),
+        });
+        let writes = self
+            .writes
+            .iter()
+            .map(|(key, value)| key.len() + value.as_ref().map_or(0, Bytes::len));
+        guards
+            .chain(writes)
+            .map(|bytes| bytes + FRAMING_BYTES)
+            .sum()
+    }
+
     /// Conditions, each once.
     #[must_use]
     pub fn guards(&self) -> &BTreeSet<Guard> {

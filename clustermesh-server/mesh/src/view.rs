@@ -1,9 +1,12 @@
 //! What the planners read: one revision of the keyspace.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
+
+use crate::index::{scan_addresses_of, scan_nodes_at};
 
 /// One key of the keyspace with the revision of its last change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +41,16 @@ pub trait View {
         });
         found
     }
+
+    /// Addresses whose records name `node` as their machine, in order; perhaps some more. An index spares reading all.
+    fn addresses_of(&self, node: &str) -> BTreeSet<IpAddr> {
+        scan_addresses_of(self, node)
+    }
+
+    /// Names of the nodes of `cluster` with this underlay address, in order; perhaps some more. An index spares reading all.
+    fn nodes_at(&self, cluster: &str, address: IpAddr) -> BTreeSet<String> {
+        scan_nodes_at(self, cluster, address)
+    }
 }
 
 impl<V: View + ?Sized> View for &V {
@@ -51,6 +64,14 @@ impl<V: View + ?Sized> View for &V {
 
     fn scan(&self, prefix: &[u8], visit: &mut dyn FnMut(Kv) -> ControlFlow<()>) {
         (**self).scan(prefix, visit);
+    }
+
+    fn addresses_of(&self, node: &str) -> BTreeSet<IpAddr> {
+        (**self).addresses_of(node)
+    }
+
+    fn nodes_at(&self, cluster: &str, address: IpAddr) -> BTreeSet<String> {
+        (**self).nodes_at(cluster, address)
     }
 }
 

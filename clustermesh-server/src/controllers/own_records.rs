@@ -1,6 +1,7 @@
 //! This cluster's own description, in the order in which readers rely on it: configuration, canaries, heartbeat.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clustermesh_api::keys::{Kind, RecordKey, Tree};
@@ -19,7 +20,10 @@ use crate::metrics::{ControllerLabels, ControllerMetrics};
 use crate::planner::Planner;
 use crate::store::Store;
 
-/// Writes configuration and canaries where they are missing or differ, then the first heartbeat.
+/// Pause before canaries that could not be written are tried again.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
+
+/// Writes the configuration where it is missing or differs, then the first heartbeat.
 ///
 /// # Errors
 /// When the store refuses.
@@ -34,30 +38,78 @@ pub async fn write(planner: &Planner, settings: &ClusterSettings) -> Result<(), 
             endpoint_slices_export_mode: EndpointSlicesExportMode::ServicesAndEndpointSlices,
         },
     };
-    let cluster = settings.name.clone();
     let key = RecordKey::ClusterConfig {
-        cluster: cluster.clone(),
+        cluster: settings.name.clone(),
     };
     put(planner, move |draft, _| {
         draft.put(key.to_bytes(), config.encode());
     })
     .await?;
-    // The store outlives its server, so its records are complete as soon as the configuration stands: a canary means no more.
-    put(planner, move |draft, now| {
-        for kind in Kind::ALL {
-            let key = RecordKey::Synced {
-                cluster: cluster.clone(),
-                tree: Tree::State,
-                kind,
-            }
-            .to_bytes();
-            if draft.get(&key).is_none() {
-                draft.put(key, Timestamp::from_unix_ms(now).encode());
-            }
-        }
-    })
-    .await?;
     heartbeat(planner).await
+}
+
+/// Tells peers, once, that this store's records are complete: after that, what it does not name is gone for them.
+///
+/// A store outlives its server, so one that has its canaries needs nothing more. A store made anew does not know what
+/// its predecessor held: its agents come back within their sessions' time to live and tell. Until `settle` has passed
+/// since the server's start, peers keep what they copied from the predecessor.
+pub async fn announce(
+    store: Store,
+    planner: Planner,
+    settings: Arc<ClusterSettings>,
+    settle: Duration,
+    metrics: ControllerMetrics,
+    drain: Drain,
+) {
+    let keys: Vec<Vec<u8>> = Kind::ALL
+        .into_iter()
+        .map(|kind| canary(&settings.name, kind).to_bytes())
+        .collect();
+    let mut pause = settle;
+    loop {
+        let complete = store.read(|state| keys.iter().all(|key| state.get(key).is_some()));
+        if complete {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = drain.draining() => return,
+        }
+        pause = RETRY_PAUSE;
+        if !store.is_leader() {
+            continue;
+        }
+        let missing = keys.clone();
+        let written = put(&planner, move |draft, now| {
+            for key in &missing {
+                if draft.get(key).is_none() {
+                    draft.put(key.clone(), Timestamp::from_unix_ms(now).encode());
+                }
+            }
+        })
+        .await;
+        if let Err(status) = written {
+            failed(&metrics, "canaries");
+            warn!(error = status.message(), "canaries not written");
+        }
+    }
+}
+
+fn canary(cluster: &str, kind: Kind) -> RecordKey {
+    RecordKey::Synced {
+        cluster: cluster.to_owned(),
+        tree: Tree::State,
+        kind,
+    }
+}
+
+fn failed(metrics: &ControllerMetrics, controller: &str) {
+    metrics
+        .failures
+        .get_or_create(&ControllerLabels {
+            controller: controller.to_owned(),
+        })
+        .inc();
 }
 
 async fn heartbeat(planner: &Planner) -> Result<(), Status> {
@@ -101,12 +153,7 @@ pub async fn beat(store: Store, planner: Planner, metrics: ControllerMetrics, dr
             continue;
         }
         if let Err(status) = heartbeat(&planner).await {
-            metrics
-                .failures
-                .get_or_create(&ControllerLabels {
-                    controller: "heartbeat".to_owned(),
-                })
-                .inc();
+            failed(&metrics, "heartbeat");
             warn!(error = status.message(), "heartbeat not written");
         }
     }

@@ -79,6 +79,7 @@ fn peer(shared: &Shared, name: String, peer: PeerState) -> PeerStatus {
             last_contact_unix_ms: peer.last_contact_unix_ms,
             reconnects: peer.reconnects,
             refused_records: peer.refused_records.into_iter().collect(),
+            refused_incomplete: !peer.refused_known,
             cluster: name,
         }
     })

@@ -7,8 +7,9 @@ use clustermesh_api::v1::peer_status::State;
 use clustermesh_client::{Client, ClientConfig, ClientError};
 use clustermesh_mesh::peering::{ConfigRefused, PeerCopyState};
 use rand::RngExt;
+use tokio::time::Instant;
 use tonic::Status;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::Shared;
 use super::sync::Sync;
@@ -20,6 +21,31 @@ const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// A follower looks this often whether it leads now.
 const FOLLOWER_PAUSE: Duration = Duration::from_millis(500);
+
+/// The same error is told again after this.
+const SAME_WARNING_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Which errors were told: a change at once, the same one from time to time.
+#[derive(Debug, Default)]
+struct Warnings {
+    last: Option<(String, Instant)>,
+    unsaid: u64,
+}
+
+impl Warnings {
+    /// Whether to tell `error`, and how many were left out since the last one that was told.
+    fn admit(&mut self, error: &str, now: Instant) -> Option<u64> {
+        let known = self.last.as_ref().is_some_and(|(last, at)| {
+            last == error && now.duration_since(*at) < SAME_WARNING_INTERVAL
+        });
+        if known {
+            self.unsaid += 1;
+            return None;
+        }
+        self.last = Some((error.to_owned(), now));
+        Some(std::mem::take(&mut self.unsaid))
+    }
+}
 
 /// The copy of one peer.
 #[derive(Debug)]
@@ -46,6 +72,9 @@ pub(super) enum LinkError {
     /// The peer's answers make no sense.
     #[error("{0}")]
     Protocol(String),
+    /// What was accepted of the peer is judged anew.
+    #[error("one of our own nodes got an address that the peer's node was believed to have")]
+    Outdated,
     /// The peer's configuration changed: it is judged anew.
     #[error("the peer's cluster configuration changed")]
     Reconfigured,
@@ -76,6 +105,7 @@ impl Link {
     /// Until it is dropped.
     pub(super) async fn run(mut self) {
         let mut backoff = BACKOFF_MIN;
+        let mut warnings = Warnings::default();
         loop {
             if !self.shared.store.is_leader() {
                 self.copy = None;
@@ -89,6 +119,7 @@ impl Link {
             };
             if synced {
                 backoff = BACKOFF_MIN;
+                warnings = Warnings::default();
             }
             if let (LinkError::Store(_), Some(copy)) = (&error, &mut self.copy) {
                 copy.changes_lost();
@@ -97,14 +128,24 @@ impl Link {
                 LinkError::Refused(_) => State::Refused,
                 _ => State::Unreachable,
             };
-            if matches!(error, LinkError::Reconfigured) {
-                info!(peer = self.name, "the peer's cluster configuration changed");
+            let text = error.to_string();
+            if matches!(error, LinkError::Reconfigured | LinkError::Outdated) {
+                info!(peer = self.name, reason = text, "the peer is judged anew");
+            } else if let Some(unsaid) = warnings.admit(&text, Instant::now()) {
+                warn!(
+                    peer = self.name,
+                    error = text,
+                    unsaid,
+                    "peer connection ended, what was copied stays"
+                );
             } else {
-                warn!(peer = self.name, %error, "peer connection ended, what was copied stays");
+                debug!(
+                    peer = self.name,
+                    error = text,
+                    "peer connection ended again"
+                );
             }
-            self.shared
-                .statuses
-                .ended(&self.name, state, error.to_string());
+            self.shared.statuses.ended(&self.name, state, text);
             let labels = ClusterLabels {
                 cluster: self.name.clone(),
             };
@@ -125,5 +166,22 @@ impl Link {
         self.shared.statuses.connected(&self.name, client.clone());
         let mut sync = Sync::begin(&self.shared, &self.name, client, &mut self.copy).await?;
         sync.run(synced).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_told_when_it_changes_and_then_once_a_minute() {
+        let (mut warnings, start) = (Warnings::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(warnings.admit("down", at(0)), Some(0));
+        assert_eq!(warnings.admit("down", at(1)), None);
+        assert_eq!(warnings.admit("down", at(59)), None);
+        assert_eq!(warnings.admit("refused", at(59)), Some(2));
+        assert_eq!(warnings.admit("refused", at(118)), None);
+        assert_eq!(warnings.admit("refused", at(119)), Some(1));
     }
 }

@@ -35,6 +35,8 @@ pub struct PeerState {
     pub reconnects: u64,
     /// Refused records, by reason.
     pub refused_records: BTreeMap<String, u64>,
+    /// Whether those are all: after a restart only once the peer was listed.
+    pub refused_known: bool,
     client: Option<Client>,
 }
 
@@ -47,6 +49,7 @@ impl Default for PeerState {
             last_contact_unix_ms: 0,
             reconnects: 0,
             refused_records: BTreeMap::new(),
+            refused_known: false,
             client: None,
         }
     }

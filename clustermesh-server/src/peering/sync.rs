@@ -1,10 +1,10 @@
 //! One connection to a peer: its configuration, its listings at one revision, then its events.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::time::Duration;
 
 use bytes::Bytes;
-use clustermesh_api::etcd::mvcc::event::EventType;
 use clustermesh_api::etcd::rpc::{RangeRequest, WatchCreateRequest, WatchResponse};
 use clustermesh_api::keys::{HEARTBEAT_KEY, Kind, SYNCED_PREFIX};
 use clustermesh_api::v1::peer_status::State;
@@ -18,32 +18,21 @@ use tokio::time::Instant;
 use tonic::Code;
 use tracing::{info, warn};
 
+use super::batch::{Batch, WATCH_CANARIES, WATCH_CONFIG, WATCH_HEARTBEAT, WATCH_RECORDS};
 use super::link::LinkError;
 use super::listing::{self, range_of};
 use super::status::config_key;
+use super::timing::Timing;
 use super::writer::Writer;
 use super::{Shared, drain_copy};
 use crate::metrics::{ClusterLabels, ClusterReasonLabels};
 use crate::view::StateView;
 
-/// While things change, the peer is asked for its revision this often.
-const PROGRESS_INTERVAL_BUSY: Duration = Duration::from_millis(250);
-/// While nothing changes, this often.
-const PROGRESS_INTERVAL_IDLE: Duration = Duration::from_secs(1);
-/// A peer that answers no progress request for so long is given up.
-const SILENCE_MAX: Duration = Duration::from_secs(10);
-/// Responses that are ready join one write, up to so many events.
-const MAX_EVENTS_PER_WRITE: usize = 4_096;
-/// And so many bytes of values.
-const MAX_BYTES_PER_WRITE: usize = 4 << 20;
 /// A listing again because a range became free: at most this often.
 const RELIST_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Watch ids on the one stream.
-const WATCH_RECORDS: i64 = 1;
-const WATCH_CANARIES: i64 = 2;
-const WATCH_CONFIG: i64 = 3;
-const WATCH_HEARTBEAT: i64 = 4;
+/// A listing that the peer's compactions overtake is taken up again so often before the link is given up.
+const MAX_LISTING_ATTEMPTS: usize = 8;
 
 /// A connection in which the peer's configuration was accepted.
 pub(super) struct Sync<'a> {
@@ -101,7 +90,9 @@ impl<'a> Sync<'a> {
         drain_if_renumbered(shared, &peer).await?;
         let mut writer = Writer::new(shared, name);
         let state = match copy.take() {
-            Some(state) if *state.peer() == peer => state,
+            Some(state) if *state.peer() == peer && !state.is_outdated(&shared.owners.lock()) => {
+                state
+            }
             _ => {
                 let (state, changes) = {
                     let mut owners = shared.owners.lock();
@@ -176,10 +167,37 @@ impl<'a> Sync<'a> {
             .statuses
             .update(self.name, |state| state.state = State::Syncing);
         self.listed = Some(Instant::now());
-        let revision = self.canaries(0).await?;
         // A copy that equals a revision of this store spares reading what did not change since.
-        let since = (self.writer.is_synced() && self.writer.store_id() == self.store_id)
-            .then(|| self.writer.revision());
+        let mut equal: BTreeMap<Kind, i64> = BTreeMap::new();
+        if self.writer.is_synced() && self.writer.store_id() == self.store_id {
+            let revision = self.writer.revision();
+            equal.extend(Kind::ALL.map(|kind| (kind, revision)));
+        }
+        for attempt in 1..=MAX_LISTING_ATTEMPTS {
+            match self.list_at_one_revision(&mut equal).await {
+                // What was read stays; the next attempt reads what is missing and what changed.
+                Err(LinkError::Client(error)) if error.is_compacted() => {
+                    info!(
+                        peer = self.name,
+                        attempt,
+                        "the peer compacted the revision that is being listed, a newer one is"
+                    );
+                }
+                outcome => return outcome,
+            }
+        }
+        Err(LinkError::Protocol(format!(
+            "the peer compacted the revision that was being listed {MAX_LISTING_ATTEMPTS} times in a row; \
+             its history must be kept for longer than a listing takes"
+        )))
+    }
+
+    /// One attempt; `equal` says, and learns, which revision of this store our copy of a kind equals.
+    async fn list_at_one_revision(
+        &mut self,
+        equal: &mut BTreeMap<Kind, i64>,
+    ) -> Result<(), LinkError> {
+        let revision = self.canaries(0).await?;
         self.writer.begin(self.store_id, revision);
         // The configuration stands before the records, the canaries after them: readers rely on that order.
         let config = self.own_config()?;
@@ -191,7 +209,7 @@ impl<'a> Sync<'a> {
                 continue;
             }
             let prefix = self.copy.peer().source_prefix(kind);
-            let read = match since {
+            let read = match equal.get(&kind).copied() {
                 Some(since) => {
                     let store = &self.shared.store;
                     listing::since(
@@ -210,6 +228,7 @@ impl<'a> Sync<'a> {
             self.count_read(read.values_read);
             let records = read.records;
             self.replace(kind, &records).await?;
+            equal.insert(kind, revision);
         }
         let complete = self.is_complete();
         self.writer.advance(Vec::new(), revision, complete).await?;
@@ -290,25 +309,25 @@ impl<'a> Sync<'a> {
         // Its answer comes behind everything that happened before.
         stream.request_progress().await?;
         let mut caught_up = false;
-        let mut timing = Timing::new();
+        let mut timing = Timing::new(Instant::now());
         loop {
             let response = tokio::select! {
                 response = stream.next() => response?,
                 () = tokio::time::sleep_until(timing.next_ask()) => {
-                    timing.check_silence()?;
+                    timing.check_silence(Instant::now())?;
                     stream.request_progress().await?;
-                    timing.asked();
+                    timing.asked(Instant::now());
                     if let Some(next) = self.reconsider().await? {
                         return Ok(next);
                     }
                     continue;
                 }
             };
-            timing.heard();
+            timing.heard(Instant::now());
             self.shared.statuses.heard(self.name);
             let batch = self.gather(&mut stream, response)?;
             if batch.changed {
-                timing.changed();
+                timing.changed(Instant::now());
             }
             caught_up |= batch.progressed;
             if let Some(next) = self.take(batch).await? {
@@ -324,10 +343,7 @@ impl<'a> Sync<'a> {
         stream: &mut WatchStream,
         first: Option<WatchResponse>,
     ) -> Result<Batch, LinkError> {
-        let mut batch = Batch {
-            revision: self.writer.revision(),
-            ..Batch::default()
-        };
+        let mut batch = Batch::after(self.writer.revision());
         let mut next = Some(first);
         while let Some(response) = next.take() {
             let response = response
@@ -338,10 +354,7 @@ impl<'a> Sync<'a> {
                 .unwrap_or_default();
             self.check_store(store_id)?;
             batch.add(response)?;
-            if batch.events.len() >= MAX_EVENTS_PER_WRITE
-                || batch.bytes >= MAX_BYTES_PER_WRITE
-                || batch.relist
-            {
+            if batch.is_full() {
                 break;
             }
             next = stream.next().now_or_never().transpose()?;
@@ -374,6 +387,9 @@ impl<'a> Sync<'a> {
     async fn reconsider(&mut self) -> Result<Option<Next>, LinkError> {
         let (changes, relist) = {
             let mut owners = self.shared.owners.lock();
+            if self.copy.is_outdated(&owners) {
+                return Err(LinkError::Outdated);
+            }
             let changes = self.copy.reconsider(&mut owners);
             (changes, self.copy.needs_relist(&owners))
         };
@@ -399,6 +415,7 @@ impl<'a> Sync<'a> {
             .synced
             .get_or_create(&labels)
             .set(i64::from(now == State::Synced));
+        let refused_known = self.copy.refused_known();
         let refused = self
             .copy
             .refused_counts()
@@ -413,6 +430,7 @@ impl<'a> Sync<'a> {
                 }
             }
             state.refused_records = refused;
+            state.refused_known = refused_known;
         });
     }
 
@@ -459,107 +477,4 @@ async fn drain_if_renumbered(shared: &Shared, peer: &Peer) -> Result<(), LinkErr
             .insert(peer.cluster_id, peer.cluster.clone());
     }
     Ok(())
-}
-
-/// What arrived together.
-#[derive(Default)]
-struct Batch {
-    events: Vec<(Bytes, Option<Bytes>)>,
-    bytes: usize,
-    config: Option<Bytes>,
-    /// The records are complete up to here.
-    revision: i64,
-    changed: bool,
-    /// The peer said that it has sent everything up to its present revision.
-    progressed: bool,
-    relist: bool,
-}
-
-impl Batch {
-    fn add(&mut self, response: WatchResponse) -> Result<(), LinkError> {
-        if response.compact_revision != 0 {
-            self.relist = true;
-            return Ok(());
-        }
-        if response.canceled {
-            return Err(LinkError::Protocol(format!(
-                "the peer refused a watch: {}",
-                response.cancel_reason
-            )));
-        }
-        let is_progress = !response.created && response.events.is_empty();
-        if is_progress {
-            self.progressed = true;
-            // All watches of the stream have come as far as this.
-            let revision = response.header.map_or(0, |header| header.revision);
-            self.revision = self.revision.max(revision);
-        }
-        for event in response.events {
-            let is_delete = event.r#type == i32::from(EventType::Delete);
-            let Some(kv) = event.kv else { continue };
-            self.bytes += kv.key.len() + kv.value.len();
-            match response.watch_id {
-                WATCH_RECORDS => {
-                    self.changed = true;
-                    // The header may be ahead of what a server that catches up has sent; the events are not.
-                    self.revision = self.revision.max(kv.mod_revision);
-                    self.events.push((kv.key, (!is_delete).then_some(kv.value)));
-                }
-                WATCH_CANARIES => self.events.push((kv.key, (!is_delete).then_some(kv.value))),
-                WATCH_CONFIG if !is_delete => self.config = Some(kv.value),
-                // That there was a heartbeat is all that it says.
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-}
-
-/// When to ask for progress, and when to give up.
-struct Timing {
-    last_ask: Instant,
-    last_heard: Instant,
-    busy_until: Instant,
-}
-
-impl Timing {
-    fn new() -> Self {
-        let now = Instant::now();
-        Self {
-            last_ask: now,
-            last_heard: now,
-            busy_until: now + PROGRESS_INTERVAL_IDLE,
-        }
-    }
-
-    fn next_ask(&self) -> Instant {
-        let busy = self.last_ask + PROGRESS_INTERVAL_BUSY;
-        if busy < self.busy_until {
-            busy
-        } else {
-            self.last_ask + PROGRESS_INTERVAL_IDLE
-        }
-    }
-
-    fn asked(&mut self) {
-        self.last_ask = Instant::now();
-    }
-
-    fn heard(&mut self) {
-        self.last_heard = Instant::now();
-    }
-
-    fn changed(&mut self) {
-        self.busy_until = Instant::now() + PROGRESS_INTERVAL_IDLE;
-    }
-
-    fn check_silence(&self) -> Result<(), LinkError> {
-        if self.last_heard.elapsed() > SILENCE_MAX {
-            return Err(LinkError::Protocol(format!(
-                "the peer has been silent for {} s",
-                SILENCE_MAX.as_secs()
-            )));
-        }
-        Ok(())
-    }
 }

@@ -165,7 +165,7 @@ async fn a_new_store_of_the_peer_is_listed_and_only_differences_are_written() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_new_store_without_canaries_takes_nothing_away() {
+async fn a_new_store_takes_nothing_away_before_it_has_settled() {
     let pki = Pki::new();
     let mut a = Cluster::start(&pki, 1, &[]).await;
     write(&a.operator(&pki), node(1, "w1", 1)).await;
@@ -182,16 +182,9 @@ async fn a_new_store_without_canaries_takes_nothing_away() {
     until_state(&at_b, State::Unreachable).await;
     a.stop().await;
     std::fs::remove_dir_all(a.dir.path().join("data")).unwrap();
+    a.settle_seconds = 3_600;
     a.restart(&pki).await;
     let at_a = a.operator(&pki);
-    let canaries = at_a
-        .list_prefix("cilium/synced/c1/")
-        .collect(10)
-        .await
-        .unwrap();
-    for kv in &canaries.kvs {
-        delete(&at_a, std::str::from_utf8(&kv.key).unwrap()).await;
-    }
     write(&at_a, node(1, "w2", 2)).await;
     gate.set_open(true);
     until(&at_b, "cilium/cache/nodes/v1/c1/w2", |value| {
@@ -209,10 +202,13 @@ async fn a_new_store_without_canaries_takes_nothing_away() {
     let status = at_b.mesh_status().await.unwrap();
     assert_eq!(status.peers[0].state(), State::Syncing);
 
-    for kv in canaries.kvs {
-        let key = String::from_utf8(kv.key.to_vec()).unwrap();
-        write(&at_a, (key, "now".to_owned())).await;
-    }
+    let canaries = at_a.list_prefix("cilium/synced/c1/").collect(10).await;
+    assert!(canaries.unwrap().kvs.is_empty(), "said before it settled");
+
+    // Its agents had the time to come back: now it says so, and once only.
+    a.stop().await;
+    a.settle_seconds = 0;
+    a.restart(&pki).await;
     until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
         value.is_none()
     })
@@ -463,4 +459,111 @@ async fn two_clusters_that_copy_each_other_come_to_rest() {
     assert!(marks <= 1, "{marks} watermarks while nothing changed");
     assert_eq!(a.server().store().revision(), before_a);
     assert_eq!(b.server().store().revision(), before_b);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_claims_our_nodes_underlay_address_is_refused_and_loses_it() {
+    let pki = Pki::new();
+    let a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    write(&at_a, node(1, "w2", 2)).await;
+    let b = Cluster::start(&pki, 2, &[&a]).await;
+    let at_b = b.operator(&pki);
+    assert_eq!(until_state(&at_b, State::Synced).await.nodes, 2);
+
+    // Ours came later, and is ours all the same.
+    write(&at_b, node(2, "own", 1)).await;
+    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
+        value.is_none()
+    })
+    .await;
+    let status = soon("the refusal in the status", async {
+        loop {
+            let status = at_b.mesh_status().await.unwrap().peers[0].clone();
+            if !status.refused_incomplete && !status.refused_records.is_empty() {
+                return status;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(
+        status.refused_records.get("overlap"),
+        Some(&1),
+        "{status:?}"
+    );
+    assert!(
+        at_b.get("cilium/cache/nodes/v1/c1/w2")
+            .await
+            .unwrap()
+            .is_some()
+    );
+
+    // When our node is gone, the peer gets it.
+    delete(&at_b, "cilium/state/nodes/v1/c2/own").await;
+    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
+        value.is_some()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_server_does_not_say_that_it_refused_nothing() {
+    let pki = Pki::new();
+    let a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    write(&at_a, address(1, 1, 5, 3 * 65_536)).await;
+    let mut b = Cluster::start(&pki, 2, &[&a]).await;
+    let status = until_state(&b.operator(&pki), State::Synced).await;
+    assert!(!status.refused_incomplete && status.refused_records.len() == 1);
+    b.stop().await;
+    b.restart(&pki).await;
+    let status = until_state(&b.operator(&pki), State::Synced).await;
+    assert!(status.refused_incomplete, "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listing_that_compactions_overtake_goes_on_without_a_new_connection() {
+    /// Several pages of one kind.
+    const ADDRESSES: u32 = 1_500;
+    let pki = Pki::new();
+    let a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    let put_op = |(key, value): (String, String)| RequestOp {
+        request: Some(request_op::Request::RequestPut(put(key, value))),
+    };
+    for third in 1..=ADDRESSES / 250 {
+        write(&at_a, node(1, &format!("w{third}"), third)).await;
+        let hosts: Vec<u32> = (4..254).collect();
+        for part in hosts.chunks(125) {
+            let success = part
+                .iter()
+                .map(|host| put_op(address(1, third, *host, 65_600)))
+                .collect();
+            let request = TxnRequest {
+                success,
+                ..Default::default()
+            };
+            at_a.txn(request).await.unwrap();
+        }
+    }
+    // The history never reaches back to what is being listed, but for the time that one listing takes.
+    let compact = async {
+        let mut kv = KvClient::new(at_a.channel());
+        for round in 0..40 {
+            let revision = write(&at_a, ("test".to_owned(), round.to_string())).await;
+            let request = CompactionRequest {
+                revision,
+                physical: false,
+            };
+            kv.compact(request).await.unwrap();
+        }
+    };
+    let peers = [&a];
+    let (b, ()) = tokio::join!(Cluster::start(&pki, 2, &peers), compact);
+    let status = until_state(&b.operator(&pki), State::Synced).await;
+    assert_eq!(status.endpoints, u64::from(ADDRESSES));
+    assert_eq!(status.reconnects, 0, "{status:?}");
 }

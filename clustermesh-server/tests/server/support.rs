@@ -85,6 +85,8 @@ pub struct Cluster {
     pub dir: TempDir,
     port: u16,
     peers: Vec<(String, u16)>,
+    /// `settle_seconds` of the configuration.
+    pub settle_seconds: u32,
     server: Option<Server>,
 }
 
@@ -100,6 +102,7 @@ impl Cluster {
                 .iter()
                 .map(|peer| (peer.name.clone(), peer.port))
                 .collect(),
+            settle_seconds: 0,
             server: None,
         };
         cluster.restart(pki).await;
@@ -108,7 +111,13 @@ impl Cluster {
 
     /// The configuration file.
     pub fn configure(&self, pki: &Pki) -> PathBuf {
-        let Self { name, id, port, .. } = self;
+        let Self {
+            name,
+            id,
+            port,
+            settle_seconds,
+            ..
+        } = self;
         let server = pki.issue("server", name, "server");
         let paths = |paths: &TlsPaths| {
             format!(
@@ -118,7 +127,7 @@ impl Cluster {
         };
         let mut text = format!(
             "data_dir = \"data\"\nlisten_client = \"127.0.0.1:{port}\"\nlisten_admin = \"127.0.0.1:0\"\ndrain_seconds = 5\n\
-             [cluster]\nname = \"{name}\"\nid = {id}\npod_cidr_v4 = \"10.{id}.0.0/16\"\npod_cidr_v6 = \"fd00:{id}::/48\"\n\
+             [cluster]\nname = \"{name}\"\nid = {id}\nsettle_seconds = {settle_seconds}\npod_cidr_v4 = \"10.{id}.0.0/16\"\npod_cidr_v6 = \"fd00:{id}::/48\"\n\
              service_cidr_v4 = \"10.10{id}.0.0/16\"\n[tls]\n{}",
             paths(&server)
         );

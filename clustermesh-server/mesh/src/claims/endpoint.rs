@@ -1,15 +1,11 @@
 //! Endpoints of a machine: address records under its own pod CIDRs, and their readiness.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use clustermesh_api::keys::READINESS_PREFIX;
-use clustermesh_api::limits::{
-    MAX_ADDRESSES_PER_ENDPOINT, MAX_ENDPOINTS_PER_NODE, MAX_PORTS_PER_ENDPOINT,
-};
+use clustermesh_api::limits::{MAX_ADDRESSES_PER_ENDPOINT, MAX_PORTS_PER_ENDPOINT};
 use clustermesh_api::manifest::StoredWorkload;
 use clustermesh_api::records::{IpExtension, IpIdentityPair, Node, PortReadiness, Readiness};
-use clustermesh_api::v1::{DeleteEndpoint, ReportReadiness, SyncEndpoints, UpsertEndpoint};
+use clustermesh_api::v1::{DeleteEndpoint, ReportReadiness, UpsertEndpoint};
 
 use super::{ClaimError, FIRST_POD_INDEX, NodeMemo, node, parse_all};
 use crate::address::{bounds, number};
@@ -46,7 +42,7 @@ pub fn plan_upsert(
     })
 }
 
-fn upsert(
+pub(super) fn upsert(
     draft: &mut Draft<'_>,
     node: &Node,
     claim: &UpsertEndpoint,
@@ -209,7 +205,7 @@ pub fn plan_delete_endpoint(
     })
 }
 
-fn delete(draft: &mut Draft<'_>, node: &str, address: IpAddr) -> Result<(), ClaimError> {
+pub(super) fn delete(draft: &mut Draft<'_>, node: &str, address: IpAddr) -> Result<(), ClaimError> {
     let key = keys::address(address);
     let Some(kv) = draft.get(&key) else {
         return Ok(());
@@ -236,66 +232,6 @@ fn delete(draft: &mut Draft<'_>, node: &str, address: IpAddr) -> Result<(), Clai
         address,
     );
     Ok(())
-}
-
-/// Plans the complete set of a machine's endpoints: records of others that it holds go.
-/// The result lists the claims that were refused; they do not stop the others.
-///
-/// # Errors
-/// The node is unknown or claims too many endpoints.
-pub fn plan_sync(
-    view: &dyn View,
-    settings: &ClusterSettings,
-    node: &str,
-    memo: &mut NodeMemo,
-    sync: &SyncEndpoints,
-) -> Result<Plan<Vec<ClaimError>>, ClaimError> {
-    let key = keys::node(&settings.name, node);
-    let record = memo.stored(view, &key, node)?;
-    let count = sync.endpoints.len();
-    if count > MAX_ENDPOINTS_PER_NODE {
-        return Err(ClaimError::Count {
-            object: format!("node {node}"),
-            what: "endpoints",
-            count,
-            limit: MAX_ENDPOINTS_PER_NODE,
-        });
-    }
-    let mut draft = Draft::new(view);
-    draft.guard(key);
-    let (mut kept, mut refused) = (BTreeSet::new(), Vec::new());
-    for claim in &sync.endpoints {
-        match upsert(&mut draft, record, claim) {
-            Ok(addresses) => kept.extend(addresses),
-            Err(error) => refused.push(error),
-        }
-    }
-    let mut surplus = BTreeMap::new();
-    for kv in view.list(keys::OWN_ADDRESSES_PREFIX.as_bytes()) {
-        let Ok(pair) = IpIdentityPair::decode(&kv.value) else {
-            continue;
-        };
-        if pair.node() == Some(node) && !kept.contains(&pair.ip) {
-            surplus.insert(pair.ip, kv.key);
-        }
-    }
-    for address in surplus.keys() {
-        delete(&mut draft, node, *address)?;
-    }
-    // Readiness of addresses that went while the server did not hear of it.
-    let prefix = format!("{READINESS_PREFIX}{node}/");
-    for kv in view.list(prefix.as_bytes()) {
-        let address = std::str::from_utf8(&kv.key[prefix.len()..])
-            .ok()
-            .and_then(|text| text.parse::<IpAddr>().ok());
-        if address.is_none_or(|address| !kept.contains(&address)) {
-            draft.delete(kv.key);
-        }
-    }
-    Ok(Plan {
-        txn: draft.into_txn(),
-        result: refused,
-    })
 }
 
 /// Plans the readiness records of a machine's endpoints; each replaces the one before.

@@ -125,20 +125,25 @@ fn check_underlay(
             });
         }
     }
-    for kv in view.list(Kind::Nodes.state_prefix(&settings.name).as_bytes()) {
-        let other = decode(&kv)?;
-        if other.name == node {
-            continue;
-        }
-        let taken = other
-            .addresses_of(&AddressType::InternalIP)
-            .find(|address| underlay.contains(address));
-        if let Some(address) = taken {
-            return Err(ClaimError::UnderlayTaken {
-                node: node.to_owned(),
-                address,
-                holder: other.name.clone(),
-            });
+    for &address in underlay {
+        for name in view.nodes_at(&settings.name, address) {
+            let has = |other: Node| {
+                other
+                    .addresses_of(&AddressType::InternalIP)
+                    .any(|held| held == address)
+            };
+            let taken = name != node
+                && view
+                    .get(&keys::node(&settings.name, &name))
+                    .and_then(|kv| Node::decode(&kv.value).ok())
+                    .is_some_and(has);
+            if taken {
+                return Err(ClaimError::UnderlayTaken {
+                    node: node.to_owned(),
+                    address,
+                    holder: name,
+                });
+            }
         }
     }
     Ok(())
@@ -220,6 +225,7 @@ pub fn plan_session(
     node: &str,
     state: SessionState,
     instance_id: &str,
+    ttl_seconds: u32,
     now_unix_ms: i64,
 ) -> Plan<()> {
     let mut draft = Draft::new(view);
@@ -229,12 +235,17 @@ pub fn plan_session(
         .and_then(|kv| Session::decode(&kv.value).ok());
     let removed = known.is_none() && state == SessionState::Stale;
     if !removed
-        && known.is_none_or(|known| known.state != state || known.instance_id != instance_id)
+        && known.is_none_or(|known| {
+            known.state != state
+                || known.instance_id != instance_id
+                || known.ttl_seconds != ttl_seconds
+        })
     {
         let session = Session {
             state,
             since_unix_ms: now_unix_ms,
             instance_id: instance_id.to_owned(),
+            ttl_seconds,
         };
         draft.guard(key.clone());
         draft.put(key, session.encode());
@@ -268,29 +279,43 @@ pub fn remove_node(
     let session = keys::session(node);
     draft.guard(session.clone());
     draft.delete(session);
-    for kv in draft.list(keys::OWN_ADDRESSES_PREFIX.as_bytes()) {
-        let Ok(pair) = IpIdentityPair::decode(&kv.value) else {
-            continue;
-        };
-        if pair.node() == Some(node) {
-            draft.guard(kv.key.clone());
-            draft.delete(kv.key);
-            Holders::remove(
-                draft,
-                &pair.k8s_namespace,
-                &pair.k8s_pod_name,
-                node,
-                pair.ip,
-            );
-        }
-    }
-    for kv in draft.list(format!("{READINESS_PREFIX}{node}/").as_bytes()) {
-        draft.delete(kv.key);
-    }
+    clear_endpoints(draft, node, usize::MAX);
     release_pod_cidrs(draft, node)?;
     let key = keys::node(&settings.name, node);
     draft.guard(key.clone());
     Ok(draft.delete(key))
+}
+
+/// Deletes endpoints of a node, with their readiness, until the plan writes `writes_max` keys.
+pub(crate) fn clear_endpoints(draft: &mut Draft<'_>, node: &str, writes_max: usize) {
+    for address in draft.addresses_of(node) {
+        if draft.writes() >= writes_max {
+            return;
+        }
+        let key = keys::address(address);
+        let Some(pair) = draft
+            .get(&key)
+            .and_then(|kv| IpIdentityPair::decode(&kv.value).ok())
+            .filter(|pair| pair.node() == Some(node))
+        else {
+            continue;
+        };
+        draft.guard(key.clone());
+        draft.delete(key);
+        Holders::remove(
+            draft,
+            &pair.k8s_namespace,
+            &pair.k8s_pod_name,
+            node,
+            pair.ip,
+        );
+    }
+    for kv in draft.list(format!("{READINESS_PREFIX}{node}/").as_bytes()) {
+        if draft.writes() >= writes_max {
+            return;
+        }
+        draft.delete(kv.key);
+    }
 }
 
 /// [`remove_node`] as a plan of its own.

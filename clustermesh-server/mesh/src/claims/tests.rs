@@ -3,6 +3,7 @@ use clustermesh_api::v1::refused::Reason;
 use clustermesh_api::v1::{DeleteEndpoint, EndpointReadiness, ReportReadiness, SyncEndpoints};
 
 use super::*;
+use crate::step::Step;
 use crate::test_support::{Lab, claim, commit, hello, workload};
 use crate::view::View;
 
@@ -73,7 +74,7 @@ fn a_node_cannot_make_its_record_large() {
 #[test]
 fn a_node_that_was_removed_gets_no_session_record_by_its_loss() {
     let lab = lab();
-    let plan = plan_session(&lab.view, "gone", SessionState::Stale, "i", 1);
+    let plan = plan_session(&lab.view, "gone", SessionState::Stale, "i", 15, 1);
     assert!(plan.txn.is_empty());
 }
 
@@ -177,7 +178,7 @@ fn claims_outside_the_nodes_right_are_refused() {
 fn a_name_on_another_live_node_is_refused_until_that_node_is_stale() {
     let mut lab = lab();
     lab.endpoint("n1", "cart-0", "10.1.0.4");
-    let plan = plan_session(&lab.view, "n1", SessionState::Connected, "i", 1);
+    let plan = plan_session(&lab.view, "n1", SessionState::Connected, "i", 15, 1);
     commit(&mut lab.view, plan);
     let error = plan_upsert(
         &lab.view,
@@ -188,7 +189,7 @@ fn a_name_on_another_live_node_is_refused_until_that_node_is_stale() {
     )
     .unwrap_err();
     assert_eq!(error.reason(), Reason::Conflict);
-    let plan = plan_session(&lab.view, "n1", SessionState::Stale, "i", 2);
+    let plan = plan_session(&lab.view, "n1", SessionState::Stale, "i", 15, 2);
     commit(&mut lab.view, plan);
     lab.endpoint("n2", "cart-0", "10.1.1.4");
     assert!(
@@ -253,9 +254,12 @@ fn sync_deletes_what_is_not_in_the_set_and_only_of_that_node() {
         "n1",
         &mut NodeMemo::default(),
         &sync,
+        &SyncProgress::default(),
     )
     .unwrap();
-    let refused = commit(&mut lab.view, plan);
+    let Step::Done(refused) = commit(&mut lab.view, plan) else {
+        panic!("a small set is one step");
+    };
     assert_eq!(refused.len(), 1);
     assert_eq!(refused[0].reason(), Reason::UnknownWorkload);
     assert!(
@@ -281,9 +285,10 @@ fn an_endpoint_survives_the_deletion_of_its_workload() {
         "n1",
         &mut NodeMemo::default(),
         &sync,
+        &SyncProgress::default(),
     )
     .unwrap();
-    assert!(commit(&mut lab.view, plan).is_empty());
+    assert_eq!(commit(&mut lab.view, plan), Step::Done(Vec::new()));
     assert!(pair(&lab, "10.1.0.4").is_some());
 }
 
@@ -339,13 +344,13 @@ fn removing_a_node_frees_all_that_it_had_unless_it_is_connected() {
     let mut lab = lab();
     lab.endpoint("n1", "cart-0", "10.1.0.4");
     lab.ready("n1", "10.1.0.4", true);
-    let plan = plan_session(&lab.view, "n1", SessionState::Connected, "i", 1);
+    let plan = plan_session(&lab.view, "n1", SessionState::Connected, "i", 15, 1);
     commit(&mut lab.view, plan);
     assert_eq!(
         plan_remove_node(&lab.view, &lab.settings, "n1").unwrap_err(),
         ClaimError::Connected("n1".to_owned())
     );
-    let plan = plan_session(&lab.view, "n1", SessionState::Stale, "i", 2);
+    let plan = plan_session(&lab.view, "n1", SessionState::Stale, "i", 15, 2);
     commit(&mut lab.view, plan);
     let plan = plan_remove_node(&lab.view, &lab.settings, "n1").unwrap();
     assert!(commit(&mut lab.view, plan));

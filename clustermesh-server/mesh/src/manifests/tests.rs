@@ -1,5 +1,6 @@
 use super::*;
 use crate::test_support::{Lab, commit, service, workload};
+use crate::view::View;
 
 fn actions(outcomes: &[ObjectOutcome]) -> Vec<Action> {
     outcomes.iter().map(|outcome| outcome.action()).collect()
@@ -171,4 +172,40 @@ fn a_freed_address_is_not_given_to_another_service_for_a_while() {
         lab.apply(&[service("late", &[("a", "b")], &[])])[0].addresses[0],
         "10.96.1.1"
     );
+}
+
+#[test]
+fn a_node_with_many_endpoints_is_removed_in_bounded_steps() {
+    let mut lab = Lab::new();
+    lab.node("n1", "192.0.2.1");
+    let count = MAX_STEP_WRITES;
+    for part in (0..count).collect::<Vec<_>>().chunks(500) {
+        let manifests: Vec<_> = part
+            .iter()
+            .map(|number| workload(&format!("w-{number}"), &[]))
+            .collect();
+        lab.apply(&manifests);
+    }
+    for number in 0..count {
+        let address = format!("fd01::{:x}", 0x1000 + number);
+        lab.endpoint("n1", &format!("w-{number}"), &address);
+    }
+    let node = [ObjectRef {
+        kind: KIND_NODE.to_owned(),
+        namespace: String::new(),
+        name: "n1".to_owned(),
+    }];
+    let mut steps = 0;
+    let outcomes = loop {
+        let plan = plan_delete_step(&lab.view, &lab.settings, &node, 1).unwrap();
+        assert!(plan.txn.writes().len() <= MAX_STEP_WRITES + 2);
+        steps += 1;
+        if let Step::Done(outcomes) = commit(&mut lab.view, plan) {
+            break outcomes;
+        }
+    };
+    assert!(steps > 1);
+    assert_eq!(outcomes[0].action, i32::from(Action::Deleted));
+    assert!(lab.view.addresses_of("n1").is_empty());
+    assert!(lab.view.list(b"clustermesh.io/alloc/endpoints/").is_empty());
 }

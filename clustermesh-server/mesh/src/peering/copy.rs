@@ -1,6 +1,7 @@
 //! The copy of one peer: its events and listings in, changes of our cache out.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
 
 use bytes::Bytes;
 use clustermesh_api::keys::{Kind, RecordKey};
@@ -9,6 +10,7 @@ use clustermesh_api::records::Timestamp;
 use super::config::Peer;
 use super::owners::CidrOwners;
 use super::rules::{Refusal, Rules};
+use super::usage::{CopyQuota, Usage};
 use crate::keys;
 use crate::view::View;
 
@@ -56,6 +58,13 @@ pub struct PeerCopyState {
     /// `CidrOwners::releases` when all refused records were last looked at.
     looked_at: u64,
     canaries: BTreeMap<Kind, Bytes>,
+    usage: Usage,
+    /// Records were refused because there was no room for them.
+    quota_reached: bool,
+    /// `CidrOwners::seizures` by which the copy was judged.
+    seized_at: u64,
+    /// Whether `refused` tells of all records, not only of those that came lately.
+    refused_known: bool,
 }
 
 impl PeerCopyState {
@@ -70,7 +79,18 @@ impl PeerCopyState {
             forgotten_wanted: false,
             looked_at: 0,
             canaries: BTreeMap::new(),
+            usage: Usage::default(),
+            quota_reached: false,
+            seized_at: 0,
+            refused_known: true,
         }
+    }
+
+    /// Other bounds than [`CopyQuota::default`].
+    #[must_use]
+    pub fn with_quota(mut self, quota: CopyQuota) -> Self {
+        self.usage.set_quota(quota);
+        self
     }
 
     /// Takes up a copy that stands in the store. Nodes that are no longer acceptable (our settings changed) are
@@ -96,6 +116,20 @@ impl PeerCopyState {
         }
         state.looked_at = owners.releases();
         state.forgotten_at = Some(state.looked_at);
+        // What hung on those nodes, and what is refused now, only a listing tells.
+        state.forgotten_wanted = !changes.is_empty();
+        state.seized_at = owners.seizures();
+        for kind in Kind::ALL {
+            let prefix = kind.cache_prefix(&state.peer().cluster);
+            view.scan(prefix.as_bytes(), &mut |kv| {
+                state.usage.set(&kv.key, kv.value.len());
+                state.refused_known = false;
+                ControlFlow::Continue(())
+            });
+        }
+        for PeerChange { key, .. } in &changes {
+            state.usage.remove(key);
+        }
         (state, changes)
     }
 
@@ -118,6 +152,19 @@ impl PeerCopyState {
             *counts.entry(kept.refusal.reason()).or_default() += 1;
         }
         counts
+    }
+
+    /// Whether [`PeerCopyState::refused_counts`] tells of all records: after a restart not before the next listing.
+    #[must_use]
+    pub const fn refused_known(&self) -> bool {
+        self.refused_known
+    }
+
+    /// True when one of our own nodes got an address that a peer's node was believed to have: the copy is to be taken
+    /// up by [`PeerCopyState::restore`] again.
+    #[must_use]
+    pub fn is_outdated(&self, owners: &CidrOwners) -> bool {
+        self.seized_at != owners.seizures()
     }
 
     /// True when a range became free, or a node of the peer changed, and records were refused that this state does not
@@ -203,7 +250,7 @@ impl PeerCopyState {
             }
             self.take(owners, key, value, &mut changes, &mut outcome.refused);
         }
-        if nodes_changed || owners.releases() != self.looked_at {
+        if nodes_changed || owners.releases() != self.looked_at || self.has_new_room() {
             self.look_again(owners, &mut changes);
         }
         outcome.changes = into_changes(changes);
@@ -299,6 +346,44 @@ impl PeerCopyState {
     pub fn begin_listing(&mut self) {
         self.forgotten_at = None;
         self.forgotten_wanted = false;
+        self.refused_known = true;
+    }
+
+    /// Whether records that were refused for lack of room may have it now.
+    fn has_new_room(&mut self) -> bool {
+        let freed = self.usage.take_freed() && self.quota_reached;
+        if freed && self.forgotten_at.is_some() && self.usage.has_much_room() {
+            self.forgotten_wanted = true;
+            self.quota_reached = false;
+        }
+        freed
+    }
+
+    /// The judge's word, and room for the record.
+    fn judge(
+        &mut self,
+        owners: &mut CidrOwners,
+        key: &RecordKey,
+        copy: &[u8],
+        value: &Bytes,
+    ) -> Result<(), Refusal> {
+        // First: a node that is not copied must own nothing.
+        if !self.usage.fits(copy, value.len()) {
+            self.quota_reached = true;
+            let CopyQuota {
+                records_max,
+                bytes_max,
+            } = self.usage.quota();
+            return Err(Refusal::Quota {
+                object: key.to_string(),
+                cluster: self.peer().cluster.clone(),
+                records_max,
+                bytes_max,
+            });
+        }
+        self.rules.accept(owners, key, value)?;
+        self.usage.set(copy, value.len());
+        Ok(())
     }
 
     fn take(
@@ -318,10 +403,11 @@ impl PeerCopyState {
             if let RecordKey::Node { name, .. } = &key {
                 self.rules.release_node(owners, name);
             }
+            self.usage.remove(&copy);
             changes.insert(copy, None);
             return;
         };
-        match self.rules.accept(owners, &key, value) {
+        match self.judge(owners, &key, &copy, value) {
             Ok(()) => {
                 changes.insert(copy, Some(value.clone()));
             }
@@ -331,6 +417,7 @@ impl PeerCopyState {
                     self.rules.release_node(owners, name);
                 }
                 // What was accepted under this key is no longer what the peer says.
+                self.usage.remove(&copy);
                 changes.insert(copy, None);
                 if known.is_none_or(|known| known.reason() != refusal.reason()) {
                     refused.push(refusal.clone());
@@ -354,10 +441,11 @@ impl PeerCopyState {
             let Some(copy) = self.peer().cache_key(&key) else {
                 continue;
             };
-            match self.rules.accept(owners, &key, &value) {
+            let copy = keys::bytes(&copy);
+            match self.judge(owners, &key, &copy, &value) {
                 Ok(()) => {
                     self.forget_refused(&key);
-                    changes.insert(keys::bytes(&copy), Some(value));
+                    changes.insert(copy, Some(value));
                 }
                 Err(refusal) => {
                     if let Some(kept) = self.refused.get_mut(&key) {

@@ -1,6 +1,7 @@
 //! Who owns which pod CIDR in the mesh, as this cluster sees it: ours first, then whoever came first.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
 
@@ -25,9 +26,11 @@ type Holder = (String, String);
 #[derive(Clone, Debug)]
 pub struct CidrOwners {
     own: Vec<(IpNetwork, String)>,
+    cluster: String,
     blocks: BTreeMap<Block, BTreeSet<Holder>>,
     nodes: BTreeMap<Holder, BTreeSet<Block>>,
     releases: u64,
+    seizures: u64,
 }
 
 impl CidrOwners {
@@ -42,10 +45,47 @@ impl CidrOwners {
             .collect();
         Self {
             own,
+            cluster: settings.name.clone(),
             blocks: BTreeMap::new(),
             nodes: BTreeMap::new(),
             releases: 0,
+            seizures: 0,
         }
+    }
+
+    /// Sets the underlay addresses of one of our own nodes; none: the node is gone. Ours come first: a peer that was
+    /// believed to have one of them loses it, see [`CidrOwners::seizures`].
+    pub fn set_own_node(&mut self, node: &str, addresses: &[IpAddr]) {
+        let networks = addresses.iter().map(|address| IpNetwork::from(*address));
+        let taken = networks.clone().any(|network| {
+            self.overlapping(network)
+                .any(|(_, (holder, _))| *holder != self.cluster)
+        });
+        self.seizures += u64::from(taken);
+        let cluster = self.cluster.clone();
+        self.set(&cluster, node, networks.map(block).collect());
+    }
+
+    /// Sets all of our own nodes: those that are not named are gone.
+    pub fn set_own_nodes(&mut self, nodes: &BTreeMap<String, Vec<IpAddr>>) {
+        let gone: Vec<String> = self
+            .nodes
+            .keys()
+            .filter(|(holder, node)| *holder == self.cluster && !nodes.contains_key(node))
+            .map(|(_, node)| node.clone())
+            .collect();
+        for node in gone {
+            self.set_own_node(&node, &[]);
+        }
+        for (node, addresses) in nodes {
+            self.set_own_node(node, addresses);
+        }
+    }
+
+    /// Counts up whenever we took an address that a peer had: what was accepted from it must be judged again.
+    #[must_use]
+    pub fn seizures(&self) -> u64 {
+        self.seizures
     }
 
     /// Counts up whenever a range became free: a refused claim may then be accepted.
@@ -217,6 +257,27 @@ mod tests {
         owners.claim("c3", "n1", &[cidr("10.2.0.0/16")]).unwrap();
         assert!(owners.holds("c3", cidr("10.2.9.9/32")));
         assert!(!owners.holds("c2", cidr("10.2.9.9/32")));
+    }
+
+    #[test]
+    fn an_address_of_our_own_node_is_nobody_elses_even_if_somebody_had_it() {
+        let mut owners = CidrOwners::new(&example());
+        owners.claim("c2", "n1", &[cidr("192.0.2.21/32")]).unwrap();
+        owners.set_own_node("w1", &["192.0.2.1".parse().unwrap()]);
+        assert_eq!(owners.seizures(), 0);
+        let conflict = owners
+            .claim("c2", "n2", &[cidr("192.0.2.1/32")])
+            .unwrap_err();
+        assert_eq!(conflict.owner, "c1");
+
+        owners.set_own_node("w2", &["192.0.2.21".parse().unwrap()]);
+        assert_eq!(owners.seizures(), 1);
+        assert!(owners.claim("c2", "n1", &[cidr("192.0.2.21/32")]).is_err());
+
+        let before = owners.releases();
+        owners.set_own_nodes(&BTreeMap::new());
+        assert!(owners.releases() > before);
+        owners.claim("c2", "n2", &[cidr("192.0.2.1/32")]).unwrap();
     }
 
     #[test]

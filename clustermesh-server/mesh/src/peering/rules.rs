@@ -68,6 +68,20 @@ pub enum Refusal {
         /// The peer.
         cluster: String,
     },
+    /// The copy of the peer has no room.
+    #[error(
+        "{object}: no more than {records_max} records or {bytes_max} bytes are copied of cluster {cluster}"
+    )]
+    Quota {
+        /// The record's key.
+        object: String,
+        /// The peer.
+        cluster: String,
+        /// Records that are taken.
+        records_max: usize,
+        /// Bytes that are taken.
+        bytes_max: usize,
+    },
     /// A reserved identity on an address that does not have it.
     #[error(
         "{object}: reserved identity {identity} is only taken on the addresses of nodes that have that role"
@@ -91,6 +105,7 @@ impl Refusal {
             Self::UnusableRange { .. } => "unusable-range",
             Self::NotOwned { .. } => "not-owned",
             Self::UnknownHost { .. } => "unknown-host",
+            Self::Quota { .. } => "quota",
             Self::ReservedIdentity { .. } => "reserved-identity",
         }
     }

@@ -19,8 +19,8 @@ use clustermesh_api::v1::{Ack, Hello, Refused, SessionRequest, SessionResponse, 
 use clustermesh_mesh::View;
 use clustermesh_mesh::allocate::Plan;
 use clustermesh_mesh::claims::{
-    ClaimError, NodeMemo, is_connected, plan_delete_endpoint, plan_hello, plan_readiness,
-    plan_session, plan_sync, plan_upsert,
+    ClaimError, NodeMemo, SyncProgress, is_connected, plan_delete_endpoint, plan_hello,
+    plan_readiness, plan_session, plan_sync, plan_upsert,
 };
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
@@ -99,7 +99,7 @@ impl SessionTask {
         };
         let ttl = Duration::from_secs(seconds.into());
         let instance_id = hello.instance_id.clone();
-        let last_message = match self.admit(&hello, seconds).await {
+        let last_message = match self.admit(&hello, ttl).await {
             Ok(Ok(())) => match self.serve(hello, session, ttl, &mut requests).await {
                 Some(last_message) => last_message,
                 None => return,
@@ -123,7 +123,7 @@ impl SessionTask {
         // The agent must see the end of the stream now, not after the time to live.
         drop(responses);
         // Also after a failed introduction: it ended the agent's session before, or was recorded already.
-        lose(&shared, &node, &instance_id, last_message + ttl).await;
+        lose(&shared, &node, &instance_id, ttl, last_message + ttl).await;
     }
 
     /// The agent may be gone already, or read nothing.
@@ -225,7 +225,7 @@ impl SessionTask {
     async fn admit(
         &self,
         hello: &Hello,
-        session_ttl_seconds: u32,
+        ttl: Duration,
     ) -> Result<Result<(), (Reason, String)>, Status> {
         let settings = Arc::clone(&self.shared.settings);
         let claim = hello.clone();
@@ -246,6 +246,7 @@ impl SessionTask {
             &self.node,
             SessionState::Connected,
             &hello.instance_id,
+            ttl,
         )
         .await?;
         let text = |cidr: Option<ipnetwork::IpNetwork>| {
@@ -265,7 +266,7 @@ impl SessionTask {
                 .iter()
                 .map(ToString::to_string)
                 .collect(),
-            session_ttl_seconds,
+            session_ttl_seconds: u32::try_from(ttl.as_secs()).unwrap_or(SESSION_TTL_MAX_SECONDS),
         };
         self.responses
             .send(Ok(answer(Answer::Welcome(welcome))))
@@ -372,8 +373,8 @@ impl SessionTask {
             Some(Asked::SyncEndpoints(sync)) => {
                 let id = sync.request_id;
                 let outcome = planner
-                    .submit(move |view: &dyn View, _| {
-                        plan_sync(view, &settings, &node, &mut memo.lock(), &sync)
+                    .submit_steps(move |view: &dyn View, _, progress: &SyncProgress| {
+                        plan_sync(view, &settings, &node, &mut memo.lock(), &sync, progress)
                     })
                     .await?;
                 Some(Box::pin(async move {
@@ -400,7 +401,7 @@ impl SessionTask {
 }
 
 /// After the time to live without a successor the node is marked stale. Nothing is deleted.
-async fn lose(shared: &Shared, node: &str, instance_id: &str, deadline: Instant) {
+async fn lose(shared: &Shared, node: &str, instance_id: &str, ttl: Duration, deadline: Instant) {
     let is_lost = || {
         !shared.registry.is_open(node)
             && shared
@@ -422,7 +423,7 @@ async fn lose(shared: &Shared, node: &str, instance_id: &str, deadline: Instant)
         node,
         "node session lost, the node is stale; its records stay"
     );
-    if let Err(status) = record_state(shared, node, SessionState::Stale, instance_id).await {
+    if let Err(status) = record_state(shared, node, SessionState::Stale, instance_id, ttl).await {
         warn!(
             node,
             error = status.message(),
@@ -436,7 +437,9 @@ async fn record_state(
     node: &str,
     state: SessionState,
     instance_id: &str,
+    ttl: Duration,
 ) -> Result<(), Status> {
+    let ttl_seconds = u32::try_from(ttl.as_secs()).unwrap_or(SESSION_TTL_MAX_SECONDS);
     let (node, instance_id) = (node.to_owned(), instance_id.to_owned());
     let registry = shared.registry.clone();
     shared
@@ -449,7 +452,14 @@ async fn record_state(
                     result: (),
                 });
             }
-            Ok::<_, Infallible>(plan_session(view, &node, state, &instance_id, now))
+            Ok::<_, Infallible>(plan_session(
+                view,
+                &node,
+                state,
+                &instance_id,
+                ttl_seconds,
+                now,
+            ))
         })
         .await?;
     Ok(())

@@ -458,3 +458,98 @@ proptest! {
         prop_assert_eq!(live.refused_counts(), fresh.refused_counts());
     }
 }
+
+#[test]
+fn past_the_quota_records_are_refused_and_counted_and_the_rest_is_unharmed() {
+    let (state, mut owners) = c2();
+    let mut state = state.with_quota(CopyQuota {
+        records_max: 3,
+        bytes_max: 1 << 20,
+    });
+    let outcome = state.ingest(
+        &mut owners,
+        &[
+            node("n1", "192.0.2.21", "10.2.0.0/24"),
+            ip("10.2.0.4", ID, "192.0.2.21"),
+            ip("10.2.0.5", ID, "192.0.2.21"),
+            ip("10.2.0.6", ID, "192.0.2.21"),
+        ],
+    );
+    assert_eq!(
+        outcome.changes.iter().filter(|c| c.value.is_some()).count(),
+        3
+    );
+    assert_eq!(state.refused_counts(), BTreeMap::from([("quota", 1)]));
+    assert!(outcome.refused[0].to_string().contains("3 records"));
+
+    // What is there may still change, and what goes makes room.
+    let outcome = state.ingest(&mut owners, &[ip("10.2.0.4", ID + 1, "192.0.2.21")]);
+    assert_eq!(
+        keys_of(&outcome.changes),
+        [("cilium/cache/ip/v1/c2/10.2.0.4".to_owned(), true)]
+    );
+    let outcome = state.ingest(&mut owners, &[gone("cilium/state/ip/v1/default/10.2.0.5")]);
+    assert_eq!(
+        keys_of(&outcome.changes),
+        [
+            ("cilium/cache/ip/v1/c2/10.2.0.5".to_owned(), false),
+            ("cilium/cache/ip/v1/c2/10.2.0.6".to_owned(), true),
+        ]
+    );
+    assert!(state.refused_counts().is_empty());
+}
+
+#[test]
+fn a_restored_copy_counts_against_the_quota_and_knows_not_what_was_refused() {
+    let (mut state, mut owners) = c2();
+    let events = [
+        node("n1", "192.0.2.21", "10.2.0.0/24"),
+        ip("10.2.0.4", ID, "192.0.2.21"),
+    ];
+    let mut view = MapView::new();
+    view.apply(
+        state
+            .ingest(&mut owners, &events)
+            .changes
+            .into_iter()
+            .map(|change| (change.key, change.value)),
+    );
+    assert!(state.refused_known());
+    let (state, changes) = PeerCopyState::restore(peer("c2", 2), &mut owners, &view);
+    assert!(changes.is_empty() && !state.refused_known());
+    let mut state = state.with_quota(CopyQuota {
+        records_max: 2,
+        bytes_max: 1 << 20,
+    });
+    state.ingest(&mut owners, &[ip("10.2.0.5", ID, "192.0.2.21")]);
+    assert_eq!(state.refused_counts(), BTreeMap::from([("quota", 1)]));
+    state.begin_listing();
+    assert!(state.refused_known());
+}
+
+#[test]
+fn a_peer_does_not_get_the_underlay_address_of_our_own_node() {
+    let (mut state, mut owners) = c2();
+    owners.set_own_node("w1", &["192.0.2.1".parse().unwrap()]);
+    state.ingest(&mut owners, &[node("n1", "192.0.2.1", "10.2.0.0/24")]);
+    assert_eq!(reasons(&state), ["overlap"]);
+
+    // One that it had already is taken from it when the copy is taken up again.
+    let outcome = state.ingest(&mut owners, &[node("n2", "192.0.2.2", "10.2.1.0/24")]);
+    let mut view = MapView::new();
+    view.apply(
+        outcome
+            .changes
+            .into_iter()
+            .map(|change| (change.key, change.value)),
+    );
+    assert!(!state.is_outdated(&owners));
+    owners.set_own_node("w2", &["192.0.2.2".parse().unwrap()]);
+    assert!(state.is_outdated(&owners));
+    let (state, changes) = PeerCopyState::restore(peer("c2", 2), &mut owners, &view);
+    assert_eq!(
+        keys_of(&changes),
+        [("cilium/cache/nodes/v1/c2/n2".to_owned(), false)]
+    );
+    assert!(!state.is_outdated(&owners) && state.needs_relist(&owners));
+}
