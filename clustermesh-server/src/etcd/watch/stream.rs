@@ -13,7 +13,7 @@ use clustermesh_api::etcd::rpc::{WatchCreateRequest, WatchRequest, WatchResponse
 use clustermesh_api::limits::{
     MAX_VALUE_BYTES, MAX_WATCHES_PER_STREAM, STREAM_MESSAGE_TARGET_BYTES,
 };
-use clustermesh_core::{EventKind, KeyRange};
+use clustermesh_core::{EventKind, KeyRange, KvError};
 use clustermesh_process::Drain;
 use clustermesh_raft::{WatchEnd, WatchEvents, WatchItem, WatchSpec};
 use futures_util::FutureExt;
@@ -128,8 +128,15 @@ impl WatchStream {
 
     async fn create(&mut self, request: WatchCreateRequest) -> Result<(), Gone> {
         let (key, range_end) = range_of(&request);
+        if request.start_revision < 0 {
+            return self.refuse(KvError::Compacted.to_string()).await;
+        }
         if !self.caller.may_read(&key, &range_end) {
             return self.refuse(PERMISSION_DENIED.to_owned()).await;
+        }
+        // An end of one zero byte means: all keys from here.
+        if !matches!(range_end.as_ref(), [] | [0]) && key >= range_end {
+            return self.refuse("mvcc: watcher range is empty".to_owned()).await;
         }
         if self.watches.len() >= MAX_WATCHES_PER_STREAM {
             let reason = format!(
@@ -147,7 +154,7 @@ impl WatchStream {
                 self.next_id += 1;
                 self.next_id - 1
             }
-            wanted if wanted < 0 || self.watches.contains_key(&wanted) => {
+            wanted if self.watches.contains_key(&wanted) => {
                 return self
                     .refuse("mvcc: duplicate watch ID provided on the WatchStream".to_owned())
                     .await;
