@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    sync::oneshot,
     time::{Instant, sleep_until, timeout},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
@@ -34,6 +35,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 /// Longest delay: a healed link is used again this soon.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// An endpoint that cannot serve is left no sooner than this after it was connected to.
+const ABANDON_AGE_MIN: Duration = Duration::from_millis(200);
 /// A silent connection is asked for a sign of life.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// And given up without one.
@@ -55,6 +58,10 @@ struct State {
     next: usize,
     /// The endpoint of the last connection.
     current: Option<usize>,
+    /// Ends the last connection.
+    abandon: Option<oneshot::Sender<()>>,
+    /// When it was made.
+    since: Option<Instant>,
     failed_rounds: u32,
     not_before: Option<Instant>,
 }
@@ -114,7 +121,24 @@ impl Connector {
         }
     }
 
-    async fn connect(&self) -> Result<Stream, NoEndpoint> {
+    /// Ends the connection, if another endpoint may serve better; the next call goes to that one. A connection that was
+    /// just made stays: the complaint may be about the one before.
+    pub(crate) fn abandon(&self) {
+        let mut state = self.state.lock();
+        let young = state
+            .since
+            .is_none_or(|since| since.elapsed() < ABANDON_AGE_MIN);
+        if self.endpoints.len() > 1
+            && !young
+            && let Some(abandon) = state.abandon.take()
+        {
+            debug!(endpoint = ?state.current, "the endpoint cannot serve, another one is tried");
+            // It may have ended already.
+            let _ = abandon.send(());
+        }
+    }
+
+    async fn connect(&self) -> Result<Connection, NoEndpoint> {
         let (first, not_before) = {
             let state = self.state.lock();
             (state.next, state.not_before)
@@ -135,15 +159,21 @@ impl Connector {
             let attempt = timeout(CONNECT_TIMEOUT, self.connect_to(endpoint)).await;
             match attempt.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                 Ok(stream) => {
+                    let (abandon, abandoned) = oneshot::channel();
                     let mut state = self.state.lock();
                     // When this connection fails, the next endpoint has its turn.
                     *state = State {
                         next: index + 1,
                         current: Some(index),
+                        abandon: Some(abandon),
+                        since: Some(Instant::now()),
                         ..State::default()
                     };
                     info!(endpoint = %endpoint.url, "connected");
-                    return Ok(stream);
+                    return Ok(Connection {
+                        stream,
+                        abandoned: Some(abandoned),
+                    });
                 }
                 Err(error) => {
                     debug!(endpoint = %endpoint.url, %error, "no connection");
@@ -211,7 +241,7 @@ pub(crate) async fn connected_channel(connector: &Arc<Connector>) -> Result<Chan
 struct Dial(Arc<Connector>);
 
 impl tower::Service<Uri> for Dial {
-    type Response = TokioIo<Stream>;
+    type Response = TokioIo<Connection>;
     type Error = Box<dyn std::error::Error + Send + Sync>;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
 
@@ -222,6 +252,65 @@ impl tower::Service<Uri> for Dial {
     fn call(&mut self, _: Uri) -> Self::Future {
         let connector = Arc::clone(&self.0);
         Box::pin(async move { Ok(TokioIo::new(connector.connect().await?)) })
+    }
+}
+
+/// A stream that the connector can end.
+struct Connection {
+    stream: Stream,
+    abandoned: Option<oneshot::Receiver<()>>,
+}
+
+impl Connection {
+    fn poll_abandoned(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let Some(abandoned) = &mut self.abandoned else {
+            return Ok(());
+        };
+        match Pin::new(abandoned).poll(cx) {
+            Poll::Pending => Ok(()),
+            Poll::Ready(Ok(())) => {
+                self.abandoned = None;
+                Err(io::Error::new(
+                    io::ErrorKind::ConnectionAborted,
+                    "left for another endpoint",
+                ))
+            }
+            // The connector has a newer connection; this one ends by itself.
+            Poll::Ready(Err(_)) => {
+                self.abandoned = None;
+                Ok(())
+            }
+        }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        this.poll_abandoned(cx)?;
+        Pin::new(&mut this.stream).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
     }
 }
 

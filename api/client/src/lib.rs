@@ -14,6 +14,7 @@ mod messages;
 mod session;
 mod watch;
 
+use std::error::Error;
 use std::sync::Arc;
 
 use tonic::transport::Channel;
@@ -71,7 +72,12 @@ impl Client {
     }
 
     fn fault(&self, status: tonic::Status) -> ClientError {
-        ClientError::from_status(self.endpoint(), status)
+        let endpoint = self.endpoint();
+        // The endpoint itself says that it cannot serve: another one may. A broken connection is replaced anyhow.
+        if status.code() == tonic::Code::Unavailable && status.source().is_none() {
+            self.connector.abandon();
+        }
+        ClientError::from_status(endpoint, status)
     }
 }
 

@@ -65,13 +65,32 @@ impl Client {
     /// Fixes the present revision of every source cluster and reports until every node has applied it.
     ///
     /// # Errors
-    /// The call failed. A wait that ran out is no error: its last message is not `done`.
+    /// The call failed. A wait that ran out is no error: its last message is not `done`. No time at all is the shortest
+    /// wait that there is, which may end without a message.
     pub async fn wait(&self, limit: Duration) -> Result<Messages<WaitProgress>, ClientError> {
-        let timeout_ms = u32::try_from(limit.as_millis())
-            .unwrap_or(WAIT_MAX_MS)
-            .min(WAIT_MAX_MS);
+        let timeout_ms = timeout_ms(limit);
         let answer = self.mesh().wait(WaitRequest { timeout_ms }).await;
         let stream = answer.map_err(|status| self.fault(status))?.into_inner();
         Ok(Messages::new(self, stream))
+    }
+}
+
+/// On the wire 0 asks for the longest wait, so the shortest one is 1 ms.
+fn timeout_ms(limit: Duration) -> u32 {
+    u32::try_from(limit.as_millis())
+        .unwrap_or(WAIT_MAX_MS)
+        .clamp(1, WAIT_MAX_MS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_time_is_the_shortest_wait_and_not_the_longest() {
+        assert_eq!(timeout_ms(Duration::ZERO), 1);
+        assert_eq!(timeout_ms(Duration::from_micros(1)), 1);
+        assert_eq!(timeout_ms(Duration::from_millis(250)), 250);
+        assert_eq!(timeout_ms(Duration::MAX), WAIT_MAX_MS);
     }
 }

@@ -10,8 +10,8 @@ use clustermesh_api::{
         mvcc::KeyValue,
         rpc::{
             CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse,
-            PutRequest, PutResponse, RangeRequest, RangeResponse, ResponseHeader, TxnRequest,
-            TxnResponse,
+            PutRequest, PutResponse, RangeRequest, RangeResponse, RangeStreamResponse,
+            ResponseHeader, TxnRequest, TxnResponse,
             kv_server::{Kv, KvServer},
         },
     },
@@ -33,6 +33,8 @@ use super::*;
 #[derive(Clone)]
 struct MovingStore {
     keys: usize,
+    /// It answers nothing.
+    has_leader: bool,
     seen: Arc<Mutex<Vec<RangeRequest>>>,
 }
 
@@ -40,6 +42,7 @@ impl MovingStore {
     fn new(keys: usize) -> Self {
         Self {
             keys,
+            has_leader: true,
             seen: Arc::default(),
         }
     }
@@ -51,6 +54,9 @@ impl Kv for MovingStore {
         &self,
         request: Request<RangeRequest>,
     ) -> Result<Response<RangeResponse>, Status> {
+        if !self.has_leader {
+            return Err(Status::unavailable("etcdserver: no leader"));
+        }
         let request = request.into_inner();
         let mut seen = self.seen.lock().unwrap();
         seen.push(request.clone());
@@ -76,6 +82,15 @@ impl Kv for MovingStore {
             more: left.next().is_some(),
             count: 0,
         }))
+    }
+
+    type RangeStreamStream = ReceiverStream<Result<RangeStreamResponse, Status>>;
+
+    async fn range_stream(
+        &self,
+        _: Request<RangeRequest>,
+    ) -> Result<Response<Self::RangeStreamStream>, Status> {
+        Err(Status::unimplemented("no"))
     }
 
     async fn put(&self, _: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
@@ -371,4 +386,27 @@ async fn certificates_are_checked_on_both_sides() {
         client.get("k/00000").await.unwrap_err();
     }
     server.stop().await;
+}
+
+#[tokio::test]
+async fn an_endpoint_that_says_it_cannot_serve_is_left_for_the_next() {
+    let mut leaderless = MovingStore::new(1);
+    leaderless.has_leader = false;
+    let (first, second) = (serve(leaderless).await, serve(MovingStore::new(1)).await);
+    let client = Client::connect(&plain(vec![first.url("http"), second.url("http")]))
+        .await
+        .unwrap();
+    let error = client.get("k/00000").await.unwrap_err();
+    assert_eq!(error.code(), Some(Code::Unavailable), "{error}");
+    assert!(client.endpoint().contains(&first.address.to_string()));
+    let answered = async {
+        // One that has just taken the connection is given a moment.
+        while client.get("k/00000").await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(10), answered)
+        .await
+        .unwrap();
+    assert!(client.endpoint().contains(&second.address.to_string()));
 }
