@@ -102,6 +102,15 @@ Examples:
   clustermesh delete service shop/cart
   clustermesh delete workload vm-1")]
     Delete(DeleteArgs),
+    /// List, add, promote, remove and replace replicas of the cluster's store
+    #[command(after_help = "\
+Examples:
+  clustermesh member list
+  clustermesh member add https://s4.example.net:2380
+  clustermesh member promote s4
+  clustermesh member remove 8e9e05c52164694d
+  clustermesh member replace s2 https://s4.example.net:2380")]
+    Member(MemberArgs),
     /// Make a certificate authority and certificates for tests and development
     #[command(after_help = "\
 Examples:
@@ -125,6 +134,48 @@ Examples:
     Man {
         /// Folder for the pages; made when it does not exist
         directory: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct MemberArgs {
+    #[command(subcommand)]
+    pub command: MemberCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MemberCommand {
+    /// All replicas, with their ids
+    List,
+    /// Add a replica; it votes once it has caught up. Start it afterwards with this address as `peer_url` and with `join`
+    Add {
+        /// Where it will listen for other replicas, https://HOST:PORT
+        #[arg(value_name = "PEER_URL")]
+        peer_url: String,
+        /// It stays a learner until it is promoted
+        #[arg(long)]
+        learner: bool,
+    },
+    /// Make a voter of a learner that has caught up
+    Promote {
+        /// Name or id
+        member: String,
+    },
+    /// Remove a replica for good: its id is never used again
+    Remove {
+        /// Name or id
+        member: String,
+    },
+    /// Add a replica, wait until it votes, and remove the old one
+    Replace {
+        /// Name or id of the old one
+        member: String,
+        /// Where the new one will listen for other replicas, https://HOST:PORT
+        #[arg(value_name = "PEER_URL")]
+        peer_url: String,
+        /// Longest wait until the new one votes: a number with ms, s or m
+        #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = parse_duration)]
+        timeout: Duration,
     },
 }
 

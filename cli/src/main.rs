@@ -5,6 +5,7 @@ mod connect;
 mod dev_ca;
 mod get;
 mod manifests;
+mod member;
 mod objects;
 mod output;
 mod shell;
@@ -37,6 +38,7 @@ async fn run(global: &GlobalArgs, command: Command) -> anyhow::Result<()> {
         Command::Get(args) => get::run(global, &args).await,
         Command::Apply(args) => objects::apply(global, &args).await,
         Command::Delete(args) => objects::delete(global, &args).await,
+        Command::Member(args) => member::run(global, &args).await,
         Command::DevCa(args) => dev_ca::run(&args, global.output),
         Command::Completion { shell } => shell::completion(shell),
         Command::Man { directory } => shell::man_pages(&directory),

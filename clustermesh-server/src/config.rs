@@ -1,5 +1,7 @@
 //! The server's configuration file: TOML, unknown keys refused, checked once as a whole.
 
+mod replica;
+
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -13,6 +15,8 @@ use clustermesh_mesh::{ClusterSettings, SettingsError};
 use clustermesh_process::TlsPaths;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use serde::Deserialize;
+
+pub use replica::ReplicaSection;
 
 /// Endpoints given for one peer.
 pub const MAX_ENDPOINTS_PER_PEER: usize = 16;
@@ -36,6 +40,8 @@ pub struct Config {
     pub listen_admin: SocketAddr,
     /// This server's certificate, and the CA of its clients.
     pub tls: TlsConfig,
+    /// This server as one of several replicas. Absent: the only one, without a port for others.
+    pub replica: Option<ReplicaSection>,
     /// Clusters to copy from.
     #[serde(default)]
     pub peers: Vec<PeerConfig>,
@@ -299,7 +305,13 @@ impl Config {
             .iter_mut()
             .flat_map(|peer| [&mut peer.ca, &mut peer.cert, &mut peer.key])
             .flatten();
-        for path in tls.into_iter().chain(peers).chain([&mut self.data_dir]) {
+        let replica = self.replica.iter_mut().flat_map(ReplicaSection::paths_mut);
+        for path in tls
+            .into_iter()
+            .chain(peers)
+            .chain(replica)
+            .chain([&mut self.data_dir])
+        {
             if path.is_relative() {
                 *path = folder.join(&*path);
             }
@@ -321,6 +333,9 @@ impl Config {
             .parse::<clustermesh_process::LogFormat>()
             .map_err(|error| fault("log.format", error.to_string()))?;
         self.limits.check()?;
+        if let Some(replica) = &self.replica {
+            replica.check()?;
+        }
         match &self.cluster {
             Some(cluster) => cluster.check()?,
             None if !self.peers.is_empty() => {

@@ -9,6 +9,7 @@ pub mod mesh_api;
 pub mod metrics;
 pub mod peering;
 pub mod planner;
+pub mod replication;
 pub mod serve;
 pub mod server;
 pub mod store;

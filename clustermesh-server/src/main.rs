@@ -37,6 +37,18 @@ A small configuration:
   cert = \"remote.crt\"
   key = \"remote.key\"
 
+One of three replicas (the same list everywhere; the server's certificate, O = clustermesh:server,
+is also shown to the other replicas, so its SANs name the host in the list):
+  [replica]
+  name = \"r1\"
+  initial_cluster = [\"r1=https://s1:2380\", \"r2=https://s2:2380\", \"r3=https://s3:2380\"]
+
+A replica that joins a running group, as learner first:
+  [replica]
+  name = \"r4\"
+  peer_url = \"https://s4:2380\"
+  join = [\"https://s1:2380\", \"https://s2:2380\"]
+
 Environment:
   CLUSTERMESH_LOG   log filter, for example \"info\" or \"clustermesh_server=debug\"
 
@@ -52,6 +64,11 @@ struct Arguments {
     /// Check the configuration and the certificates, print what was found, and exit.
     #[arg(long)]
     check_config: bool,
+    /// Begin a new group from this replica's data: only when the majority of the old one is lost for good.
+    /// Group and replica get new ids, the revision grows by 1000000000, what lies below is compacted.
+    /// Start the others with empty folders and `join` afterwards, never with their old data.
+    #[arg(long, conflicts_with = "check_config")]
+    force_new_cluster: bool,
 }
 
 fn main() -> ExitCode {
@@ -77,7 +94,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(run(&config)) {
+    match runtime.block_on(run(&config, arguments.force_new_cluster)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
             error!("{reason:#}");
@@ -107,7 +124,10 @@ fn load(arguments: &Arguments) -> Result<Config, String> {
     Ok(config)
 }
 
-async fn run(config: &Config) -> anyhow::Result<()> {
+async fn run(config: &Config, force_new_cluster: bool) -> anyhow::Result<()> {
+    if force_new_cluster {
+        clustermesh_server::server::force_new_cluster(config).await?;
+    }
     // Before the start, so that a signal during it is not lost.
     let mut signal = tokio::spawn(shutdown_signal());
     let server = tokio::select! {

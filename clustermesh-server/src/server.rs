@@ -11,10 +11,10 @@ use clustermesh_api::v1::mesh_server::MeshServer;
 use clustermesh_api::v1::node_session_server::NodeSessionServer;
 use clustermesh_mesh::ClusterSettings;
 use clustermesh_process::{
-    AdminPages, AdminServer, Drain, DrainEnd, DrainTrigger, Readiness, ServerTls, drain,
+    AdminPages, AdminServer, ClientTls, Drain, DrainEnd, DrainTrigger, Readiness, ServerTls, drain,
     install_crypto_provider,
 };
-use clustermesh_raft::{AutoCompaction, Data, Node, Replica, ReplicaConfig};
+use clustermesh_raft::{AutoCompaction, Data, Node, PeerHandler, Replica, ReplicaConfig};
 use tokio::task::JoinSet;
 use tonic::service::{Routes, RoutesBuilder};
 use tracing::info;
@@ -29,8 +29,9 @@ use crate::mesh_api::MeshService;
 use crate::metrics::Metrics;
 use crate::peering::{PeerStatuses, Peering};
 use crate::planner::Planner;
+use crate::replication::{GrpcTransport, PeerPort};
 use crate::serve::{ClientPort, ClientPortParts};
-use crate::store::Store;
+use crate::store::{Store, TokioReplica};
 
 /// A server that answers.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ pub struct Server {
     store: Store,
     client_address: SocketAddr,
     admin_address: SocketAddr,
+    /// Ends the port of the other replicas.
+    peer_port: Option<tokio::task::AbortHandle>,
     trigger: DrainTrigger,
     drain_deadline: Duration,
     tasks: JoinSet<()>,
@@ -72,7 +75,7 @@ impl Server {
         let (trigger, drain) = drain();
         let mut tasks = JoinSet::new();
 
-        let replica = start_replica(config).await?;
+        let (replica, peer_port) = start_replica(config).await?;
         let store = Store::new(replica);
         drop(store_token);
         metrics.register_replica(&mut registry, store.replica().metrics());
@@ -146,6 +149,7 @@ impl Server {
             store,
             client_address,
             admin_address,
+            peer_port,
             trigger,
             drain_deadline: Duration::from_secs(config.drain_seconds),
             tasks,
@@ -177,40 +181,89 @@ impl Server {
 
     /// Ends calls and streams, then the tasks, then the replica.
     pub async fn shutdown(mut self) {
+        // Another replica leads before this one takes no more calls.
+        self.store.replica().resign().await;
         self.trigger.drain(self.drain_deadline).await;
         self.tasks.shutdown().await;
         self.store.replica().shutdown().await;
+        if let Some(port) = self.peer_port {
+            port.abort();
+        }
     }
 }
 
-async fn start_replica(config: &Config) -> anyhow::Result<crate::store::TokioReplica> {
-    let name = config
-        .cluster
-        .as_ref()
-        .map_or("", |cluster| cluster.name.as_str());
-    let mut replica = ReplicaConfig::new(Data::Folder(config.data_dir.clone()), name);
-    replica.node = Node {
-        name: if name.is_empty() {
-            "default".to_owned()
-        } else {
-            name.to_owned()
-        },
-        peer_url: String::new(),
-        // "Every address" is none that a client could use.
-        client_urls: Some(config.listen_client)
-            .filter(|address| !address.ip().is_unspecified())
-            .map(|address| format!("https://{address}"))
-            .into_iter()
-            .collect(),
+/// How this replica is reached.
+fn own_node(config: &Config) -> Node {
+    let cluster = config.cluster.as_ref();
+    // "Every address" is none that a client could use.
+    let client_url = Some(config.listen_client)
+        .filter(|address| !address.ip().is_unspecified())
+        .map(|address| format!("https://{address}"));
+    let mut node = Node {
+        name: cluster
+            .map_or("default", |cluster| &cluster.name)
+            .to_owned(),
+        client_urls: client_url.into_iter().collect(),
         ..Node::default()
     };
+    if let Some(section) = &config.replica {
+        node.name.clone_from(&section.name);
+        node.peer_url = section.own_peer_url();
+        if !section.client_urls.is_empty() {
+            node.client_urls.clone_from(&section.client_urls);
+        }
+    }
+    node
+}
+
+/// Makes a group of one of this replica's data; see [`Replica::force_new_cluster`].
+///
+/// # Errors
+/// When the data folder holds no replica or cannot be changed.
+pub async fn force_new_cluster(config: &Config) -> anyhow::Result<()> {
+    let cluster = config.cluster.as_ref();
+    let name = cluster.map_or("", |cluster| cluster.name.as_str());
+    TokioReplica::force_new_cluster(&config.data_dir, name, own_node(config))
+        .await
+        .with_context(|| format!("data_dir {}", config.data_dir.display()))
+}
+
+/// Starts the replica, and before it the port that the others of its group reach.
+async fn start_replica(
+    config: &Config,
+) -> anyhow::Result<(TokioReplica, Option<tokio::task::AbortHandle>)> {
+    let cluster = config.cluster.as_ref().map(|cluster| cluster.name.clone());
+    let name = cluster.as_deref().unwrap_or("");
+    let mut replica = ReplicaConfig::new(Data::Folder(config.data_dir.clone()), name);
+    replica.node = own_node(config);
     replica.auto_compaction = match config.compaction.retention() {
         Some(keep) => AutoCompaction::Age { keep },
         None => AutoCompaction::Off,
     };
-    Replica::start(replica)
+    let context = || format!("data_dir {}", config.data_dir.display());
+    let Some(section) = &config.replica else {
+        let started = Replica::start(replica).await.with_context(context)?;
+        return Ok((started, None));
+    };
+    replica.start = section.start();
+    replica.heartbeat = section.heartbeat();
+    replica.election_timeout = section.election_timeout();
+    let paths = section.tls_paths(&config.tls);
+    let handler = PeerHandler::default();
+    let server_tls = ServerTls::load(paths.clone())?;
+    let port = PeerPort::bind(section.listen_peer, server_tls, cluster, handler.clone())
         .await
-        .with_context(|| format!("data_dir {}", config.data_dir.display()))
+        .with_context(|| format!("replica.listen_peer {}", section.listen_peer))?;
+    info!(peers = %port.local_addr()?, name = section.name, "waiting for the group");
+    let serving = tokio::spawn(port.serve()).abort_handle();
+    let transport = Arc::new(GrpcTransport::new(ClientTls::load(paths)?));
+    match Replica::start_with(replica, transport, &handler).await {
+        Ok(started) => Ok((started, Some(serving))),
+        Err(error) => {
+            serving.abort();
+            Err(error).with_context(context)
+        }
+    }
 }
 
 fn add_cluster_services(

@@ -117,13 +117,15 @@ impl Store {
     pub fn check_leader(&self) -> Result<(), Status> {
         let status = self.replica.status();
         self.shared.term.fetch_max(status.term, Ordering::Relaxed);
-        let heard = status
-            .last_quorum_ack
-            .is_none_or(|age| age < LEADER_SILENCE_MAX);
-        // A single voter has nobody to hear from.
-        let alone = status.members.len() <= 1;
+        // A leader goes by its quorum, another replica by its leader; an isolated leader still calls itself one.
+        let heard = if status.is_leader {
+            status.last_quorum_ack
+        } else {
+            status.last_leader_contact
+        };
+        let fresh = heard.is_some_and(|age| age < LEADER_SILENCE_MAX);
         match (status.failure, status.leader) {
-            (None, Some(_)) if heard || alone => Ok(()),
+            (None, Some(_)) if fresh => Ok(()),
             _ => Err(Status::unavailable("etcdserver: no leader")),
         }
     }
@@ -420,10 +422,18 @@ impl Store {
         if linearizable {
             self.linearize().await?;
         }
-        let status = self.replica.status();
-        let members = status
-            .members
-            .into_iter()
+        let members = self.members();
+        Ok(MemberListResponse {
+            header: Some(self.header(self.revision())),
+            members,
+        })
+    }
+
+    /// All replicas, as etcd lists them.
+    #[must_use]
+    pub fn members(&self) -> Vec<Member> {
+        let members = self.replica.status().members.into_iter();
+        members
             .map(|member| Member {
                 id: member.id,
                 name: member.node.name,
@@ -434,11 +444,7 @@ impl Store {
                 client_ur_ls: member.node.client_urls,
                 is_learner: !member.voter,
             })
-            .collect();
-        Ok(MemberListResponse {
-            header: Some(self.header(status.revision)),
-            members,
-        })
+            .collect()
     }
 
     async fn propose(&self, command: Command) -> Result<(Outcome, ResponseHeader), Status> {
@@ -511,6 +517,7 @@ fn propose_status(error: &ProposeError) -> Status {
         ProposeError::Unknown => Status::unavailable(
             "etcdserver: request timed out, possibly due to previous leader failure",
         ),
+        ProposeError::Timeout => Status::unavailable("etcdserver: request timed out"),
         ProposeError::QueueFull { .. } => too_many_requests(),
         ProposeError::TooLarge { .. } => kv_status(&KvError::RequestTooLarge),
         ProposeError::Stopped => Status::unavailable("etcdserver: server stopped"),

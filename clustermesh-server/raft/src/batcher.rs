@@ -1,50 +1,129 @@
-//! Collects proposals into log entries: no delay when idle, larger entries under load.
+//! Collects proposals into log entries: no delay when idle, larger entries under load. What another replica leads goes there.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use clustermesh_core::{limits::BATCH_FORMAT, pb, pb::proposal::Command as CoreCommand};
-use clustermesh_store::{Command, Node, ReplicaId};
+use clustermesh_store::{Command, Node, Origin, ReplicaId};
 use openraft::{
     Raft,
     async_runtime::{
-        AsyncRuntime, Mpsc, MpscReceiver, MpscSender, Oneshot, OneshotSender, Select2,
+        AsyncRuntime, Instant, Mpsc, MpscReceiver, MpscSender, Oneshot, OneshotSender, Select2,
     },
     errors::{ClientWriteError, ForwardToLeader},
     impls::ProgressResponder,
+    raft::ClientWriteResult,
 };
+use parking_lot::Mutex;
 use prost::Message;
 use rand::Rng;
 
 use crate::{
     Types,
     config::{
-        MAX_BATCH_BYTES, MAX_BATCH_PROPOSALS, MAX_ENTRIES_IN_FLIGHT, MAX_PROPOSAL_BYTES,
-        MAX_WAITING_PROPOSALS,
+        MAX_BATCH_BYTES, MAX_BATCH_PROPOSALS, MAX_ENTRIES_IN_FLIGHT, MAX_FORWARDS_IN_FLIGHT,
+        MAX_PROPOSAL_BYTES, MAX_WAITING_PROPOSALS,
     },
     error::ProposeError,
+    forward::Router,
     metrics::{Metrics, add, sub},
     replica::Committed,
     state_machine::{Answer, StateMachine},
     task::{Stop, spawn},
+    wire::Forward,
 };
 
-type Told = Result<Committed, ProposeError>;
-type Teller<R> = <<R as AsyncRuntime>::Oneshot as Oneshot>::Sender<Told>;
+pub(crate) type Told = Result<Committed, ProposeError>;
 type Queue<R, T> = <<R as AsyncRuntime>::Mpsc as Mpsc>::Receiver<T>;
+type OneshotOf<R, T> = <<R as AsyncRuntime>::Oneshot as Oneshot>::Sender<T>;
+
+/// Who is told what came of a proposal.
+pub(crate) enum Teller<R: AsyncRuntime> {
+    /// A caller here.
+    Caller(OneshotOf<R, Told>),
+    /// Another replica, which hears of all that it forwarded at once.
+    Forwarded(Arc<Forwarded<R>>),
+}
+
+impl<R: AsyncRuntime> Teller<R> {
+    pub(crate) fn tell(self, told: Told) {
+        match self {
+            Self::Caller(teller) => {
+                // Whoever asked may be gone.
+                let _gone = teller.send(told);
+            }
+            Self::Forwarded(group) => group.note(&told),
+        }
+    }
+}
+
+/// What came of proposals that were forwarded together.
+struct Sum {
+    index: u64,
+    refused: Option<ProposeError>,
+    committed: bool,
+    unknown: bool,
+}
+
+/// Proposals that were forwarded together; the last one to be told sends the sum.
+pub(crate) struct Forwarded<R: AsyncRuntime> {
+    sum: Mutex<Sum>,
+    done: Mutex<Option<OneshotOf<R, Result<u64, ProposeError>>>>,
+}
+
+impl<R: AsyncRuntime> Forwarded<R> {
+    fn note(&self, told: &Told) {
+        let mut sum = self.sum.lock();
+        match told {
+            Ok(committed) => {
+                sum.committed = true;
+                sum.index = sum.index.max(committed.index);
+            }
+            Err(ProposeError::Unknown | ProposeError::Timeout) => sum.unknown = true,
+            Err(error) => sum.refused = Some(error.clone()),
+        }
+    }
+}
+
+impl<R: AsyncRuntime> Drop for Forwarded<R> {
+    fn drop(&mut self) {
+        let sum = self.sum.get_mut();
+        let told = match &sum.refused {
+            None if sum.committed && !sum.unknown => Ok(sum.index),
+            // Only when nothing at all was proposed may all of it be proposed again.
+            Some(error) if !sum.committed && !sum.unknown => Err(error.clone()),
+            _ => Err(ProposeError::Unknown),
+        };
+        if let Some(done) = self.done.get_mut().take() {
+            let _gone = done.send(told);
+        }
+    }
+}
 
 /// A proposal that waits for its answer.
-struct Waiting<R: AsyncRuntime> {
-    proposal: pb::Proposal,
+pub(crate) struct Waiting<R: AsyncRuntime> {
+    pub(crate) proposal: pb::Proposal,
+    pub(crate) origin: Option<(ReplicaId, u64)>,
     bytes: usize,
     teller: Teller<R>,
-    place: Place,
+    /// Given back when it is told.
+    _place: Place,
+    pub(crate) deadline: R::Instant,
+}
+
+impl<R: AsyncRuntime> Waiting<R> {
+    pub(crate) fn tell(self, told: Told) {
+        self.teller.tell(told);
+    }
 }
 
 /// One of the places in the queue.
-struct Place {
+pub(crate) struct Place {
     taken: Arc<AtomicUsize>,
     metrics: Arc<Metrics>,
 }
@@ -79,6 +158,8 @@ pub(crate) struct Proposer<R: AsyncRuntime> {
     queue: <R::Mpsc as Mpsc>::Sender<Waiting<R>>,
     taken: Arc<AtomicUsize>,
     metrics: Arc<Metrics>,
+    /// A proposal without outcome after this long is given up.
+    timeout: Duration,
 }
 
 impl<R: AsyncRuntime> Clone for Proposer<R> {
@@ -87,6 +168,7 @@ impl<R: AsyncRuntime> Clone for Proposer<R> {
             queue: self.queue.clone(),
             taken: self.taken.clone(),
             metrics: self.metrics.clone(),
+            timeout: self.timeout,
         }
     }
 }
@@ -94,6 +176,18 @@ impl<R: AsyncRuntime> Clone for Proposer<R> {
 impl<R: AsyncRuntime> Proposer<R> {
     pub(crate) async fn propose(&self, mut proposal: pb::Proposal) -> Told {
         choose_lease_id::<R>(&mut proposal);
+        let (teller, answer) = R::Oneshot::channel();
+        self.enqueue(proposal, None, Teller::Caller(teller)).await?;
+        // The teller goes away unheard only when the replica stops, perhaps with the entry on its way.
+        answer.await.unwrap_or(Err(ProposeError::Unknown))
+    }
+
+    async fn enqueue(
+        &self,
+        proposal: pb::Proposal,
+        origin: Option<(ReplicaId, u64)>,
+        teller: Teller<R>,
+    ) -> Result<(), ProposeError> {
         let bytes = proposal.encoded_len();
         if bytes > MAX_PROPOSAL_BYTES {
             return Err(ProposeError::TooLarge {
@@ -101,20 +195,49 @@ impl<R: AsyncRuntime> Proposer<R> {
                 limit_bytes: MAX_PROPOSAL_BYTES,
             });
         }
-        let place = Place::take(&self.taken, &self.metrics)?;
-        let (teller, answer) = R::Oneshot::channel();
         let waiting = Waiting {
             proposal,
+            origin,
             bytes,
             teller,
-            place,
+            _place: Place::take(&self.taken, &self.metrics)?,
+            deadline: R::Instant::now() + self.timeout,
         };
         self.queue
             .send(waiting)
             .await
-            .map_err(|_| ProposeError::Stopped)?;
-        // The teller goes away unheard only when the replica stops, perhaps with the entry on its way.
-        answer.await.unwrap_or(Err(ProposeError::Unknown))
+            .map_err(|_| ProposeError::Stopped)
+    }
+
+    /// Proposes for another replica's clients; the index at which all are committed.
+    pub(crate) async fn propose_forwarded(
+        &self,
+        from: ReplicaId,
+        forward: Forward,
+    ) -> Result<u64, ProposeError> {
+        if forward.proposals.is_empty() {
+            return Ok(0);
+        }
+        let (done, told) = R::Oneshot::channel();
+        let group = Arc::new(Forwarded {
+            sum: Mutex::new(Sum {
+                index: 0,
+                refused: None,
+                committed: false,
+                unknown: false,
+            }),
+            done: Mutex::new(Some(done)),
+        });
+        for forwarded in forward.proposals {
+            let origin = Some((from, forwarded.request_id));
+            let proposal = forwarded.proposal.unwrap_or_default();
+            let teller = Teller::Forwarded(group.clone());
+            if let Err(error) = self.enqueue(proposal, origin, teller).await {
+                group.note(&Err(error));
+            }
+        }
+        drop(group);
+        told.await.unwrap_or(Err(ProposeError::Unknown))
     }
 }
 
@@ -129,80 +252,54 @@ fn choose_lease_id<R: AsyncRuntime>(proposal: &mut pb::Proposal) {
 
 pub(crate) struct Batcher<R: AsyncRuntime> {
     queue: Queue<R, Waiting<R>>,
-    metrics: Arc<Metrics>,
 }
 
 impl<R: AsyncRuntime> Batcher<R> {
-    pub(crate) fn new(metrics: Arc<Metrics>) -> (Proposer<R>, Self) {
+    pub(crate) fn new(metrics: Arc<Metrics>, timeout: Duration) -> (Proposer<R>, Self) {
         let (sender, queue) = R::Mpsc::channel(MAX_WAITING_PROPOSALS);
         (
             Proposer {
                 queue: sender,
                 taken: Arc::default(),
-                metrics: metrics.clone(),
+                metrics,
+                timeout,
             },
-            Self { queue, metrics },
+            Self { queue },
         )
     }
 
-    pub(crate) async fn run(
-        mut self,
-        raft: Raft<Types<R>, StateMachine<R>>,
-        wall_clock_unix_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
-        stop: Stop<R>,
-    ) {
-        let (done, mut answered) = R::Mpsc::channel::<()>(MAX_ENTRIES_IN_FLIGHT);
+    pub(crate) async fn run(mut self, router: Arc<Router<R>>, stop: Stop<R>) {
+        let (done, mut answered) = R::Mpsc::channel::<()>(MAX_FORWARDS_IN_FLIGHT);
         let mut in_flight = 0;
         let mut left_over = None;
         loop {
-            let turn = self.next(&mut left_over, &mut answered, &mut in_flight);
+            let turn = self.next(&mut left_over, &mut answered, &mut in_flight, &router);
             let Some(Some(first)) = stop.or(turn).await else {
                 break;
             };
-            let (proposals, tellers) = self.collect(first, &mut left_over);
-            let batch = pb::Batch {
-                format: BATCH_FORMAT,
-                leader_time_unix_ms: wall_clock_unix_ms(),
-                proposals,
-                ..pb::Batch::default()
-            };
-            let command = Command::new(batch.encode_to_vec());
-            add(&self.metrics.entries_proposed_total, 1);
-            let (responder, answer) = ProgressResponder::complete_only();
-            let sent = raft.client_write_ff(command, Some(responder)).await;
-            if sent.is_err() {
-                tell_all(tellers, || Err(ProposeError::Stopped));
-                break;
-            }
+            let batch = self.collect(first, &mut left_over);
             in_flight += 1;
-            let (done, metrics) = (done.clone(), self.metrics.clone());
+            let (done, router, stop) = (done.clone(), router.clone(), stop.clone());
+            // Submitted here, so that entries keep the order of the queue.
+            let submitted = if router.leads() {
+                Ok(router.entries.submit(batch).await)
+            } else {
+                Err(batch)
+            };
             spawn::<R>(async move {
-                let answer = answer.await;
-                // The next entry need not wait until everyone is told.
-                let _stopped = done.send(()).await;
-                match answer {
-                    Ok(Ok(response)) => {
-                        tell_results(tellers, response.log_id.leader_id.term, response.data)
-                    }
-                    Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
-                        let leader = leader_of(forward);
-                        tell_all(tellers, || {
-                            Err(ProposeError::NotLeader {
-                                leader: leader.clone(),
-                            })
-                        });
-                    }
-                    // Discarded, or the replica stops: it may be committed yet.
-                    Ok(Err(_)) | Err(_) => {
-                        add(&metrics.proposals_unknown_total, tellers.len());
-                        tell_all(tellers, || Err(ProposeError::Unknown));
-                    }
+                let left = match submitted {
+                    Ok(submitted) => submitted.settle(&done).await,
+                    Err(batch) => Some(batch),
+                };
+                if let Some(batch) = left {
+                    router.route(batch, &stop).await;
+                    let _stopped = done.send(()).await;
                 }
             });
         }
         // Those still queued were never proposed.
         while let Ok(waiting) = self.queue.try_recv() {
-            let _gone = waiting.teller.send(Err(ProposeError::Stopped));
+            waiting.tell(Err(ProposeError::Stopped));
         }
     }
 
@@ -212,11 +309,18 @@ impl<R: AsyncRuntime> Batcher<R> {
         left_over: &mut Option<Waiting<R>>,
         answered: &mut Queue<R, ()>,
         in_flight: &mut usize,
+        router: &Router<R>,
     ) -> Option<Waiting<R>> {
         loop {
-            while *in_flight >= MAX_ENTRIES_IN_FLIGHT {
+            let limit = if router.leads() {
+                MAX_ENTRIES_IN_FLIGHT
+            } else {
+                MAX_FORWARDS_IN_FLIGHT
+            };
+            if *in_flight >= limit {
                 answered.recv().await?;
                 *in_flight -= 1;
+                continue;
             }
             if let Some(waiting) = left_over.take() {
                 return Some(waiting);
@@ -233,11 +337,10 @@ impl<R: AsyncRuntime> Batcher<R> {
         &mut self,
         first: Waiting<R>,
         left_over: &mut Option<Waiting<R>>,
-    ) -> (Vec<pb::Proposal>, Vec<(Teller<R>, Place)>) {
+    ) -> Vec<Waiting<R>> {
         let mut bytes = first.bytes;
-        let mut proposals = vec![first.proposal];
-        let mut tellers = vec![(first.teller, first.place)];
-        while proposals.len() < MAX_BATCH_PROPOSALS {
+        let mut batch = vec![first];
+        while batch.len() < MAX_BATCH_PROPOSALS {
             let Ok(next) = self.queue.try_recv() else {
                 break;
             };
@@ -246,11 +349,128 @@ impl<R: AsyncRuntime> Batcher<R> {
                 break;
             }
             bytes += next.bytes;
-            proposals.push(next.proposal);
-            tellers.push((next.teller, next.place));
+            batch.push(next);
         }
-        (proposals, tellers)
+        batch
     }
+}
+
+/// Makes log entries of batches, on the leader.
+pub(crate) struct Entries<R: AsyncRuntime> {
+    pub(crate) raft: Raft<Types<R>, StateMachine<R>>,
+    pub(crate) wall_clock_unix_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+/// An entry on its way.
+pub(crate) struct Submitted<R: AsyncRuntime> {
+    batch: Vec<Waiting<R>>,
+    command: Command,
+    answer: Option<OneshotReceiverOf<R, ClientWriteResult<Types<R>>>>,
+    metrics: Arc<Metrics>,
+}
+
+type OneshotReceiverOf<R, T> = <<R as AsyncRuntime>::Oneshot as Oneshot>::Receiver<T>;
+
+impl<R: AsyncRuntime> Entries<R> {
+    pub(crate) async fn submit(&self, mut batch: Vec<Waiting<R>>) -> Submitted<R> {
+        let origins = (0_u32..)
+            .zip(&batch)
+            .filter_map(|(place, waiting)| {
+                let (replica_id, request_id) = waiting.origin?;
+                Some(Origin {
+                    place,
+                    replica_id,
+                    request_id,
+                })
+            })
+            .collect();
+        let proposals = batch
+            .iter_mut()
+            .map(|waiting| std::mem::take(&mut waiting.proposal))
+            .collect();
+        let encoded = pb::Batch {
+            format: BATCH_FORMAT,
+            leader_time_unix_ms: (self.wall_clock_unix_ms)(),
+            proposals,
+            ..pb::Batch::default()
+        }
+        .encode_to_vec();
+        let command = Command {
+            batch: encoded.into(),
+            origins,
+        };
+        add(&self.metrics.entries_proposed_total, 1);
+        let (responder, answer) = ProgressResponder::complete_only();
+        let sent = self
+            .raft
+            .client_write_ff(command.clone(), Some(responder))
+            .await;
+        Submitted {
+            batch,
+            command,
+            answer: sent.is_ok().then_some(answer),
+            metrics: self.metrics.clone(),
+        }
+    }
+}
+
+impl<R: AsyncRuntime> Submitted<R> {
+    /// Tells everyone what came of it; hands the batch back when it was refused before anything was proposed.
+    pub(crate) async fn settle(
+        self,
+        done: &<R::Mpsc as Mpsc>::Sender<()>,
+    ) -> Option<Vec<Waiting<R>>> {
+        let Some(answer) = self.answer else {
+            for waiting in self.batch {
+                waiting.tell(Err(ProposeError::Stopped));
+            }
+            let _stopped = done.send(()).await;
+            return None;
+        };
+        let deadline = self.batch.first().map(|waiting| waiting.deadline);
+        let answer = match deadline {
+            Some(deadline) => R::timeout_at(deadline, answer).await,
+            None => Ok(answer.await),
+        };
+        match answer {
+            Ok(Ok(Ok(response))) => {
+                // The next entry need not wait until everyone is told.
+                let _stopped = done.send(()).await;
+                tell_results(self.batch, response.log_id, response.data);
+                return None;
+            }
+            // Only this error says that nothing was proposed. A discarded entry may be committed yet.
+            Ok(Ok(Err(ClientWriteError::ForwardToLeader(_)))) => {
+                return Some(restore(self.batch, &self.command));
+            }
+            Ok(Ok(Err(_)) | Err(_)) => {
+                add(&self.metrics.proposals_unknown_total, self.batch.len());
+                for waiting in self.batch {
+                    waiting.tell(Err(ProposeError::Unknown));
+                }
+            }
+            Err(_) => {
+                add(&self.metrics.proposals_unknown_total, self.batch.len());
+                for waiting in self.batch {
+                    waiting.tell(Err(ProposeError::Timeout));
+                }
+            }
+        }
+        let _stopped = done.send(()).await;
+        None
+    }
+}
+
+/// Gives the proposals back to those who wait for them.
+fn restore<R: AsyncRuntime>(mut batch: Vec<Waiting<R>>, command: &Command) -> Vec<Waiting<R>> {
+    let proposals = pb::Batch::decode(command.batch.clone())
+        .map(|batch| batch.proposals)
+        .unwrap_or_default();
+    for (waiting, proposal) in batch.iter_mut().zip(proposals) {
+        waiting.proposal = proposal;
+    }
+    batch
 }
 
 pub(crate) fn leader_of<R: AsyncRuntime>(
@@ -259,25 +479,23 @@ pub(crate) fn leader_of<R: AsyncRuntime>(
     forward.leader_id.zip(forward.leader_node)
 }
 
-fn tell_all<S: OneshotSender<Told>>(tellers: Vec<(S, Place)>, told: impl Fn() -> Told) {
-    for (teller, _place) in tellers {
-        // Whoever asked may be gone.
-        let _gone = teller.send(told());
-    }
-}
-
-fn tell_results<S: OneshotSender<Told>>(tellers: Vec<(S, Place)>, term: u64, answer: Answer) {
+fn tell_results<R: AsyncRuntime>(
+    batch: Vec<Waiting<R>>,
+    log_id: clustermesh_store::LogId,
+    answer: Answer,
+) {
     let compact_revision = answer.compact_revision;
     let mut results = answer.results.into_iter();
-    for (teller, _place) in tellers {
+    for waiting in batch {
         let told = results.next().map_or(Err(ProposeError::Unknown), |result| {
             Ok(Committed {
                 outcome: result.result,
                 revision: result.revision,
                 compact_revision,
-                term,
+                term: log_id.leader_id.term,
+                index: log_id.index,
             })
         });
-        let _gone = teller.send(told);
+        waiting.tell(told);
     }
 }

@@ -37,6 +37,34 @@ pub(crate) const MAX_EXPIRED_LEASES_PER_ENTRY: usize = 1000;
 pub(crate) const LEASE_RETRY_MS: u64 = 500;
 /// One chunk of a snapshot, bytes.
 pub(crate) const SNAPSHOT_CHUNK_BYTES: usize = 256 << 10;
+/// Batches on their way to the leader at once.
+pub(crate) const MAX_FORWARDS_IN_FLIGHT: usize = 8;
+/// Members of a group, learners among them.
+pub(crate) const MAX_MEMBERS: usize = 9;
+/// Learners of a group.
+pub(crate) const MAX_LEARNERS: usize = 3;
+/// A learner this close to the leader's log has caught up, entries.
+pub(crate) const CAUGHT_UP_ENTRIES: u64 = 128;
+/// An answer to entries that is owed for longer ends the stream.
+pub(crate) const APPEND_TIMEOUT: Duration = Duration::from_secs(5);
+/// A follower's question for a read index; then the leader is looked for again.
+pub(crate) const READ_INDEX_TIMEOUT: Duration = Duration::from_secs(1);
+/// Wait before a leader is looked for again.
+pub(crate) const ROUTE_RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// An answer of a leader that was deposed may come so late.
+pub(crate) const LEADER_CHANGE_GRACE: Duration = Duration::from_millis(50);
+/// A snapshot's stream without progress ends after this and the time for its size.
+pub(crate) const SNAPSHOT_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// A receiver checks and loads a snapshot at least this fast, bytes/s.
+pub(crate) const SNAPSHOT_BYTES_PER_SECOND_MIN: u64 = 4 << 20;
+/// openraft's limit of one snapshot transfer: only ours counts.
+const SNAPSHOT_TIMEOUT_MS: u64 = 24 * 3600 * 1000;
+/// How often a replica that waits for its group asks the others.
+pub(crate) const BOOTSTRAP_POLL: Duration = Duration::from_millis(200);
+/// A removed replica stays so long, for a leader to hand over.
+pub(crate) const LEAVE_DELAY: Duration = Duration::from_millis(1000);
+/// How often the leader looks after its members.
+pub(crate) const MEMBERS_POLL: Duration = Duration::from_millis(250);
 /// How long a stopped replica waits for its log to close, ms.
 pub(crate) const CLOSE_TIMEOUT_MS: u64 = 5000;
 
@@ -67,8 +95,17 @@ impl Default for MemoryData {
     }
 }
 
+/// A replica that a new group begins with.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct InitialMember {
+    /// Its name, unique in the group.
+    pub name: String,
+    /// Where other replicas reach it.
+    pub peer_url: String,
+}
+
 /// Whether a new group begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Start {
     /// The data must be empty: a new group of this one replica begins.
     NewGroup,
@@ -76,6 +113,11 @@ pub enum Start {
     Existing,
     /// Goes on where there is data, else begins a new group.
     NewOrExisting,
+    /// Goes on where there is data, else begins a group with these replicas, itself among them by name. The one with the lowest name makes the
+    /// group once it has reached all.
+    Static(Vec<InitialMember>),
+    /// Goes on where there is data, else asks the group at one of these addresses for an id, and joins it.
+    Join(Vec<String>),
 }
 
 /// What the leader compacts by itself.
@@ -121,6 +163,8 @@ pub struct ReplicaConfig {
     pub heartbeat: Duration,
     /// A follower stands for election after this long without the leader, up to twice as long at random.
     pub election_timeout: Duration,
+    /// A proposal or read without answer after this long is given up.
+    pub request_timeout: Duration,
     /// How long start-up waits for a leader.
     pub start_timeout: Duration,
     /// A snapshot is taken after this many bytes of log. The log keeps up to three times as much.
@@ -141,6 +185,8 @@ impl ReplicaConfig {
             node: Node::default(),
             heartbeat: Duration::from_millis(100),
             election_timeout: Duration::from_secs(1),
+            // etcd's: 5 s and two election timeouts.
+            request_timeout: Duration::from_secs(7),
             start_timeout: Duration::from_secs(60),
             snapshot_log_bytes: 64 << 20,
             auto_compaction: AutoCompaction::default(),
@@ -167,6 +213,8 @@ impl ReplicaConfig {
             // Snapshots and purges go by bytes of log, see `maintenance`.
             snapshot_policy: openraft::SnapshotPolicy::Never,
             max_in_snapshot_log_to_keep: u64::MAX,
+            install_snapshot_timeout: SNAPSHOT_TIMEOUT_MS,
+            backoff: "50ms 100ms 200ms ...500ms".to_owned(),
             enable_pre_vote: Some(true),
             allow_log_reversion: Some(false),
             ..openraft::Config::default()

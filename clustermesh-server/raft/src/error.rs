@@ -3,6 +3,11 @@
 use clustermesh_core::{ApplyError, SnapshotError};
 use clustermesh_store::{LogId, Node, ReplicaId, StoreError};
 
+use crate::{
+    peer::refuse,
+    wire::{Refusal, refusal::Reason},
+};
+
 /// Why a proposal has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ProposeError {
@@ -15,6 +20,9 @@ pub enum ProposeError {
     /// The proposal may have been committed or not: it must not simply be sent again.
     #[error("the outcome is unknown: leadership changed while the proposal was under way")]
     Unknown,
+    /// There is no answer in time: the proposal may have been committed or not.
+    #[error("the outcome is unknown: no answer in time")]
+    Timeout,
     /// Too many proposals wait; nothing was proposed.
     #[error("{limit} proposals are waiting already; try again later")]
     QueueFull {
@@ -32,6 +40,33 @@ pub enum ProposeError {
     /// The replica has stopped.
     #[error("the replica has stopped")]
     Stopped,
+}
+
+impl ProposeError {
+    /// What another replica is told.
+    pub(crate) fn refusal(&self) -> Refusal {
+        let reason = match self {
+            Self::NotLeader { .. } => Reason::NotLeader,
+            Self::Unknown | Self::Timeout => Reason::UnknownOutcome,
+            Self::QueueFull { .. } => Reason::Busy,
+            Self::TooLarge { .. } => Reason::Invalid,
+            Self::Stopped => Reason::NotReady,
+        };
+        refuse(reason, self.to_string())
+    }
+}
+
+impl ReadError {
+    /// What another replica is told.
+    pub(crate) fn refusal(&self) -> Refusal {
+        let reason = match self {
+            Self::NotLeader { .. } => Reason::NotLeader,
+            Self::NoQuorum => Reason::NoQuorum,
+            Self::QueueFull { .. } => Reason::Busy,
+            Self::Stopped => Reason::NotReady,
+        };
+        refuse(reason, self.to_string())
+    }
 }
 
 /// Why a linearizable read cannot be served here.
@@ -106,6 +141,32 @@ pub enum StartError {
     NoLeader {
         /// How long was waited, seconds.
         seconds: u64,
+    },
+    /// The group has another replica under this name or address.
+    #[error(
+        "the group knows {name:?} at {peer_url} as replica {known:016x}, but this data folder is empty: an emptied replica must not come back under its old id; remove the old member (clustermesh member remove), then start this one with `join`"
+    )]
+    Emptied {
+        /// Name of this replica.
+        name: String,
+        /// Its address.
+        peer_url: String,
+        /// The id that the group knows.
+        known: ReplicaId,
+    },
+    /// The list of first members cannot be used.
+    #[error("initial_cluster: {0}")]
+    InitialCluster(String),
+    /// No member could be asked, or the group refuses.
+    #[error("cannot join the group: {0}")]
+    Join(String),
+    /// The group has removed this replica.
+    #[error(
+        "replica {id:016x} was removed from the group and cannot come back; empty its data folder and start it with `join` to add it as a new one"
+    )]
+    Removed {
+        /// Its id.
+        id: ReplicaId,
     },
     /// The first entry of the group was refused.
     #[error("the group could not be given its id: {0}")]

@@ -8,10 +8,16 @@ mod batcher;
 mod compaction;
 mod config;
 mod error;
+mod forward;
+#[cfg(test)]
+mod group_tests;
+mod identity;
 mod lease;
 mod maintenance;
+mod membership;
 mod metrics;
 mod network;
+mod peer;
 mod reads;
 mod replica;
 mod state_machine;
@@ -19,12 +25,16 @@ mod task;
 #[cfg(test)]
 mod test_support;
 mod watch;
+pub mod wire;
 
 pub use clustermesh_store::{Node, ReplicaId, SnapshotFile, StoreError};
-pub use config::{AutoCompaction, Data, MemoryData, ReplicaConfig, Start, wall_clock};
+pub use config::{
+    AutoCompaction, Data, InitialMember, MemoryData, ReplicaConfig, Start, wall_clock,
+};
 pub use error::{ProposeError, ReadError, StartError, WatchEnd};
+pub use membership::MemberError;
 pub use metrics::Metrics;
-pub use network::{NoPeer, NoPeers};
+pub use peer::{NoPeers, PeerHandler, Target, Transport, TransportError};
 pub use replica::{Committed, LeaseTime, Member, Replica, Status};
 pub use state_machine::Answer;
 pub use watch::{EventFilter, WatchEvents, WatchItem, WatchSpec, Watcher};

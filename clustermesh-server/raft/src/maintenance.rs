@@ -10,6 +10,8 @@ use openraft::{
 
 use crate::{
     Types,
+    config::LEAVE_DELAY,
+    peer::Links,
     state_machine::{Progress, Shared, StateMachine},
     task::Stop,
 };
@@ -68,6 +70,43 @@ async fn purge<R: AsyncRuntime>(raft: &Raft<Types<R>, StateMachine<R>>, snapshot
         }
         Ok(None) => {}
         Err(error) => tracing::warn!(%error, "the log is not purged"),
+    }
+}
+
+/// Ends the replica once its group has removed it.
+pub(crate) async fn leave<R: AsyncRuntime>(
+    raft: Raft<Types<R>, StateMachine<R>>,
+    shared: Arc<Shared<R>>,
+    links: Arc<Links<R>>,
+    stop: Stop<R>,
+) {
+    let mut told = links.removed();
+    let mut metrics = raft.server_metrics();
+    loop {
+        if *told.borrow_watched() {
+            break;
+        }
+        let applied = shared.applied.read().state.is_removed_member(links.own);
+        if applied {
+            links.set_removed();
+            break;
+        }
+        let heard = stop.or(R::select2(told.changed(), metrics.changed())).await;
+        match heard {
+            Some(Select2::First(Ok(())) | Select2::Second(Ok(()))) => {}
+            _ => return,
+        }
+    }
+    // A leader that removed itself still has to hand over.
+    if stop.or(R::sleep(LEAVE_DELAY)).await.is_none() {
+        return;
+    }
+    tracing::error!(
+        replica = %format_args!("{:016x}", links.own),
+        "this replica was removed from its group and ends; empty its data folder before it joins again as a new one"
+    );
+    if let Err(error) = raft.shutdown().await {
+        tracing::error!(%error, "raft did not stop in order");
     }
 }
 

@@ -19,6 +19,8 @@ pub struct Metrics {
     pub entries_applied_total: AtomicU64,
     /// Bytes of applied commands.
     pub entry_bytes_applied_total: AtomicU64,
+    /// Batches forwarded to the leader.
+    pub forwards_total: AtomicU64,
     /// Linearizable reads asked for.
     pub linearizable_reads_total: AtomicU64,
     /// Rounds of ReadIndex that served them.

@@ -1,14 +1,18 @@
-//! Linearizable reads by ReadIndex, one round shared by all who wait.
+//! Linearizable reads by ReadIndex, one round shared by all who wait; the leader is asked where another replica leads.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use openraft::{
     Raft, ReadPolicy,
     async_runtime::{
-        AsyncRuntime, Mpsc, MpscReceiver, MpscSender, Oneshot, OneshotSender, Watch, WatchReceiver,
+        AsyncRuntime, Instant, Mpsc, MpscReceiver, MpscSender, Oneshot, OneshotSender, Watch,
+        WatchReceiver,
     },
     errors::{LinearizableReadError, RaftError},
 };
@@ -16,11 +20,13 @@ use openraft::{
 use crate::{
     Types,
     batcher::leader_of,
-    config::MAX_WAITING_READERS,
+    config::{MAX_WAITING_READERS, READ_INDEX_TIMEOUT, ROUTE_RETRY_PAUSE},
     error::ReadError,
+    forward::Router,
     metrics::{Metrics, add},
     state_machine::{Progress, StateMachine},
     task::{Stop, spawn},
+    wire::{ReadIndex, call_request::Call, call_response::Answer},
 };
 
 type Teller<R> = <<R as AsyncRuntime>::Oneshot as Oneshot>::Sender<Result<(), ReadError>>;
@@ -30,6 +36,8 @@ pub(crate) struct Readers<R: AsyncRuntime> {
     queue: <R::Mpsc as Mpsc>::Sender<Teller<R>>,
     waiting: Arc<AtomicUsize>,
     metrics: Arc<Metrics>,
+    raft: Raft<Types<R>, StateMachine<R>>,
+    progress: <R::Watch as Watch>::Receiver<Progress>,
 }
 
 impl<R: AsyncRuntime> Clone for Readers<R> {
@@ -38,6 +46,8 @@ impl<R: AsyncRuntime> Clone for Readers<R> {
             queue: self.queue.clone(),
             waiting: self.waiting.clone(),
             metrics: self.metrics.clone(),
+            raft: self.raft.clone(),
+            progress: self.progress.clone(),
         }
     }
 }
@@ -67,6 +77,18 @@ impl<R: AsyncRuntime> Readers<R> {
             .map_err(|_| ReadError::Stopped)?;
         answer.await.unwrap_or(Err(ReadError::Stopped))
     }
+
+    /// The index that a read must wait for, if this replica leads.
+    pub(crate) async fn leader_index(&self) -> Result<u64, ReadError> {
+        leader_index(&self.raft).await
+    }
+
+    /// Returns once this index is applied here.
+    pub(crate) async fn wait_applied(&self, index: u64) -> Result<(), ReadError> {
+        let mut progress = self.progress.clone();
+        let applied = progress.wait_until(|progress| progress.next_index > index);
+        applied.await.map(drop).map_err(|_| ReadError::Stopped)
+    }
 }
 
 pub(crate) struct ReadIndexer<R: AsyncRuntime> {
@@ -75,24 +97,25 @@ pub(crate) struct ReadIndexer<R: AsyncRuntime> {
 }
 
 impl<R: AsyncRuntime> ReadIndexer<R> {
-    pub(crate) fn new(metrics: Arc<Metrics>) -> (Readers<R>, Self) {
+    pub(crate) fn new(
+        metrics: Arc<Metrics>,
+        raft: Raft<Types<R>, StateMachine<R>>,
+        progress: <R::Watch as Watch>::Receiver<Progress>,
+    ) -> (Readers<R>, Self) {
         let (sender, queue) = R::Mpsc::channel(MAX_WAITING_READERS);
         (
             Readers {
                 queue: sender,
                 waiting: Arc::default(),
                 metrics: metrics.clone(),
+                raft,
+                progress,
             },
             Self { queue, metrics },
         )
     }
 
-    pub(crate) async fn run(
-        mut self,
-        raft: Raft<Types<R>, StateMachine<R>>,
-        progress: <R::Watch as Watch>::Receiver<Progress>,
-        stop: Stop<R>,
-    ) {
+    pub(crate) async fn run(mut self, router: Arc<Router<R>>, timeout: Duration, stop: Stop<R>) {
         while let Some(Some(first)) = stop.or(self.queue.recv()).await {
             let mut tellers = vec![first];
             while let Ok(next) = self.queue.try_recv() {
@@ -100,24 +123,23 @@ impl<R: AsyncRuntime> ReadIndexer<R> {
             }
             add(&self.metrics.read_index_rounds_total, 1);
             // Those who come while this round runs share the next one: this round's index may be older than they are.
-            let Some(round) = stop.or(raft.get_read_log_id(ReadPolicy::ReadIndex)).await else {
+            let Some(round) = stop.or(read_index(&router, timeout)).await else {
                 return;
             };
-            let needed = match round {
-                Ok((read_log_id, _)) => read_log_id.index() + 1,
+            let index = match round {
+                Ok(index) => index,
                 Err(error) => {
-                    let error = read_error(error);
                     tell_all(tellers, &Err(error));
                     continue;
                 }
             };
-            if progress.borrow_watched().next_index >= needed {
+            if router.progress.borrow_watched().next_index > index {
                 tell_all(tellers, &Ok(()));
                 continue;
             }
-            let (mut progress, stop) = (progress.clone(), stop.clone());
+            let (mut progress, stop) = (router.progress.clone(), stop.clone());
             spawn::<R>(async move {
-                let applied = progress.wait_until(|progress| progress.next_index >= needed);
+                let applied = progress.wait_until(|progress| progress.next_index > index);
                 let told = match stop.or(applied).await {
                     Some(Ok(_)) => Ok(()),
                     Some(Err(_)) | None => Err(ReadError::Stopped),
@@ -126,6 +148,45 @@ impl<R: AsyncRuntime> ReadIndexer<R> {
             });
         }
     }
+}
+
+/// The index that a read must wait for, from whoever leads; tried again while leadership changes.
+async fn read_index<R: AsyncRuntime>(
+    router: &Router<R>,
+    timeout: Duration,
+) -> Result<u64, ReadError> {
+    let deadline = R::Instant::now() + timeout;
+    loop {
+        let question = Call::ReadIndex(ReadIndex {});
+        let told = match router
+            .ask_leader(&question, deadline, READ_INDEX_TIMEOUT)
+            .await
+        {
+            Ok(Some(Answer::ReadIndex(answer))) => return Ok(answer.index),
+            Ok(Some(_)) => Err(ReadError::NoQuorum),
+            Ok(None) => leader_index(&router.raft).await,
+            Err(error) => Err(error),
+        };
+        match told {
+            Ok(index) => return Ok(index),
+            Err(ReadError::Stopped) => return Err(ReadError::Stopped),
+            Err(error) if R::Instant::now() >= deadline => return Err(error),
+            Err(_) => {
+                router
+                    .other_leader(Some(router.own), ROUTE_RETRY_PAUSE)
+                    .await
+            }
+        }
+    }
+}
+
+async fn leader_index<R: AsyncRuntime>(
+    raft: &Raft<Types<R>, StateMachine<R>>,
+) -> Result<u64, ReadError> {
+    let round = raft.get_read_log_id(ReadPolicy::ReadIndex).await;
+    round
+        .map(|(read_log_id, _)| read_log_id.index())
+        .map_err(read_error)
 }
 
 fn tell_all<S: OneshotSender<Result<(), ReadError>>>(

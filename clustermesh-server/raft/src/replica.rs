@@ -1,12 +1,14 @@
 //! The handle of a running replica.
 
+mod bootstrap;
+mod recover;
 mod start;
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use clustermesh_core::{KvError, Outcome, State, pb};
-use clustermesh_store::{DataDir, MemoryLog, Node, ReplicaId, SledLog};
+use clustermesh_store::{MemoryLog, Node, ReplicaId, SledLog};
 use openraft::{
     Raft,
     async_runtime::{AsyncRuntime, Instant, WatchReceiver},
@@ -16,13 +18,20 @@ use parking_lot::Mutex;
 use crate::{
     Answer, Types,
     batcher::Proposer,
-    config::CLOSE_TIMEOUT_MS,
-    error::{ProposeError, ReadError},
+    config::{CLOSE_TIMEOUT_MS, ROUTE_RETRY_PAUSE},
+    error::{ProposeError, ReadError, StartError},
+    forward::Router,
+    membership::MemberError,
     metrics::Metrics,
+    peer::Bound,
     reads::Readers,
     state_machine::{Shared, StateMachine},
     task::Stopper,
     watch::{Hub, WatchSpec, Watcher},
+    wire::{
+        self, MemberUpdate, call_request::Call, call_response::Answer as PeerAnswer,
+        member_change::Change,
+    },
 };
 
 /// A proposal that was committed and applied here.
@@ -36,6 +45,8 @@ pub struct Committed {
     pub compact_revision: i64,
     /// Raft term in which it was proposed.
     pub term: u64,
+    /// Place of its entry in the log.
+    pub index: u64,
 }
 
 /// A lease as the leader sees it.
@@ -89,6 +100,10 @@ pub struct Status {
     pub snapshot_index: u64,
     /// On the leader: how long ago a quorum answered it.
     pub last_quorum_ack: Option<Duration>,
+    /// Elsewhere: how long ago the leader was heard.
+    pub last_leader_contact: Option<Duration>,
+    /// Whether this replica does not vote.
+    pub is_learner: bool,
     /// Why the replica has stopped by itself, if it has.
     pub failure: Option<String>,
     /// All replicas.
@@ -100,16 +115,19 @@ enum LogHandle<R: AsyncRuntime> {
     Memory(MemoryLog),
 }
 
-struct Inner<R: AsyncRuntime> {
+pub(crate) struct Inner<R: AsyncRuntime> {
     replica_id: ReplicaId,
-    raft: Raft<Types<R>, StateMachine<R>>,
+    pub(crate) raft: Raft<Types<R>, StateMachine<R>>,
     shared: Arc<Shared<R>>,
     hub: Arc<Hub>,
+    bound: Arc<Bound<R>>,
+    router: Arc<Router<R>>,
+    timeout: Duration,
     proposer: Proposer<R>,
     readers: Readers<R>,
     stopper: Stopper<R>,
     /// Gone once the replica was shut down.
-    log: Mutex<Option<(LogHandle<R>, Option<DataDir>)>>,
+    log: Mutex<Option<LogHandle<R>>>,
 }
 
 impl<R: AsyncRuntime> Drop for Inner<R> {
@@ -120,7 +138,7 @@ impl<R: AsyncRuntime> Drop for Inner<R> {
 
 /// A running replica. Clones are handles of the same one; it ends with [`Replica::shutdown`].
 pub struct Replica<R: AsyncRuntime> {
-    inner: Arc<Inner<R>>,
+    pub(crate) inner: Arc<Inner<R>>,
 }
 
 impl<R: AsyncRuntime> Clone for Replica<R> {
@@ -142,10 +160,10 @@ impl<R: AsyncRuntime> Replica<R> {
         &self.inner.raft
     }
 
-    /// Proposes a change and waits until it is applied here. The id 0 of a lease grant is replaced by a random one.
+    /// Proposes a change, wherever the leader is, and waits until it is applied here. The id 0 of a lease grant is replaced by a random one.
     ///
     /// # Errors
-    /// [`ProposeError`]; only [`ProposeError::Unknown`] and [`ProposeError::Stopped`] leave open whether it was committed.
+    /// [`ProposeError`]; only [`ProposeError::Unknown`], [`ProposeError::Timeout`] and [`ProposeError::Stopped`] leave open whether it was committed.
     pub async fn propose(&self, proposal: pb::Proposal) -> Result<Committed, ProposeError> {
         self.inner.proposer.propose(proposal).await
     }
@@ -172,32 +190,136 @@ impl<R: AsyncRuntime> Replica<R> {
     /// Gives a lease its full TTL again, once leadership is confirmed; `None` when there is no such lease, or it is expiring.
     ///
     /// # Errors
-    /// [`ReadError`]: only the leader keeps leases alive.
+    /// [`ReadError`]: the leader keeps leases alive, and cannot be reached.
     pub async fn keep_alive(&self, id: i64) -> Result<Option<Duration>, ReadError> {
-        self.linearize().await?;
-        Ok(self.inner.shared.leases.renew(id))
+        let left = self.lease_time(id, true).await?;
+        Ok(left)
     }
 
-    /// A lease and the time that it has left; `None` when there is no such lease.
+    /// A lease and the time that it has left; `None` when there is no such lease. The leader knows it.
     ///
     /// # Errors
-    /// [`ReadError`]: only the leader knows.
+    /// [`ReadError`].
     pub async fn time_to_live(&self, id: i64) -> Result<Option<LeaseTime>, ReadError> {
         self.linearize().await?;
         let Some(view) = self.read(|state| state.lease(id)) else {
             return Ok(None);
         };
-        let remaining = self
-            .inner
-            .shared
-            .leases
-            .remaining(id)
-            .unwrap_or(Duration::ZERO);
+        let remaining = self.lease_time(id, false).await?.unwrap_or(Duration::ZERO);
         Ok(Some(LeaseTime {
             granted_ttl_s: view.granted_ttl_s,
             remaining,
             keys: view.keys,
         }))
+    }
+
+    async fn lease_time(&self, id: i64, keep_alive: bool) -> Result<Option<Duration>, ReadError> {
+        let inner = &self.inner;
+        let deadline = R::Instant::now() + inner.timeout;
+        let question = Call::LeaseTime(wire::LeaseTime { id, keep_alive });
+        loop {
+            match inner
+                .router
+                .ask_leader(&question, deadline, inner.timeout)
+                .await?
+            {
+                Some(PeerAnswer::LeaseTime(answer)) => {
+                    let left = u64::try_from(answer.remaining_ms).unwrap_or(0);
+                    return Ok(answer.found.then_some(Duration::from_millis(left)));
+                }
+                Some(_) => return Err(ReadError::NotLeader { leader: None }),
+                None => {}
+            }
+            self.linearize().await?;
+            // Leadership may have gone meanwhile.
+            if inner.shared.leases.is_leader() {
+                return Ok(if keep_alive {
+                    inner.shared.leases.renew(id)
+                } else {
+                    inner.shared.leases.remaining(id)
+                });
+            }
+            if R::Instant::now() >= deadline {
+                return Err(ReadError::NotLeader { leader: None });
+            }
+            inner
+                .router
+                .other_leader(Some(inner.replica_id), ROUTE_RETRY_PAUSE)
+                .await;
+        }
+    }
+
+    /// Adds a replica at `node.peer_url` as learner and returns its id; with `join_as_voter` it votes once it has caught up, and with `replaces` that
+    /// replica goes then.
+    ///
+    /// # Errors
+    /// [`MemberError`].
+    pub async fn add_member(&self, node: Node) -> Result<ReplicaId, MemberError> {
+        let add = Change::Add(clustermesh_store::wire::node_to_pb(&node));
+        self.inner.bound.members.change(add).await
+    }
+
+    /// Makes a voter of a learner that has caught up.
+    ///
+    /// # Errors
+    /// [`MemberError`].
+    pub async fn promote_member(&self, id: ReplicaId) -> Result<(), MemberError> {
+        let members = &self.inner.bound.members;
+        members.change(Change::Promote(id)).await.map(drop)
+    }
+
+    /// Removes a replica for good: its id is never used again.
+    ///
+    /// # Errors
+    /// [`MemberError`].
+    pub async fn remove_member(&self, id: ReplicaId) -> Result<(), MemberError> {
+        let members = &self.inner.bound.members;
+        members.change(Change::Remove(id)).await.map(drop)
+    }
+
+    /// Changes how a replica is described.
+    ///
+    /// # Errors
+    /// [`MemberError`].
+    pub async fn update_member(&self, id: ReplicaId, node: Node) -> Result<(), MemberError> {
+        let update = Change::Update(MemberUpdate {
+            id,
+            node: Some(clustermesh_store::wire::node_to_pb(&node)),
+        });
+        self.inner.bound.members.change(update).await.map(drop)
+    }
+
+    /// Moves leadership to a voter.
+    ///
+    /// # Errors
+    /// [`MemberError`].
+    pub async fn transfer_leader(&self, to: ReplicaId) -> Result<(), MemberError> {
+        let members = &self.inner.bound.members;
+        members.change(Change::TransferLeader(to)).await.map(drop)
+    }
+
+    /// Before a planned stop: if this replica leads, another voter that has the whole log takes over.
+    pub async fn resign(&self) {
+        let receiver = self.inner.raft.metrics();
+        let next = {
+            let metrics = receiver.borrow_watched();
+            if !metrics.state.is_leader() {
+                return;
+            }
+            let voters: Vec<ReplicaId> = metrics.membership_config.voter_ids().collect();
+            metrics.replication.as_ref().and_then(|replication| {
+                replication
+                    .iter()
+                    .filter(|(id, _)| **id != self.inner.replica_id && voters.contains(id))
+                    .max_by_key(|(_, matched)| matched.as_ref().map(|matched| matched.index))
+                    .map(|(id, _)| *id)
+            })
+        };
+        if let Some(next) = next
+            && let Err(error) = self.transfer_leader(next).await
+        {
+            tracing::warn!(%error, "leadership was not handed over, the others elect a leader");
+        }
     }
 
     /// Counters, for the process to export.
@@ -210,8 +332,8 @@ impl<R: AsyncRuntime> Replica<R> {
     #[must_use]
     pub fn status(&self) -> Status {
         let log_bytes = match &*self.inner.log.lock() {
-            Some((LogHandle::Sled(log), _)) => log.stats().bytes,
-            Some((LogHandle::Memory(log), _)) => log.stats().bytes,
+            Some(LogHandle::Sled(log)) => log.stats().bytes,
+            Some(LogHandle::Memory(log)) => log.stats().bytes,
             None => 0,
         };
         let receiver = self.inner.raft.metrics();
@@ -225,6 +347,16 @@ impl<R: AsyncRuntime> Replica<R> {
             .last_quorum_acked
             .map(|at| at.into_inner().elapsed());
         let last_quorum_ack = if alone { Some(Duration::ZERO) } else { stamped };
+        let last_leader_contact = metrics
+            .current_leader
+            .filter(|_| !is_leader)
+            .and_then(|leader| self.inner.shared.contact.age(leader));
+        let failure = if self.inner.bound.links.is_removed() {
+            let id = self.inner.replica_id;
+            Some(StartError::Removed { id }.to_string())
+        } else {
+            metrics.running_state.err().map(|error| error.to_string())
+        };
         Status {
             replica_id: self.inner.replica_id,
             cluster_id: applied.state.cluster_id(),
@@ -239,7 +371,9 @@ impl<R: AsyncRuntime> Replica<R> {
             log_bytes,
             snapshot_index: metrics.snapshot.map_or(0, |snapshot| snapshot.index),
             last_quorum_ack,
-            failure: metrics.running_state.err().map(|error| error.to_string()),
+            last_leader_contact,
+            is_learner: !voters.contains(&self.inner.replica_id),
+            failure,
             members: metrics
                 .membership_config
                 .nodes()
@@ -279,7 +413,7 @@ impl<R: AsyncRuntime> Replica<R> {
             tracing::error!(%error, "raft did not stop in order");
         }
         self.inner.stopper.stop();
-        let Some((log, data_dir)) = self.inner.log.lock().take() else {
+        let Some(log) = self.inner.log.lock().take() else {
             return;
         };
         if let LogHandle::Sled(log) = log {
@@ -294,7 +428,7 @@ impl<R: AsyncRuntime> Replica<R> {
                 tracing::warn!("the log is still in use by a task that has not ended");
             }
         }
-        drop(data_dir);
+        self.inner.bound.identity.close();
     }
 }
 

@@ -2,9 +2,13 @@
 
 use std::{io, sync::Arc};
 
-use clustermesh_core::{ProposalResult, SnapshotLoader, State, pb};
+use clustermesh_core::{
+    ApplyError, ProposalResult, SnapshotLoader, State, limits::BATCH_FORMAT, pb,
+    pb::proposal::Command,
+};
 use clustermesh_store::{
-    LogId, SnapshotFile, SnapshotMeta, SnapshotStore, StoreError, StoredMembership,
+    LogId, Membership, ReplicaId, SnapshotFile, SnapshotMeta, SnapshotStore, StoreError,
+    StoredMembership,
 };
 use futures_util::{Stream, TryStreamExt};
 use openraft::{
@@ -19,10 +23,14 @@ use prost::Message;
 
 use crate::{
     Types,
+    batcher::Waiting,
     config::SNAPSHOT_CHUNK_BYTES,
-    error::{EntryError, StartError},
+    error::{EntryError, ProposeError, StartError},
+    forward::Pending,
     lease::LeaseKeeper,
     metrics::{Metrics, add},
+    peer::Contact,
+    replica::Committed,
     watch::Publication,
 };
 
@@ -46,10 +54,25 @@ pub(crate) struct Applied {
     pub(crate) log_bytes: u64,
 }
 
+impl Applied {
+    /// What a snapshot holds.
+    pub(crate) fn new(state: State, meta: SnapshotMeta) -> Self {
+        Self {
+            state,
+            last: meta.last_log_id,
+            membership: meta.last_membership,
+            sequence: 0,
+            log_bytes: 0,
+        }
+    }
+}
+
 /// What apply and everyone who reads share.
 pub(crate) struct Shared<R: AsyncRuntime> {
     pub(crate) applied: RwLock<Applied>,
     pub(crate) leases: LeaseKeeper<R>,
+    pub(crate) pending: Arc<Pending<R>>,
+    pub(crate) contact: Contact<R>,
     pub(crate) metrics: Arc<Metrics>,
 }
 
@@ -71,12 +94,38 @@ pub(crate) struct StateMachine<R: AsyncRuntime> {
 }
 
 /// Reads a snapshot into a state.
-fn load(snapshot: &SnapshotFile) -> Result<State, StartError> {
+pub(crate) fn load(snapshot: &SnapshotFile) -> Result<State, StartError> {
     let mut loader = SnapshotLoader::new();
     for chunk in snapshot.read()? {
         loader.push(chunk?)?;
     }
     Ok(loader.finish()?)
+}
+
+/// Ids that leave the membership are never used again. Every replica sees this entry, so the state may change with it.
+pub(crate) fn remove_gone(
+    applied: &mut Applied,
+    membership: &Membership,
+    log_id: LogId,
+) -> Result<(), ApplyError> {
+    let gone = |id: &ReplicaId| membership.get_node(id).is_none();
+    let before = applied.membership.nodes().map(|(id, _)| *id);
+    let proposals: Vec<_> = before
+        .filter(gone)
+        .map(|member_id| pb::Proposal {
+            command: Some(Command::MemberRemoved(pb::MemberRemoved { member_id })),
+            ..pb::Proposal::default()
+        })
+        .collect();
+    if proposals.is_empty() {
+        return Ok(());
+    }
+    let batch = pb::Batch {
+        format: BATCH_FORMAT,
+        proposals,
+        ..pb::Batch::default()
+    };
+    applied.state.apply(&batch, log_id.leader_id.term).map(drop)
 }
 
 impl<R: AsyncRuntime> StateMachine<R> {
@@ -86,22 +135,20 @@ impl<R: AsyncRuntime> StateMachine<R> {
         metrics: Arc<Metrics>,
         hub: <R::Mpsc as Mpsc>::Sender<Publication>,
         progress: <R::Watch as Watch>::Sender<Progress>,
+        own: ReplicaId,
+        first_request_id: u64,
     ) -> Result<Self, StartError> {
         let current = snapshots.newest()?;
         let (state, meta) = match &current {
             Some(snapshot) => (load(snapshot)?, snapshot.meta().clone()),
             None => (State::new(), SnapshotMeta::default()),
         };
-        let applied = Applied {
-            state,
-            last: meta.last_log_id,
-            membership: meta.last_membership,
-            sequence: 0,
-            log_bytes: 0,
-        };
+        let applied = Applied::new(state, meta);
         let shared = Arc::new(Shared {
             applied: RwLock::new(applied),
             leases: LeaseKeeper::new(),
+            pending: Arc::new(Pending::new(own, first_request_id)),
+            contact: Contact::new(),
             metrics,
         });
         let current = Arc::new(Mutex::new(current));
@@ -163,6 +210,8 @@ impl<R: AsyncRuntime> StateMachine<R> {
             };
         }
         if let EntryPayload::Membership(membership) = &entry.payload {
+            remove_gone(&mut applied, membership, log_id)
+                .map_err(|reason| EntryError::Apply { log_id, reason })?;
             applied.membership = StoredMembership::new(Some(log_id), membership.clone());
         }
         applied.last = Some(log_id);
@@ -205,10 +254,15 @@ impl<R: AsyncRuntime> RaftStateMachine<Types<R>> for StateMachine<R> {
     {
         while let Some((entry, responder)) = entries.try_next().await? {
             let (answer, publication) = self.apply_entry(&entry)?;
+            let forwarded = match &entry.payload {
+                EntryPayload::Normal(command) => self.shared.pending.take(&command.origins),
+                EntryPayload::Blank | EntryPayload::Membership(_) => Vec::new(),
+            };
             if let Some(publication) = publication {
                 self.publish(publication).await?;
             }
             self.report();
+            answer_forwarded(forwarded, &answer, entry.log_id());
             if let Some(responder) = responder {
                 responder.send(answer);
             }
@@ -229,7 +283,13 @@ impl<R: AsyncRuntime> RaftStateMachine<Types<R>> for StateMachine<R> {
         meta: &SnapshotMeta,
         snapshot: SnapshotFile,
     ) -> Result<(), io::Error> {
-        let state = load(&snapshot).map_err(io::Error::other)?;
+        let state = if self.snapshots.is_memory() {
+            load(&snapshot)
+        } else {
+            let snapshot = snapshot.clone();
+            R::spawn_blocking(move || load(&snapshot)).await?
+        }
+        .map_err(io::Error::other)?;
         let sequence = {
             let mut applied = self.shared.applied.write();
             applied.state = state;
@@ -257,6 +317,29 @@ fn with_meta<R: AsyncRuntime>(snapshot: SnapshotFile) -> SnapshotOf<Types<R>, Sn
     openraft::Snapshot {
         meta: snapshot.meta().clone(),
         snapshot,
+    }
+}
+
+/// Tells those whose proposals this replica forwarded: it has applied them now.
+fn answer_forwarded<R: AsyncRuntime>(
+    forwarded: Vec<(u32, Waiting<R>)>,
+    answer: &Answer,
+    log_id: LogId,
+) {
+    for (place, waiting) in forwarded {
+        let result = usize::try_from(place)
+            .ok()
+            .and_then(|place| answer.results.get(place));
+        let told = result.map_or(Err(ProposeError::Unknown), |result| {
+            Ok(Committed {
+                outcome: result.result.clone(),
+                revision: result.revision,
+                compact_revision: answer.compact_revision,
+                term: log_id.leader_id.term,
+                index: log_id.index,
+            })
+        });
+        waiting.tell(told);
     }
 }
 

@@ -101,3 +101,41 @@ fn a_plain_store_has_no_peers() {
     .unwrap_err();
     assert!(error.to_string().contains("plain store"), "{error}");
 }
+
+#[test]
+fn a_replica_names_the_group_that_it_begins_or_joins() {
+    let section = |rest: &str| format!("{GOOD}\n[replica]\nname = \"r1\"\n{rest}");
+    let list =
+        r#"initial_cluster = ["r1=https://s1:2380", "r2=https://s2:2380", "r3=https://s3:2380"]"#;
+    let replica = load(&section(list)).unwrap().replica.unwrap();
+    assert_eq!(replica.own_peer_url(), "https://s1:2380");
+    assert!(
+        matches!(replica.start(), clustermesh_raft::Start::Static(members) if members.len() == 3)
+    );
+    let join = "peer_url = \"https://s4:2380\"\njoin = [\"https://s1:2380\"]";
+    let replica = load(&section(join)).unwrap().replica.unwrap();
+    assert!(matches!(replica.start(), clustermesh_raft::Start::Join(_)));
+    for (wrong, key) in [
+        ("", "replica.initial_cluster"),
+        ("join = [\"https://s1:2380\"]", "replica.peer_url"),
+        (
+            "initial_cluster = [\"r2=https://s2:2380\"]",
+            "replica.peer_url",
+        ),
+        (
+            "initial_cluster = [\"r1=http://s1:2380\"]",
+            "https://HOST:PORT",
+        ),
+        (
+            "initial_cluster = [\"r1=https://s1:2380\", \"r2=https://s2:2380\"]",
+            "1, 3 or 5",
+        ),
+        (
+            "election_timeout_ms = 100\ninitial_cluster = [\"r1=https://s1:2380\"]",
+            "replica.election_timeout_ms",
+        ),
+    ] {
+        let reason = load(&section(wrong)).unwrap_err().to_string();
+        assert!(reason.contains(key), "{wrong}: {reason}");
+    }
+}

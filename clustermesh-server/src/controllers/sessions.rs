@@ -30,6 +30,10 @@ pub async fn mark_unheard_stale(
     metrics: SessionMetrics,
     drain: Drain,
 ) {
+    if store.replica().status().members.len() > 1 {
+        // Sessions live at every replica, and this one cannot tell which of them are open elsewhere.
+        return;
+    }
     let start = Instant::now();
     let recorded = store.read(|state| StateView(state).list(SESSIONS_PREFIX.as_bytes()));
     for (grace, node, session) in unheard(recorded) {

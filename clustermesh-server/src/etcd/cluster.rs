@@ -2,10 +2,11 @@
 
 use clustermesh_api::etcd::rpc::cluster_server::Cluster;
 use clustermesh_api::etcd::rpc::{
-    MemberAddRequest, MemberAddResponse, MemberListRequest, MemberListResponse,
+    Member, MemberAddRequest, MemberAddResponse, MemberListRequest, MemberListResponse,
     MemberPromoteRequest, MemberPromoteResponse, MemberRemoveRequest, MemberRemoveResponse,
-    MemberUpdateRequest, MemberUpdateResponse,
+    MemberUpdateRequest, MemberUpdateResponse, ResponseHeader,
 };
+use clustermesh_raft::{MemberError, Node};
 use tonic::{Request, Response, Status};
 
 use crate::auth::Caller;
@@ -23,22 +24,48 @@ impl ClusterService {
         Self { store }
     }
 
-    /// etcd's error for a member that is not there.
-    fn check_member(&self, id: u64) -> Result<(), Status> {
-        let members = self.store.replica().status().members;
-        if members.iter().any(|member| member.id == id) {
-            Ok(())
-        } else {
-            Err(Status::not_found("etcdserver: member not found"))
-        }
+    fn header(&self) -> Option<ResponseHeader> {
+        Some(self.store.header(self.store.revision()))
+    }
+
+    fn members(&self) -> Vec<Member> {
+        self.store.members()
     }
 }
 
-/// etcd's error for a change that would leave the group without a quorum.
-fn not_enough_started() -> Status {
-    Status::failed_precondition(
-        "etcdserver: re-configuration failed due to not enough started members",
-    )
+/// etcd's code and text.
+fn status_of(error: &MemberError) -> Status {
+    let refused = |text: &str| Status::failed_precondition(text);
+    match error {
+        MemberError::NotFound => Status::not_found("etcdserver: member not found"),
+        MemberError::Exists => refused("etcdserver: Peer URLs already exists"),
+        MemberError::NotReady => {
+            refused("etcdserver: can only promote a learner member which is in sync with leader")
+        }
+        MemberError::NotLearner => refused("etcdserver: can only promote a learner member"),
+        MemberError::TooMany => refused("etcdserver: too many learner members in cluster"),
+        MemberError::NoQuorum => {
+            refused("etcdserver: re-configuration failed due to not enough started members")
+        }
+        MemberError::NoPeerPort => refused(&format!("clustermesh: {error}")),
+        MemberError::InProgress => Status::unavailable("etcdserver: unhealthy cluster"),
+        MemberError::NoLeader => Status::unavailable("etcdserver: no leader"),
+        MemberError::Unknown => Status::unavailable("etcdserver: request timed out"),
+        MemberError::Stopped => Status::unavailable("etcdserver: server stopped"),
+    }
+}
+
+/// The one address of a replica, as etcd checks it.
+fn peer_url(urls: Vec<String>) -> Result<String, Status> {
+    let invalid = || Status::invalid_argument("etcdserver: given member URLs are invalid");
+    let mut urls = urls.into_iter();
+    let url = urls.next().ok_or_else(invalid)?;
+    let uri: http::Uri = url.parse().map_err(|_| invalid())?;
+    // One is all that replicas use: a second would be dropped silently.
+    let usable = matches!(uri.scheme_str(), Some("http" | "https"))
+        && uri.port_u16().is_some()
+        && urls.next().is_none();
+    if usable { Ok(url) } else { Err(invalid()) }
 }
 
 #[tonic::async_trait]
@@ -48,7 +75,25 @@ impl Cluster for ClusterService {
         request: Request<MemberAddRequest>,
     ) -> Result<Response<MemberAddResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        Err(not_enough_started())
+        let request = request.into_inner();
+        let node = Node {
+            peer_url: peer_url(request.peer_ur_ls)?,
+            // A voter joins as learner too, and votes once it has caught up.
+            join_as_voter: !request.is_learner,
+            ..Node::default()
+        };
+        let id = self
+            .store
+            .replica()
+            .add_member(node)
+            .await
+            .map_err(|error| status_of(&error))?;
+        let members = self.members();
+        Ok(Response::new(MemberAddResponse {
+            header: self.header(),
+            member: members.iter().find(|member| member.id == id).cloned(),
+            members,
+        }))
     }
 
     async fn member_remove(
@@ -56,8 +101,15 @@ impl Cluster for ClusterService {
         request: Request<MemberRemoveRequest>,
     ) -> Result<Response<MemberRemoveResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        self.check_member(request.get_ref().id)?;
-        Err(not_enough_started())
+        self.store
+            .replica()
+            .remove_member(request.get_ref().id)
+            .await
+            .map_err(|error| status_of(&error))?;
+        Ok(Response::new(MemberRemoveResponse {
+            header: self.header(),
+            members: self.members(),
+        }))
     }
 
     async fn member_update(
@@ -65,8 +117,27 @@ impl Cluster for ClusterService {
         request: Request<MemberUpdateRequest>,
     ) -> Result<Response<MemberUpdateResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        self.check_member(request.get_ref().id)?;
-        Err(not_enough_started())
+        let request = request.into_inner();
+        let peer_url = peer_url(request.peer_ur_ls)?;
+        let replica = self.store.replica();
+        let known = replica
+            .status()
+            .members
+            .into_iter()
+            .find(|member| member.id == request.id)
+            .ok_or_else(|| status_of(&MemberError::NotFound))?;
+        let node = Node {
+            peer_url,
+            ..known.node
+        };
+        replica
+            .update_member(request.id, node)
+            .await
+            .map_err(|error| status_of(&error))?;
+        Ok(Response::new(MemberUpdateResponse {
+            header: self.header(),
+            members: self.members(),
+        }))
     }
 
     async fn member_list(
@@ -86,10 +157,14 @@ impl Cluster for ClusterService {
         request: Request<MemberPromoteRequest>,
     ) -> Result<Response<MemberPromoteResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        let id = request.get_ref().id;
-        self.check_member(id)?;
-        Err(Status::failed_precondition(
-            "etcdserver: can only promote a learner member",
-        ))
+        self.store
+            .replica()
+            .promote_member(request.get_ref().id)
+            .await
+            .map_err(|error| status_of(&error))?;
+        Ok(Response::new(MemberPromoteResponse {
+            header: self.header(),
+            members: self.members(),
+        }))
     }
 }

@@ -10,6 +10,7 @@ use clustermesh_api::etcd::rpc::{
     MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
 };
 use clustermesh_core::State;
+use clustermesh_raft::MemberError;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -107,9 +108,17 @@ impl Maintenance for MaintenanceService {
             // etcd: moving it to where it is succeeds.
             return Ok(Response::new(MoveLeaderResponse::default()));
         }
-        Err(Status::failed_precondition(
-            "etcdserver: bad leader transferee",
-        ))
+        match self.store.replica().transfer_leader(target).await {
+            Ok(()) => Ok(Response::new(MoveLeaderResponse {
+                header: Some(self.store.header(self.store.revision())),
+            })),
+            Err(MemberError::NotFound) => Err(Status::failed_precondition(
+                "etcdserver: bad leader transferee",
+            )),
+            Err(error) => Err(Status::unavailable(format!(
+                "etcdserver: request timed out, leader transfer took too long ({error})"
+            ))),
+        }
     }
 
     async fn downgrade(

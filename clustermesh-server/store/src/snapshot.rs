@@ -138,6 +138,12 @@ impl SnapshotFile {
         &self.meta
     }
 
+    /// Whether it is kept in memory, where nothing blocks.
+    #[must_use]
+    pub fn is_memory(&self) -> bool {
+        matches!(self.content, Content::Memory(_))
+    }
+
     /// Size, bytes.
     pub fn size_bytes(&self) -> u64 {
         match &self.content {

@@ -6,4 +6,5 @@ mod agents;
 mod etcd;
 mod peering;
 mod process;
+mod replicas;
 mod support;

@@ -1,31 +1,30 @@
-//! Starting a replica: data, recovery, openraft, tasks, and the first entry of a new group.
+//! Starting a replica: data, recovery, openraft, tasks.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
-use clustermesh_core::{KvError, limits::FEATURE_LEVEL, pb, pb::proposal::Command};
-use clustermesh_store::{
-    DataDir, Identity, LogId, ReplicaId, SledLog, SnapshotFile, SnapshotStore,
-};
+use clustermesh_store::{DataDir, Identity, LogId, SledLog, SnapshotStore};
 use openraft::{
-    Raft, RaftNetworkFactory,
+    Raft,
     async_runtime::{AsyncRuntime, Mpsc, Watch},
-    network::NetSnapshot,
 };
 use parking_lot::Mutex;
 use rand::Rng;
 
-use super::{Inner, LogHandle, Replica};
+use super::{Inner, LogHandle, Replica, bootstrap};
 use crate::{
-    Types,
-    batcher::Batcher,
+    batcher::{Batcher, Entries},
     compaction,
     config::{
         Data, MAX_HUB_QUEUE_ENTRIES, MAX_WATCHER_QUEUE_ITEMS, MemoryData, ReplicaConfig, Start,
     },
     error::StartError,
+    forward::Router,
+    identity::{IdentityKeeper, Kept},
     lease, maintenance,
+    membership::Members,
     metrics::Metrics,
-    network::NoPeers,
+    network::Network,
+    peer::{Bound, Incoming, Links, NoPeers, PeerHandler, Transport},
     reads::ReadIndexer,
     state_machine::{Progress, StateMachine},
     task::{Stopper, spawn},
@@ -38,10 +37,10 @@ struct Opened<R: AsyncRuntime> {
     log: LogHandle<R>,
     purged: Option<LogId>,
     snapshots: SnapshotStore,
-    data_dir: Option<DataDir>,
+    kept: Kept,
 }
 
-fn random_id<R: AsyncRuntime>() -> u64 {
+pub(super) fn random_id<R: AsyncRuntime>() -> u64 {
     loop {
         let id = R::thread_rng().next_u64();
         if id != 0 {
@@ -50,27 +49,23 @@ fn random_id<R: AsyncRuntime>() -> u64 {
     }
 }
 
+/// Whether a replica lives in the data already.
+fn is_used(data: &Data) -> Result<bool, StartError> {
+    Ok(match data {
+        Data::Folder(path) => DataDir::is_used(path)?,
+        Data::Memory(data) => data.identity.lock().is_some(),
+    })
+}
+
+/// `new` is the identity of a replica that begins here; `None` where one must live already.
 fn open_folder<R: AsyncRuntime>(
     path: &Path,
-    start: Start,
+    new: Option<Identity>,
     cluster_name: &str,
 ) -> Result<Opened<R>, StartError> {
-    let create = match start {
-        Start::NewGroup => true,
-        Start::Existing => false,
-        Start::NewOrExisting => !DataDir::is_used(path)?,
-    };
-    let data_dir = if create {
-        DataDir::create(
-            path,
-            Identity {
-                replica_id: random_id::<R>(),
-                cluster_name: cluster_name.to_owned(),
-                cluster_id: 0,
-            },
-        )?
-    } else {
-        DataDir::open(path, cluster_name)?
+    let data_dir = match new {
+        Some(identity) => DataDir::create(path, identity)?,
+        None => DataDir::open(path, cluster_name)?,
     };
     let log = SledLog::open(&data_dir.log_path())?;
     Ok(Opened {
@@ -78,38 +73,61 @@ fn open_folder<R: AsyncRuntime>(
         purged: log.purged(),
         log: LogHandle::Sled(log),
         snapshots: SnapshotStore::folder(&data_dir.snapshots_path())?,
-        data_dir: Some(data_dir),
+        kept: Kept::Folder(data_dir),
     })
 }
 
 fn open_memory<R: AsyncRuntime>(
     data: &MemoryData,
-    start: Start,
-    cluster_name: &str,
+    new: Option<Identity>,
 ) -> Result<Opened<R>, StartError> {
     let mut kept = data.identity.lock();
     let refused = |reason: &str| StartError::Config {
         name: "start",
         reason: reason.into(),
     };
-    let identity = match (&*kept, start) {
-        (Some(_), Start::NewGroup) => return Err(refused("the data in memory is not empty")),
-        (None, Start::Existing) => return Err(refused("the data in memory holds no replica")),
-        (Some(identity), _) => identity.clone(),
-        (None, _) => Identity {
-            replica_id: random_id::<R>(),
-            cluster_name: cluster_name.to_owned(),
-            cluster_id: 0,
-        },
+    let identity = match (&*kept, new) {
+        (Some(_), Some(_)) => return Err(refused("the data in memory is not empty")),
+        (None, None) => return Err(refused("the data in memory holds no replica")),
+        (Some(identity), None) => identity.clone(),
+        (None, Some(identity)) => identity,
     };
     *kept = Some(identity.clone());
+    drop(kept);
     Ok(Opened {
         identity,
         purged: data.log.purged(),
         log: LogHandle::Memory(data.log.clone()),
         snapshots: data.snapshots.clone(),
-        data_dir: None,
+        kept: Kept::Memory(data.identity.clone()),
     })
+}
+
+async fn open<R: AsyncRuntime>(
+    config: &ReplicaConfig,
+    transport: &dyn Transport,
+) -> Result<Opened<R>, StartError> {
+    let fresh = |replica_id, cluster_id| Identity {
+        replica_id,
+        cluster_name: config.cluster_name.clone(),
+        cluster_id,
+    };
+    let used = is_used(&config.data)?;
+    let new = match &config.start {
+        Start::Existing => None,
+        Start::NewGroup => Some(fresh(random_id::<R>(), 0)),
+        _ if used => None,
+        Start::NewOrExisting | Start::Static(_) => Some(fresh(random_id::<R>(), 0)),
+        Start::Join(urls) => {
+            let (replica_id, cluster_id) =
+                bootstrap::ask_to_join::<R>(config, transport, urls).await?;
+            Some(fresh(replica_id, cluster_id))
+        }
+    };
+    match &config.data {
+        Data::Folder(path) => open_folder(path, new, &config.cluster_name),
+        Data::Memory(data) => open_memory(data, new),
+    }
 }
 
 impl<R: AsyncRuntime> Replica<R> {
@@ -118,24 +136,21 @@ impl<R: AsyncRuntime> Replica<R> {
     /// # Errors
     /// [`StartError`].
     pub async fn start(config: ReplicaConfig) -> Result<Self, StartError> {
-        Self::start_with(config, NoPeers).await
+        Self::start_with(config, Arc::new(NoPeers), &PeerHandler::default()).await
     }
 
-    /// Opens the data, recovers the state, begins a new group where there is none, and returns once a leader is known and
-    /// everything committed is applied.
+    /// Opens the data, recovers the state, begins or joins the group where there is none, and returns once a leader is known and everything
+    /// committed is applied. What other replicas send goes into `handler` from before this is called on.
     ///
     /// # Errors
-    /// [`StartError`]: the data cannot be used, a setting is wrong, or there is no leader in time.
-    pub async fn start_with<N>(config: ReplicaConfig, network: N) -> Result<Self, StartError>
-    where
-        N: RaftNetworkFactory<Types<R>>,
-        N::Network: NetSnapshot<Types<R>, SnapshotData = SnapshotFile>,
-    {
+    /// [`StartError`]: the data cannot be used, a setting is wrong, the group refuses this replica, or there is no leader in time.
+    pub async fn start_with(
+        config: ReplicaConfig,
+        transport: Arc<dyn Transport>,
+        handler: &PeerHandler<R>,
+    ) -> Result<Self, StartError> {
         let raft_config = Arc::new(config.raft()?);
-        let opened: Opened<R> = match &config.data {
-            Data::Folder(path) => open_folder(path, config.start, &config.cluster_name)?,
-            Data::Memory(data) => open_memory(data, config.start, &config.cluster_name)?,
-        };
+        let opened: Opened<R> = open(&config, &*transport).await?;
         let replica_id = opened.identity.replica_id;
         let metrics = Arc::new(Metrics::default());
         let (hub_sender, publications) = R::Mpsc::channel(MAX_HUB_QUEUE_ENTRIES);
@@ -145,6 +160,9 @@ impl<R: AsyncRuntime> Replica<R> {
             metrics.clone(),
             hub_sender,
             progress_sender,
+            replica_id,
+            // Far from the end, so that counting up does not reach it.
+            R::thread_rng().next_u64() >> 1,
         )?;
         if let Some(purged) = opened.purged
             && machine.last_applied().map(|last| last.index) < Some(purged.index)
@@ -164,6 +182,9 @@ impl<R: AsyncRuntime> Replica<R> {
         // Recovery applies entries already, so the hub must run before.
         spawn::<R>(distribute(hub.clone(), publications, stop.clone()));
 
+        let identity = Arc::new(IdentityKeeper::new(opened.kept, opened.identity.cluster_id));
+        let links = Arc::new(Links::new(transport, replica_id, identity.shared_id()));
+        let network = Network::new(links.clone());
         let started = match &opened.log {
             LogHandle::Sled(log) => {
                 Raft::new(replica_id, raft_config, network, log.clone(), machine).await
@@ -174,14 +195,44 @@ impl<R: AsyncRuntime> Replica<R> {
         };
         let raft = started.map_err(|error| StartError::Raft(error.to_string()))?;
 
-        let (proposer, batcher) = Batcher::new(metrics.clone());
-        let (readers, indexer) = ReadIndexer::new(metrics);
-        spawn::<R>(batcher.run(
-            raft.clone(),
-            config.wall_clock_unix_ms.clone(),
-            stop.clone(),
-        ));
-        spawn::<R>(indexer.run(raft.clone(), progress.clone(), stop.clone()));
+        let timeout = config.request_timeout;
+        let router = Arc::new(Router {
+            own: replica_id,
+            raft: raft.clone(),
+            links: links.clone(),
+            entries: Entries {
+                raft: raft.clone(),
+                wall_clock_unix_ms: config.wall_clock_unix_ms.clone(),
+                metrics: metrics.clone(),
+            },
+            pending: shared.pending.clone(),
+            progress: progress.clone(),
+        });
+        let (proposer, batcher) = Batcher::new(metrics.clone(), timeout);
+        let (readers, indexer) = ReadIndexer::new(metrics, raft.clone(), progress.clone());
+        let members = Members {
+            router: router.clone(),
+            shared: shared.clone(),
+            readers: readers.clone(),
+            timeout,
+            silence: 2 * config.election_timeout,
+        };
+        let bound = Arc::new(Bound {
+            own: replica_id,
+            cluster_name: config.cluster_name.clone(),
+            node: config.node.clone(),
+            raft: raft.clone(),
+            shared: shared.clone(),
+            proposer: proposer.clone(),
+            readers: readers.clone(),
+            identity,
+            links: links.clone(),
+            members: members.clone(),
+            incoming: Incoming::new(opened.snapshots.clone()),
+        });
+        handler.bind(&bound);
+        spawn::<R>(batcher.run(router.clone(), stop.clone()));
+        spawn::<R>(indexer.run(router.clone(), timeout, stop.clone()));
         spawn::<R>(maintenance::follow_leadership(
             raft.clone(),
             shared.clone(),
@@ -194,6 +245,12 @@ impl<R: AsyncRuntime> Replica<R> {
             config.snapshot_log_bytes,
             stop.clone(),
         ));
+        spawn::<R>(maintenance::leave(
+            raft.clone(),
+            shared.clone(),
+            links,
+            stop.clone(),
+        ));
         spawn::<R>(lease::expire(
             shared.clone(),
             proposer.clone(),
@@ -203,69 +260,33 @@ impl<R: AsyncRuntime> Replica<R> {
             config.auto_compaction,
             shared.clone(),
             proposer.clone(),
-            stop,
+            stop.clone(),
         ));
+        spawn::<R>(members.clone().run(stop.clone()));
+        if matches!(config.start, Start::Static(_) | Start::Join(_)) {
+            spawn::<R>(members.publish(config.node.clone(), stop));
+        }
 
         let inner = Inner {
             replica_id,
             raft,
             shared,
             hub,
+            bound,
+            router,
+            timeout,
             proposer,
             readers,
             stopper,
-            log: Mutex::new(Some((opened.log, opened.data_dir))),
+            log: Mutex::new(Some(opened.log)),
         };
         let replica = Self {
             inner: Arc::new(inner),
         };
-        if let Err(error) = replica.join_group(&config).await {
+        if let Err(error) = replica.enter_group(&config).await {
             replica.shutdown().await;
             return Err(error);
         }
         Ok(replica)
-    }
-
-    /// Begins the group if it never began, and waits until this replica is up to date.
-    async fn join_group(&self, config: &ReplicaConfig) -> Result<(), StartError> {
-        let raft = &self.inner.raft;
-        let failed = |error: &dyn std::fmt::Display| StartError::Raft(error.to_string());
-        if !raft
-            .is_initialized()
-            .await
-            .map_err(|error| failed(&error))?
-        {
-            let members: BTreeMap<ReplicaId, _> =
-                [(self.inner.replica_id, config.node.clone())].into();
-            raft.initialize(members)
-                .await
-                .map_err(|error| failed(&error))?;
-        }
-        raft.wait(Some(config.start_timeout))
-            .metrics(|metrics| metrics.current_leader.is_some(), "a leader")
-            .await
-            .map_err(|_| StartError::NoLeader {
-                seconds: config.start_timeout.as_secs(),
-            })?;
-        if !raft.is_leader() {
-            return Ok(());
-        }
-        self.linearize().await.map_err(|error| failed(&error))?;
-        if self.read(|state| state.cluster_id()) == 0 {
-            let command = Command::Bootstrap(pb::Bootstrap {
-                cluster_id: random_id::<R>(),
-                feature_level: FEATURE_LEVEL,
-            });
-            let refused = |reason: String| StartError::Bootstrap(reason);
-            let committed = self
-                .propose(pb::Proposal::system(command))
-                .await
-                .map_err(|error| refused(error.to_string()))?;
-            match committed.outcome {
-                Ok(_) | Err(KvError::ClusterIdAlreadySet) => {}
-                Err(error) => return Err(refused(error.to_string())),
-            }
-        }
-        Ok(())
     }
 }

@@ -314,3 +314,38 @@ fn what_was_acknowledged_survives_a_sudden_end() {
         assert!(written > before);
     }
 }
+
+#[tokio::test]
+async fn a_new_group_from_lost_ones_data_has_new_ids_and_revisions() {
+    let dir = tempfile::tempdir().unwrap();
+    let replica = Replica::<R>::start(folder(dir.path())).await.unwrap();
+    let (id, cluster_id) = (replica.id(), replica.read(|state| state.cluster_id()));
+    for n in 0..20 {
+        replica
+            .propose(put(&format!("k{n}"), "v", 0))
+            .await
+            .unwrap();
+    }
+    replica.shutdown().await;
+    let node = clustermesh_store::Node::default();
+    Replica::<R>::force_new_cluster(dir.path(), "test", node)
+        .await
+        .unwrap();
+    let replica = Replica::<R>::start(folder(dir.path())).await.unwrap();
+    assert_ne!(replica.id(), id);
+    let status = replica.status();
+    assert_ne!(status.cluster_id, cluster_id);
+    assert_eq!(status.members.len(), 1);
+    let revision = 21 + 1_000_000_000;
+    assert_eq!(
+        (status.revision, status.compact_revision),
+        (revision, revision)
+    );
+    assert_eq!(value(&replica, "k19").unwrap(), "v");
+    let committed = replica.propose(put("more", "v", 0)).await.unwrap();
+    assert_eq!(committed.revision, revision + 1);
+    replica.shutdown().await;
+    let replica = Replica::<R>::start(folder(dir.path())).await.unwrap();
+    assert_eq!(value(&replica, "more").unwrap(), "v");
+    replica.shutdown().await;
+}

@@ -20,7 +20,7 @@ fn machine(snapshots: SnapshotStore) -> StateMachine<R> {
         while publications.recv().await.is_some() {}
     }));
     let progress = <R as AsyncRuntime>::Watch::channel(Progress::default()).0;
-    StateMachine::open(snapshots, Arc::default(), hub, progress).unwrap()
+    StateMachine::open(snapshots, Arc::default(), hub, progress, 1, 1).unwrap()
 }
 
 struct InMemory;

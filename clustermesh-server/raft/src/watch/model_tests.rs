@@ -177,6 +177,8 @@ proptest! {
         let shared = Arc::new(Shared::<R> {
             applied: RwLock::new(applied),
             leases: LeaseKeeper::new(),
+            pending: Arc::new(crate::forward::Pending::new(1, 1)),
+            contact: crate::peer::Contact::new(),
             metrics: metrics.clone(),
         });
         let hub = Arc::new(Hub::new(metrics, 1, MAX_QUEUE_ITEMS));

@@ -190,6 +190,7 @@ async fn cursors_come_in_their_place_and_existing_ones_first() {
             revision,
             synced: true,
             changes: change.into_iter().collect(),
+            ..pb::PeerCopy::default()
         };
         pb::Proposal::from(Command::PeerCopy(copy))
     };

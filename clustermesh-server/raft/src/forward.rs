@@ -1,0 +1,289 @@
+//! Finds the leader for what a replica cannot do alone: proposals go there, and are answered when they are applied here.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use clustermesh_store::{Node, Origin, ReplicaId};
+use openraft::{
+    Raft,
+    async_runtime::{AsyncRuntime, Instant, Mpsc, Select2, Watch, WatchReceiver},
+};
+use parking_lot::Mutex;
+
+use crate::{
+    Types,
+    batcher::{Entries, Told, Waiting},
+    config::{LEADER_CHANGE_GRACE, MAX_FORWARDS_IN_FLIGHT, ROUTE_RETRY_PAUSE},
+    error::{ProposeError, ReadError},
+    metrics::add,
+    peer::{CallError, Links, target},
+    state_machine::{Progress, StateMachine},
+    task::Stop,
+    wire::{Forward, ForwardedProposal, call_request::Call, call_response::Answer},
+};
+
+/// Proposals that were forwarded, until they are applied here.
+pub(crate) struct Pending<R: AsyncRuntime> {
+    own: ReplicaId,
+    waiting: Mutex<HashMap<u64, Waiting<R>>>,
+    next_request_id: AtomicU64,
+}
+
+impl<R: AsyncRuntime> Pending<R> {
+    /// `first_request_id` is random, so that entries of an earlier life are nobody's.
+    pub(crate) fn new(own: ReplicaId, first_request_id: u64) -> Self {
+        Self {
+            own,
+            waiting: Mutex::default(),
+            next_request_id: AtomicU64::new(first_request_id),
+        }
+    }
+
+    fn add(&self, waiting: Waiting<R>) -> u64 {
+        let request_id = self.next_request_id.fetch_add(1, Ordering::Relaxed);
+        self.waiting.lock().insert(request_id, waiting);
+        request_id
+    }
+
+    /// Who waits for this entry's proposals, by place.
+    pub(crate) fn take(&self, origins: &[Origin]) -> Vec<(u32, Waiting<R>)> {
+        if !origins.iter().any(|origin| origin.replica_id == self.own) {
+            return Vec::new();
+        }
+        let mut waiting = self.waiting.lock();
+        origins
+            .iter()
+            .filter(|origin| origin.replica_id == self.own)
+            .filter_map(|origin| Some((origin.place, waiting.remove(&origin.request_id)?)))
+            .collect()
+    }
+
+    /// Those not answered yet.
+    fn rest(&self, request_ids: &[u64]) -> Vec<Waiting<R>> {
+        let mut waiting = self.waiting.lock();
+        request_ids
+            .iter()
+            .filter_map(|request_id| waiting.remove(request_id))
+            .collect()
+    }
+
+    fn tell_rest(&self, request_ids: &[u64], told: &Told) -> usize {
+        let rest = self.rest(request_ids);
+        let count = rest.len();
+        for waiting in rest {
+            waiting.tell(told.clone());
+        }
+        count
+    }
+}
+
+/// Knows the leader.
+pub(crate) struct Router<R: AsyncRuntime> {
+    pub(crate) own: ReplicaId,
+    pub(crate) raft: Raft<Types<R>, StateMachine<R>>,
+    pub(crate) links: Arc<Links<R>>,
+    pub(crate) entries: Entries<R>,
+    pub(crate) pending: Arc<Pending<R>>,
+    pub(crate) progress: <R::Watch as Watch>::Receiver<Progress>,
+}
+
+impl<R: AsyncRuntime> Router<R> {
+    /// The leader as this replica knows it.
+    pub(crate) fn leader(&self) -> Option<(ReplicaId, Node)> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let leader = metrics.current_leader?;
+        let node = metrics.membership_config.membership().get_node(&leader);
+        Some((leader, node.cloned().unwrap_or_default()))
+    }
+
+    pub(crate) fn leads(&self) -> bool {
+        self.raft
+            .server_metrics()
+            .borrow_watched()
+            .state
+            .is_leader()
+    }
+
+    /// Waits until another replica leads than `leader`, a little while at most.
+    pub(crate) async fn other_leader(&self, leader: Option<ReplicaId>, most: Duration) {
+        let mut metrics = self.raft.server_metrics();
+        let changed = async move {
+            while metrics.borrow_and_update().current_leader == leader {
+                if metrics.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        // Either way the caller looks again.
+        let _changed_or_not = R::timeout(most, changed).await;
+    }
+
+    /// Proposes where the leader is; again only when surely nothing was proposed.
+    pub(crate) async fn route(&self, mut batch: Vec<Waiting<R>>, stop: &Stop<R>) {
+        let Some(deadline) = batch.first().map(|waiting| waiting.deadline) else {
+            return;
+        };
+        let (done, _unheard) = R::Mpsc::channel::<()>(MAX_FORWARDS_IN_FLIGHT);
+        loop {
+            let leader = self.leader();
+            if leader.as_ref().is_none_or(|(id, _)| *id != self.own) {
+                batch = refuse_foreign(batch, &leader);
+                if batch.is_empty() {
+                    return;
+                }
+            }
+            let refused = match &leader {
+                Some((id, _)) if *id == self.own => {
+                    self.entries.submit(batch).await.settle(&done).await
+                }
+                Some((id, node)) => self.forward(*id, node, batch, deadline, stop).await,
+                None => Some(batch),
+            };
+            let Some(left) = refused else {
+                return;
+            };
+            batch = left;
+            if R::Instant::now() >= deadline {
+                for waiting in batch {
+                    waiting.tell(Err(ProposeError::NotLeader {
+                        leader: leader.clone(),
+                    }));
+                }
+                return;
+            }
+            let pause = self.other_leader(leader.map(|(id, _)| id), ROUTE_RETRY_PAUSE);
+            if stop.or(pause).await.is_none() {
+                for waiting in batch {
+                    waiting.tell(Err(ProposeError::Stopped));
+                }
+                return;
+            }
+        }
+    }
+
+    /// Sends a batch to the leader; hands it back when nothing was proposed.
+    async fn forward(
+        &self,
+        leader: ReplicaId,
+        node: &Node,
+        batch: Vec<Waiting<R>>,
+        deadline: R::Instant,
+        stop: &Stop<R>,
+    ) -> Option<Vec<Waiting<R>>> {
+        add(&self.entries.metrics.forwards_total, 1);
+        let proposals: Vec<ForwardedProposal> = batch
+            .into_iter()
+            .map(|waiting| {
+                let proposal = Some(waiting.proposal.clone());
+                ForwardedProposal {
+                    request_id: self.pending.add(waiting),
+                    proposal,
+                }
+            })
+            .collect();
+        let ids: Vec<u64> = proposals
+            .iter()
+            .map(|proposal| proposal.request_id)
+            .collect();
+        let left = deadline.saturating_duration_since(R::Instant::now());
+        let target = target(leader, node);
+        let call = self
+            .links
+            .call(&target, Call::Forward(Forward { proposals }), left);
+        let deposed = async {
+            self.other_leader(Some(leader), left).await;
+            // The answer may be on its way.
+            R::sleep(LEADER_CHANGE_GRACE).await;
+        };
+        let answered = match stop.or(R::select2(call, deposed)).await {
+            Some(Select2::First(answered)) => answered,
+            Some(Select2::Second(())) => Err(CallError::Timeout(left)),
+            None => {
+                self.pending.tell_rest(&ids, &Err(ProposeError::Unknown));
+                return None;
+            }
+        };
+        match answered {
+            Ok(Answer::Forward(answer)) => {
+                let mut progress = self.progress.clone();
+                let applied = progress.wait_until(|progress| progress.next_index > answer.index);
+                let wait = R::timeout_at(deadline, applied);
+                let _stopped_or_late = stop.or(wait).await;
+                // Committed, but this replica took it over in a snapshot, or is too far behind.
+                self.unknown(&ids, ProposeError::Timeout);
+                None
+            }
+            Err(error) if error.nothing_happened() => {
+                tracing::debug!(leader, %error, "nothing was proposed, another leader is looked for");
+                Some(self.pending.rest(&ids))
+            }
+            Ok(_) | Err(_) => {
+                self.unknown(&ids, ProposeError::Unknown);
+                None
+            }
+        }
+    }
+
+    fn unknown(&self, ids: &[u64], error: ProposeError) {
+        let unknown = self.pending.tell_rest(ids, &Err(error));
+        add(&self.entries.metrics.proposals_unknown_total, unknown);
+    }
+
+    /// Asks the leader something that may be asked twice; `None` when this replica leads.
+    pub(crate) async fn ask_leader(
+        &self,
+        call: &Call,
+        deadline: R::Instant,
+        patience: Duration,
+    ) -> Result<Option<Answer>, ReadError> {
+        loop {
+            let leader = self.leader();
+            match &leader {
+                Some((id, _)) if *id == self.own => return Ok(None),
+                Some((id, node)) => {
+                    match self
+                        .links
+                        .call(&target(*id, node), call.clone(), patience)
+                        .await
+                    {
+                        Ok(answer) => return Ok(Some(answer)),
+                        Err(error) => {
+                            tracing::debug!(leader = id, %error, "the leader does not answer");
+                        }
+                    }
+                }
+                None => {}
+            }
+            if R::Instant::now() >= deadline {
+                return Err(ReadError::NotLeader { leader });
+            }
+            self.other_leader(leader.map(|(id, _)| id), ROUTE_RETRY_PAUSE)
+                .await;
+        }
+    }
+}
+
+/// What another replica forwarded goes no further: that replica looks for the leader itself.
+fn refuse_foreign<R: AsyncRuntime>(
+    batch: Vec<Waiting<R>>,
+    leader: &Option<(ReplicaId, Node)>,
+) -> Vec<Waiting<R>> {
+    let mut own = Vec::with_capacity(batch.len());
+    for waiting in batch {
+        if waiting.origin.is_some() {
+            waiting.tell(Err(ProposeError::NotLeader {
+                leader: leader.clone(),
+            }));
+        } else {
+            own.push(waiting);
+        }
+    }
+    own
+}

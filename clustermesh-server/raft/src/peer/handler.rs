@@ -1,0 +1,404 @@
+//! The receiving end: checks who speaks, and hands messages to the replica.
+
+use std::sync::{Arc, Weak};
+
+use clustermesh_store::{Node, ReplicaId, wire};
+use futures_util::{
+    FutureExt, StreamExt,
+    stream::{self, BoxStream},
+};
+use openraft::{
+    Raft,
+    async_runtime::{AsyncRuntime, Instant, WatchReceiver},
+    raft::TransferLeaderRequest,
+};
+use parking_lot::Mutex;
+
+use super::{
+    Incoming, Links, append_from_wire, append_result_to_wire, refuse, vote_answer_to_wire,
+    vote_from_wire,
+};
+use crate::{
+    Types,
+    batcher::Proposer,
+    identity::IdentityKeeper,
+    membership::Members,
+    reads::Readers,
+    state_machine::{Shared, StateMachine},
+    wire::{
+        AppendRequest, AppendResponse, CallRequest, CallResponse, Done, ForwardAnswer, Header,
+        HelloAnswer, JoinAnswer, LeaseTime, LeaseTimeAnswer, MemberChangeAnswer, ReadIndexAnswer,
+        Refusal, SnapshotAnswer, SnapshotOffsetAnswer, SnapshotPart, TransferLeader,
+        append_response, call_request::Call, call_response::Answer, refusal::Reason,
+    },
+};
+
+/// What a running replica answers with.
+pub(crate) struct Bound<R: AsyncRuntime> {
+    pub(crate) own: ReplicaId,
+    pub(crate) cluster_name: String,
+    pub(crate) node: Node,
+    pub(crate) raft: Raft<Types<R>, StateMachine<R>>,
+    pub(crate) shared: Arc<Shared<R>>,
+    pub(crate) proposer: Proposer<R>,
+    pub(crate) readers: Readers<R>,
+    pub(crate) identity: Arc<IdentityKeeper>,
+    pub(crate) links: Arc<Links<R>>,
+    pub(crate) members: Members<R>,
+    pub(crate) incoming: Incoming,
+}
+
+/// What other replicas send goes in here; clones serve the same replica. It refuses until the replica runs, and after it has ended.
+pub struct PeerHandler<R: AsyncRuntime> {
+    slot: Arc<Mutex<Weak<Bound<R>>>>,
+}
+
+impl<R: AsyncRuntime> Clone for PeerHandler<R> {
+    fn clone(&self) -> Self {
+        Self {
+            slot: self.slot.clone(),
+        }
+    }
+}
+
+impl<R: AsyncRuntime> Default for PeerHandler<R> {
+    fn default() -> Self {
+        Self {
+            slot: Arc::new(Mutex::new(Weak::new())),
+        }
+    }
+}
+
+impl<R: AsyncRuntime> std::fmt::Debug for PeerHandler<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PeerHandler")
+    }
+}
+
+fn not_ready() -> Refusal {
+    refuse(
+        Reason::NotReady,
+        "the replica has not begun yet, or it has ended",
+    )
+}
+
+fn invalid(reason: impl std::fmt::Display) -> Refusal {
+    refuse(Reason::Invalid, reason.to_string())
+}
+
+fn stopped(error: impl std::fmt::Display) -> Refusal {
+    refuse(Reason::NotReady, error.to_string())
+}
+
+impl<R: AsyncRuntime> PeerHandler<R> {
+    pub(crate) fn bind(&self, bound: &Arc<Bound<R>>) {
+        *self.slot.lock() = Arc::downgrade(bound);
+    }
+
+    fn bound(&self) -> Result<Arc<Bound<R>>, Refusal> {
+        self.slot.lock().upgrade().ok_or_else(not_ready)
+    }
+
+    /// Answers a question of another replica.
+    pub async fn call(&self, request: CallRequest) -> CallResponse {
+        let answered = match self.bound() {
+            Ok(bound) => bound.call(request).await,
+            Err(refusal) => Err(refusal),
+        };
+        CallResponse {
+            answer: Some(answered.unwrap_or_else(Answer::Refusal)),
+        }
+    }
+
+    /// Takes a leader's entries; the answers come in the order of the requests.
+    pub fn append(
+        &self,
+        mut requests: BoxStream<'static, AppendRequest>,
+    ) -> BoxStream<'static, AppendResponse> {
+        let handler = self.clone();
+        let opened = async move {
+            let opened = async {
+                let first = requests.next().await.ok_or_else(|| invalid("no request"))?;
+                let bound = handler.bound()?;
+                bound.check(first.header.as_ref())?;
+                let from = first.header.map_or(0, |header| header.from);
+                Ok((first, bound, from))
+            };
+            match opened.await {
+                Ok((first, bound, from)) => {
+                    let requests = stream::once(async move { first }).chain(requests);
+                    bound.append(from, requests.boxed())
+                }
+                Err(refusal) => {
+                    let answer = append_response::Answer::Refusal(refusal);
+                    stream::once(async move {
+                        AppendResponse {
+                            answer: Some(answer),
+                        }
+                    })
+                    .boxed()
+                }
+            }
+        };
+        opened.flatten_stream().boxed()
+    }
+
+    /// Takes a leader's snapshot and installs it.
+    pub async fn install_snapshot(&self, parts: BoxStream<'static, SnapshotPart>) -> CallResponse {
+        let installed = match self.bound() {
+            Ok(bound) => bound.install_snapshot(parts).await,
+            Err(refusal) => Err(refusal),
+        };
+        CallResponse {
+            answer: Some(installed.unwrap_or_else(Answer::Refusal)),
+        }
+    }
+}
+
+impl<R: AsyncRuntime> Bound<R> {
+    /// A message must be meant for this replica of this group, and come from one that was not removed.
+    fn check(&self, header: Option<&Header>) -> Result<(), Refusal> {
+        let header = header.ok_or_else(|| invalid("no header"))?;
+        if header.to != self.own {
+            return Err(refuse(
+                Reason::WrongReplica,
+                format!(
+                    "this is replica {:016x}, the message is for {:016x}; a data folder was replaced, or the address is another one's",
+                    self.own, header.to
+                ),
+            ));
+        }
+        self.check_removed(header.from)?;
+        self.identity
+            .check_or_adopt(header.cluster_id)
+            .map_err(|(reason, message)| refuse(reason, message))
+    }
+
+    fn check_removed(&self, from: ReplicaId) -> Result<(), Refusal> {
+        if self.shared.applied.read().state.is_removed_member(from) {
+            return Err(refuse(
+                Reason::Removed,
+                format!("replica {from:016x} was removed from the group"),
+            ));
+        }
+        Ok(())
+    }
+
+    async fn call(&self, request: CallRequest) -> Result<Answer, Refusal> {
+        let call = request.call.ok_or_else(|| invalid("no question"))?;
+        let header = request.header.as_ref();
+        match (&call, header) {
+            // Whoever asks this knows the address only.
+            (Call::Hello(_) | Call::Join(_), Some(header)) if header.to == 0 => {
+                self.check_removed(header.from)?;
+            }
+            _ => self.check(header)?,
+        }
+        let from = header.map_or(0, |header| header.from);
+        match call {
+            Call::Hello(_) => self.hello().await.map(Answer::Hello),
+            Call::Append(append) => {
+                let request = append_from_wire::<R>(append).map_err(invalid)?;
+                let mut results = Box::pin(self.raft.stream_append(stream::iter([request])));
+                let result = results.next().await.ok_or_else(not_ready)?;
+                let result = result.map_err(stopped)?;
+                if result.is_ok() {
+                    self.shared.contact.note(from);
+                }
+                Ok(Answer::Append(append_result_to_wire::<R>(&result)))
+            }
+            Call::Vote(vote) => {
+                let request = vote_from_wire::<R>(&vote).map_err(invalid)?;
+                let response = self.raft.vote(request).await.map_err(stopped)?;
+                Ok(Answer::Vote(vote_answer_to_wire::<R>(&response)))
+            }
+            Call::PreVote(vote) => {
+                let request = vote_from_wire::<R>(&vote).map_err(invalid)?;
+                let response = self.raft.pre_vote(request).await.map_err(stopped)?;
+                Ok(Answer::Vote(vote_answer_to_wire::<R>(&response)))
+            }
+            Call::TransferLeader(transfer) => self.transfer_leader(&transfer).await,
+            Call::Forward(forward) => {
+                let index = self
+                    .proposer
+                    .propose_forwarded(from, forward)
+                    .await
+                    .map_err(|error| error.refusal())?;
+                Ok(Answer::Forward(ForwardAnswer { index }))
+            }
+            Call::ReadIndex(_) => {
+                let index = self
+                    .readers
+                    .leader_index()
+                    .await
+                    .map_err(|error| error.refusal())?;
+                Ok(Answer::ReadIndex(ReadIndexAnswer { index }))
+            }
+            Call::SnapshotOffset(snapshot) => Ok(Answer::SnapshotOffset(SnapshotOffsetAnswer {
+                chunks: self.incoming.chunks(from, &snapshot),
+            })),
+            Call::LeaseTime(asked) => self.lease_time(asked).await.map(Answer::LeaseTime),
+            Call::MemberChange(change) => {
+                let (id, index) = self
+                    .members
+                    .change_here(change)
+                    .await
+                    .map_err(|error| error.refusal())?;
+                Ok(Answer::MemberChange(MemberChangeAnswer { id, index }))
+            }
+            Call::Join(join) => {
+                let node = join
+                    .node
+                    .as_ref()
+                    .map(wire::node_from_pb)
+                    .ok_or_else(|| invalid("no description of the replica that joins"))?;
+                let replica_id = self
+                    .members
+                    .join(node)
+                    .await
+                    .map_err(|error| error.refusal())?;
+                Ok(Answer::Join(JoinAnswer {
+                    replica_id,
+                    cluster_id: self.identity.cluster_id(),
+                }))
+            }
+        }
+    }
+
+    async fn hello(&self) -> Result<HelloAnswer, Refusal> {
+        let initialized = self.raft.is_initialized().await.map_err(stopped)?;
+        let metrics = self.raft.server_metrics();
+        let membership = metrics.borrow_watched().membership_config.clone();
+        Ok(HelloAnswer {
+            replica_id: self.own,
+            cluster_id: self.identity.cluster_id(),
+            cluster_name: self.cluster_name.clone(),
+            node: Some(wire::node_to_pb(&self.node)),
+            initialized,
+            membership: Some(wire::membership_to_pb(membership.membership())),
+        })
+    }
+
+    fn append(
+        self: Arc<Self>,
+        from: ReplicaId,
+        requests: BoxStream<'static, AppendRequest>,
+    ) -> BoxStream<'static, AppendResponse> {
+        let checking = self.clone();
+        // Ends at the first message that is not in order: the leader then begins a new stream.
+        let requests = requests
+            .map(move |request| {
+                checking.check(request.header.as_ref()).ok()?;
+                append_from_wire::<R>(request.append?).ok()
+            })
+            .take_while(|request| std::future::ready(request.is_some()))
+            .filter_map(std::future::ready);
+        let results = self.raft.stream_append(requests);
+        results
+            .map(move |result| {
+                let answer = match result {
+                    Ok(result) => {
+                        if result.is_ok() {
+                            self.shared.contact.note(from);
+                        }
+                        append_response::Answer::Append(append_result_to_wire::<R>(&result))
+                    }
+                    Err(error) => append_response::Answer::Refusal(stopped(error)),
+                };
+                AppendResponse {
+                    answer: Some(answer),
+                }
+            })
+            .boxed()
+    }
+
+    async fn transfer_leader(&self, transfer: &TransferLeader) -> Result<Answer, Refusal> {
+        let from = transfer
+            .from_leader
+            .as_ref()
+            .map(wire::vote_from_pb)
+            .ok_or_else(|| invalid("no vote"))?;
+        let last_log_id = transfer.last_log_id.as_ref().map(wire::log_id_from_pb);
+        let request = TransferLeaderRequest::new(from, transfer.to, last_log_id);
+        match self.raft.handle_transfer_leader(request).await {
+            Ok(Ok(())) => Ok(Answer::Done(Done {})),
+            Ok(Err(error)) => Err(refuse(Reason::Unspecified, error.to_string())),
+            Err(error) => Err(stopped(error)),
+        }
+    }
+
+    async fn lease_time(&self, asked: LeaseTime) -> Result<LeaseTimeAnswer, Refusal> {
+        let confirmed = self.readers.leader_index().await;
+        let index = confirmed.map_err(|error| error.refusal())?;
+        self.readers
+            .wait_applied(index)
+            .await
+            .map_err(|error| error.refusal())?;
+        let left = if asked.keep_alive {
+            self.shared.leases.renew(asked.id)
+        } else {
+            self.shared.leases.remaining(asked.id)
+        };
+        Ok(LeaseTimeAnswer {
+            found: left.is_some(),
+            remaining_ms: left.map_or(0, |left| {
+                i64::try_from(left.as_millis()).unwrap_or(i64::MAX)
+            }),
+        })
+    }
+
+    async fn install_snapshot(
+        &self,
+        mut parts: BoxStream<'static, SnapshotPart>,
+    ) -> Result<Answer, Refusal> {
+        let first = parts.next().await.and_then(|part| part.start);
+        let start = first.ok_or_else(|| invalid("a snapshot without beginning"))?;
+        self.check(start.header.as_ref())?;
+        let from = start.header.map_or(0, |header| header.from);
+        let vote = start
+            .vote
+            .as_ref()
+            .map(wire::vote_from_pb)
+            .ok_or_else(|| invalid("no vote"))?;
+        let snapshot = self.incoming.receive::<R>(from, start, parts).await?;
+        let snapshot = openraft::Snapshot {
+            meta: snapshot.meta().clone(),
+            snapshot,
+        };
+        let response = self
+            .raft
+            .install_full_snapshot(vote, snapshot)
+            .await
+            .map_err(stopped)?;
+        self.shared.contact.note(from);
+        Ok(Answer::Snapshot(SnapshotAnswer {
+            vote: Some(wire::vote_to_pb(&response.vote)),
+        }))
+    }
+}
+
+/// When a leader was last heard.
+pub(crate) struct Contact<R: AsyncRuntime> {
+    last: Mutex<Option<(ReplicaId, R::Instant)>>,
+}
+
+impl<R: AsyncRuntime> Contact<R> {
+    pub(crate) fn new() -> Self {
+        Self {
+            last: Mutex::new(None),
+        }
+    }
+
+    fn note(&self, leader: ReplicaId) {
+        *self.last.lock() = Some((leader, R::Instant::now()));
+    }
+
+    /// How long ago this leader was heard.
+    pub(crate) fn age(&self, leader: ReplicaId) -> Option<std::time::Duration> {
+        self.last
+            .lock()
+            .as_ref()
+            .filter(|(from, _)| *from == leader)
+            .map(|(_, at)| at.elapsed())
+    }
+}

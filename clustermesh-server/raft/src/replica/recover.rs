@@ -1,0 +1,180 @@
+//! A new group from the data of one replica, when the majority of the old one is gone for good.
+
+use std::{collections::BTreeMap, path::Path};
+
+use clustermesh_core::State;
+use clustermesh_store::{
+    DataDir, Identity, LogId, Membership, Node, ReplicaId, SledLog, SnapshotMeta, SnapshotStore,
+    StoreError, StoredMembership, Vote,
+};
+use openraft::{
+    EntryPayload,
+    async_runtime::AsyncRuntime,
+    entry::RaftEntry,
+    storage::{RaftLogReader, RaftLogStorage},
+};
+use prost::Message;
+
+use super::{Replica, start::random_id};
+use crate::{
+    Answer,
+    config::SNAPSHOT_CHUNK_BYTES,
+    error::StartError,
+    state_machine::{Applied, load, remove_gone},
+};
+
+/// What the revision grows by: clients of the old group have seen none so high.
+const REVISION_BUMP: i64 = 1_000_000_000;
+/// Entries read from the log at once.
+const READ_ENTRIES: u64 = 256;
+
+fn storage(error: impl std::fmt::Display) -> StartError {
+    StartError::Raft(error.to_string())
+}
+
+/// The state with everything that this replica knows to be committed.
+async fn recover_state<R: AsyncRuntime>(
+    log: &mut SledLog<R, Answer>,
+    snapshots: &SnapshotStore,
+) -> Result<(State, Option<LogId>), StartError> {
+    let newest = snapshots.newest()?;
+    let (state, meta) = match &newest {
+        Some(snapshot) => (load(snapshot)?, snapshot.meta().clone()),
+        None => (State::new(), SnapshotMeta::default()),
+    };
+    let mut applied = Applied::new(state, meta);
+    let committed = log.read_committed().await.map_err(storage)?;
+    let end = committed.map_or(0, |committed| committed.index + 1);
+    loop {
+        let next = applied.last.map_or(0, |last| last.index + 1);
+        let upto = end.min(next + READ_ENTRIES);
+        let entries = log
+            .try_get_log_entries(next..upto.max(next))
+            .await
+            .map_err(storage)?;
+        if entries.is_empty() {
+            break;
+        }
+        for entry in entries {
+            let log_id = entry.log_id();
+            if log_id.index != applied.last.map_or(0, |last| last.index + 1) {
+                return Err(StartError::Gap {
+                    purged: log_id,
+                    snapshot: format!("{:?}", applied.last),
+                });
+            }
+            match &entry.payload {
+                EntryPayload::Normal(command) => {
+                    let batch = clustermesh_core::pb::Batch::decode(command.batch.clone())
+                        .map_err(storage)?;
+                    let term = log_id.leader_id.term;
+                    applied.state.apply(&batch, term).map_err(storage)?;
+                }
+                EntryPayload::Membership(membership) => {
+                    remove_gone(&mut applied, membership, log_id).map_err(storage)?;
+                    applied.membership = StoredMembership::new(Some(log_id), membership.clone());
+                }
+                EntryPayload::Blank => {}
+            }
+            applied.last = Some(log_id);
+        }
+    }
+    Ok((applied.state, applied.last))
+}
+
+fn write_snapshot(
+    path: &Path,
+    state: State,
+    last: Option<LogId>,
+    replica_id: ReplicaId,
+    node: Node,
+) -> Result<(), StartError> {
+    let nodes: BTreeMap<ReplicaId, Node> = [(replica_id, node)].into();
+    let membership = Membership::new(vec![[replica_id].into()], nodes).map_err(storage)?;
+    let meta = SnapshotMeta {
+        last_log_id: last,
+        last_membership: StoredMembership::new(last, membership),
+    };
+    let mut writer = SnapshotStore::folder(path)?.create(meta)?;
+    let mut cursor = state.snapshot();
+    while let Some(chunk) = cursor.next_chunk(&state, SNAPSHOT_CHUNK_BYTES)? {
+        writer.chunk(chunk)?;
+    }
+    writer.finish()?;
+    Ok(())
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), StartError> {
+    std::fs::rename(from, to).map_err(|source| {
+        StartError::Store(StoreError::Io {
+            action: "rename",
+            path: from.to_owned(),
+            source,
+        })
+    })
+}
+
+impl<R: AsyncRuntime> Replica<R> {
+    /// Makes a group of one of the data in `path`: new ids of the group and of the replica, a revision that no client has seen, everything below it
+    /// compacted. Only for a group whose majority is lost for good: what this replica did not know to be committed is lost, and no other
+    /// replica of the old group may run again. The old log and snapshots stay beside the new ones, under `before-<group id>`.
+    ///
+    /// # Errors
+    /// [`StartError`]: the folder holds no replica, or cannot be read or written.
+    pub async fn force_new_cluster(
+        path: &Path,
+        cluster_name: &str,
+        node: Node,
+    ) -> Result<(), StartError> {
+        let mut data_dir = DataDir::open(path, cluster_name)?;
+        let mut log = SledLog::<R, Answer>::open(&data_dir.log_path())?;
+        let snapshots = SnapshotStore::folder(&data_dir.snapshots_path())?;
+        let (mut state, last) = recover_state(&mut log, &snapshots).await?;
+        let old = state.cluster_id();
+        let (replica_id, cluster_id) = (random_id::<R>(), random_id::<R>());
+        let before = state.revision();
+        state.recover(cluster_id, REVISION_BUMP).map_err(storage)?;
+        let revision = state.revision();
+        let fresh = path.join("snapshots.new");
+        write_snapshot(&fresh, state, last, replica_id, node)?;
+
+        let closed = log.closed();
+        drop(log);
+        while !closed.is_closed() {
+            R::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        let aside = path.join(format!("before-{old:016x}"));
+        std::fs::create_dir_all(&aside).map_err(|source| StoreError::Io {
+            action: "create folder",
+            path: aside.clone(),
+            source,
+        })?;
+        rename(&data_dir.log_path(), &aside.join("log"))?;
+        rename(&data_dir.snapshots_path(), &aside.join("snapshots"))?;
+        rename(&fresh, &data_dir.snapshots_path())?;
+        // Terms go on from the old ones: the next entry must come after the last.
+        let mut log = SledLog::<R, Answer>::open(&data_dir.log_path())?;
+        let term = last.map_or(0, |last| last.leader_id.term);
+        log.save_vote(&Vote::new(term, replica_id))
+            .await
+            .map_err(storage)?;
+        let closed = log.closed();
+        drop(log);
+        while !closed.is_closed() {
+            R::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        data_dir.set_identity(Identity {
+            replica_id,
+            cluster_name: cluster_name.to_owned(),
+            cluster_id,
+        })?;
+        tracing::warn!(
+            old_cluster_id = %format_args!("{old:016x}"),
+            cluster_id = %format_args!("{cluster_id:016x}"),
+            before,
+            revision,
+            "a new group begins from this replica's data"
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,257 @@
+//! Three real processes on loopback: the leader is killed, nothing that was acknowledged is lost.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clustermesh_api::etcd::rpc::cluster_client::ClusterClient;
+use clustermesh_api::etcd::rpc::maintenance_client::MaintenanceClient;
+use clustermesh_api::etcd::rpc::{MemberListRequest, StatusRequest, StatusResponse};
+use clustermesh_client::{Client, ClientConfig};
+use clustermesh_process::TlsPaths;
+
+use crate::support::{Pki, binary, client, put, soon};
+
+const REPLICAS: usize = 3;
+
+/// A free port; another process may take it until it is used, which shows at once.
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+struct Replica {
+    child: Option<Child>,
+    config: PathBuf,
+    address: SocketAddr,
+}
+
+impl Replica {
+    fn start(&mut self) {
+        let child = Command::new(binary())
+            .args(["--config".as_ref(), self.config.as_os_str()])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        self.child = Some(child);
+    }
+
+    /// kill -9.
+    fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+struct Group {
+    replicas: Vec<Replica>,
+    operator: TlsPaths,
+    _dir: tempfile::TempDir,
+}
+
+impl Group {
+    fn start(pki: &Pki) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let peers: Vec<u16> = (0..REPLICAS).map(|_| free_port()).collect();
+        let list: Vec<String> = (0..REPLICAS)
+            .zip(&peers)
+            .map(|(index, port)| format!("\"r{index}=https://127.0.0.1:{port}\""))
+            .collect();
+        let tls = pki.issue("server", "c1", "server");
+        let mut replicas: Vec<Replica> = (0..REPLICAS)
+            .zip(&peers)
+            .map(|(index, peer)| {
+                let port = free_port();
+                let text = format!(
+                    "data_dir = \"data{index}\"\nlisten_client = \"127.0.0.1:{port}\"\nlisten_admin = \"127.0.0.1:0\"\n\
+                     [replica]\nname = \"r{index}\"\nlisten_peer = \"127.0.0.1:{peer}\"\ninitial_cluster = [{}]\n\
+                     [cluster]\nname = \"c1\"\nid = 1\n[tls]\nca = {:?}\ncert = {:?}\nkey = {:?}\n",
+                    list.join(", "),
+                    tls.ca,
+                    tls.cert,
+                    tls.key
+                );
+                let config = dir.path().join(format!("r{index}.toml"));
+                std::fs::write(&config, text).unwrap();
+                Replica {
+                    child: None,
+                    config,
+                    address: SocketAddr::from(([127, 0, 0, 1], port)),
+                }
+            })
+            .collect();
+        replicas.iter_mut().for_each(Replica::start);
+        Self {
+            replicas,
+            operator: pki.issue("operator", "c1", "admin-c1"),
+            _dir: dir,
+        }
+    }
+
+    fn client(&self, index: usize) -> Client {
+        client(self.replicas[index].address, self.operator.clone())
+    }
+
+    /// A client of all replicas that moves on when its own fails, beginning with `first`.
+    fn client_of_all(&self, first: usize) -> Client {
+        let endpoints = (0..REPLICAS)
+            .map(|step| {
+                let address = self.replicas[(first + step) % REPLICAS].address;
+                format!("https://{address}")
+            })
+            .collect();
+        Client::new(&ClientConfig {
+            endpoints,
+            tls: Some(self.operator.clone()),
+            server_name: None,
+        })
+        .unwrap()
+    }
+
+    async fn status(&self, index: usize) -> Option<StatusResponse> {
+        let channel = self.client(index).channel();
+        let asked = MaintenanceClient::new(channel)
+            .status(StatusRequest {})
+            .await;
+        asked.ok().map(tonic::Response::into_inner)
+    }
+
+    /// The one that the replicas which are up agree on.
+    async fn leader(&self, among: &[usize]) -> usize {
+        soon("a leader", async {
+            loop {
+                let mut own = Vec::new();
+                let mut leaders = Vec::new();
+                for index in among {
+                    if let Some(status) = self.status(*index).await {
+                        own.push((*index, status.header.unwrap().member_id));
+                        leaders.push(status.leader);
+                    }
+                }
+                let agreed =
+                    leaders.len() == among.len() && leaders.windows(2).all(|w| w[0] == w[1]);
+                let leader = own.iter().find(|(_, id)| Some(id) == leaders.first());
+                if let (true, Some((leader, _))) = (agreed, leader) {
+                    return *leader;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await
+    }
+}
+
+/// Writes keys of its own until told to end: what was acknowledged, and the longest time without an acknowledgement.
+async fn write(
+    client: Client,
+    name: usize,
+    until: tokio::sync::watch::Receiver<bool>,
+) -> (Vec<String>, Duration) {
+    let mut acknowledged = Vec::new();
+    let mut last = Instant::now();
+    let mut gap = Duration::ZERO;
+    let mut next = 0;
+    while !*until.borrow() {
+        // Every key is written once: an unknown outcome is left as it is.
+        let key = format!("w{name}-{next}");
+        next += 1;
+        if client.put(put(key.clone(), "x")).await.is_ok() {
+            gap = gap.max(last.elapsed());
+            last = Instant::now();
+            acknowledged.push(key);
+        } else {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+    (acknowledged, gap)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kill_9_of_the_leader_loses_nothing_that_was_acknowledged() {
+    let pki = Pki::new();
+    let mut group = Group::start(&pki);
+    let all = [0, 1, 2];
+    let leader = group.leader(&all).await;
+    let (stop, until) = tokio::sync::watch::channel(false);
+    let writers: Vec<_> = (0..6)
+        .map(|name| {
+            let client = group.client_of_all(name);
+            tokio::spawn(write(client, name, until.clone()))
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    group.replicas[leader].kill();
+    let rest: Vec<usize> = all.into_iter().filter(|index| *index != leader).collect();
+    let next = group.leader(&rest).await;
+    assert_ne!(next, leader);
+    // The gap closes: everyone writes again.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    group.replicas[leader].start();
+    group.leader(&all).await;
+    stop.send_replace(true);
+    let mut acknowledged = Vec::new();
+    let mut longest = Duration::ZERO;
+    for writer in writers {
+        let (keys, gap) = soon("a writer's end", writer).await.unwrap();
+        acknowledged.extend(keys);
+        longest = longest.max(gap);
+    }
+    println!(
+        "{} writes acknowledged, longest gap {} ms",
+        acknowledged.len(),
+        longest.as_millis()
+    );
+    assert!(longest < Duration::from_secs(15), "{longest:?}");
+    for index in all {
+        let client = group.client(index);
+        for key in &acknowledged {
+            assert!(
+                client.get(key.clone()).await.unwrap().is_some(),
+                "replica {index} lost {key}"
+            );
+        }
+    }
+    let members = ClusterClient::new(group.client(0).channel())
+        .member_list(MemberListRequest { linearizable: true })
+        .await
+        .unwrap()
+        .into_inner()
+        .members;
+    let names: std::collections::BTreeSet<_> =
+        members.iter().map(|member| member.name.as_str()).collect();
+    assert_eq!(names, ["r0", "r1", "r2"].into());
+    assert!(members.iter().all(|member| !member.is_learner));
+}
+
+/// Throughput of 64 writers; run by name, alone on the machine.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a measurement, not a check"]
+async fn puts_per_second_with_64_clients() {
+    let pki = Pki::new();
+    let group = Group::start(&pki);
+    group.leader(&[0, 1, 2]).await;
+    let (stop, until) = tokio::sync::watch::channel(false);
+    let writers: Vec<_> = (0..64)
+        .map(|name| tokio::spawn(write(group.client_of_all(name), name, until.clone())))
+        .collect();
+    let begun = Instant::now();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    stop.send_replace(true);
+    let mut writes = 0;
+    for writer in writers {
+        writes += writer.await.unwrap().0.len();
+    }
+    println!(
+        "{:.0} puts/s with 64 clients on 3 replicas",
+        writes as f64 / begun.elapsed().as_secs_f64()
+    );
+}
