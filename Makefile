@@ -9,7 +9,7 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup peers build lint test differential demo bench bench-store clean
+.PHONY: help setup peers build lint test differential power demo bench bench-store clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ test: setup build ## All tests: unit, property, conformance, and the scenarios i
 
 differential: setup build ## Random operations on etcd and on ours, answers compared (SEEDS=n, or SEED=n again)
 	@$(if $(SEED),SEED=$(SEED)) SEEDS=$(or $(SEEDS),50) cargo test --locked -p clustermesh-integration --test differential -- --nocapture
+
+power: ## Power cuts under the Raft log on a FUSE disk (CUTS=1000 SEED=1)
+	@cargo build --locked -p clustermesh-power
+	@$(CARGO_TARGET_DIR)/debug/clustermesh-power cuts --cuts $(or $(CUTS),1000) --seed $(or $(SEED),1)
 
 demo: setup build ## The main job on one machine, as a table (KEEP=1 leaves the lab running)
 	@$(CARGO_TARGET_DIR)/debug/clustermesh-demo $(if $(filter 1,$(KEEP)),--keep)

@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::{codec, error::StoreError, log::sync_dir, pb, types::ReplicaId};
+use crate::{codec, error::StoreError, folder, pb, types::ReplicaId};
 
 const LOCK: &str = "LOCK";
 const IDENTITY: &str = "identity";
@@ -39,7 +39,7 @@ impl DataDir {
     /// # Errors
     /// [`StoreError::NotEmpty`], [`StoreError::InUse`], or [`StoreError::Io`].
     pub fn create(path: &Path, identity: Identity) -> Result<Self, StoreError> {
-        fs::create_dir_all(path).map_err(StoreError::io("create folder", path))?;
+        folder::create(path)?;
         let lock = lock(path)?;
         for found in fs::read_dir(path).map_err(StoreError::io("list", path))? {
             let name = found.map_err(StoreError::io("list", path))?.file_name();
@@ -147,7 +147,7 @@ fn write_identity(path: &Path, identity: &Identity) -> Result<(), StoreError> {
         })
         .map_err(StoreError::io("write", &unnamed))?;
     fs::rename(&unnamed, &named).map_err(StoreError::io("rename", &unnamed))?;
-    sync_dir(path)
+    folder::sync(path)
 }
 
 fn lock(path: &Path) -> Result<fs::File, StoreError> {

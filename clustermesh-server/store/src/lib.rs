@@ -3,6 +3,7 @@
 mod codec;
 mod data_dir;
 mod error;
+mod folder;
 mod log;
 pub mod pb;
 mod snapshot;
@@ -14,8 +15,7 @@ pub use log::{Closed, LogStats, MAX_ENTRY_BYTES, MAX_READ_BYTES, MemoryLog, Sled
 pub use snapshot::{MAX_CHUNK_BYTES, SnapshotFile, SnapshotReader, SnapshotStore, SnapshotWriter};
 pub use types::{
     Command, CommittedLeaderId, Entry, LogId, Membership, Node, Origin, ReplicaId, Reply,
-    SnapshotMeta,
-    StoredMembership, TypeConfig, Vote,
+    SnapshotMeta, StoredMembership, TypeConfig, Vote,
 };
 
 /// The stored messages and their conversions, for the protocol between replicas.

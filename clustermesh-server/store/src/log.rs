@@ -7,7 +7,6 @@ mod writer;
 
 pub use durable::{Closed, SledLog};
 pub use memory::MemoryLog;
-pub(crate) use writer::sync_dir;
 
 /// Entries handed to openraft in one read, bytes: bounds an append message too.
 pub const MAX_READ_BYTES: usize = 4 << 20;

@@ -165,9 +165,9 @@ impl SnapshotFile {
     /// [`StoreError::Io`] when it cannot be opened.
     pub fn bytes(&self) -> Result<Box<dyn Read + Send>, StoreError> {
         Ok(match &self.content {
-            Content::File { path, .. } => Box::new(
-                fs::File::open(path).map_err(StoreError::io("open", path))?,
-            ),
+            Content::File { path, .. } => {
+                Box::new(fs::File::open(path).map_err(StoreError::io("open", path))?)
+            }
             Content::Memory(bytes) => Box::new(io::Cursor::new(bytes.clone())),
         })
     }

@@ -240,12 +240,7 @@ impl Disk {
     ///
     /// # Errors
     /// [`Refusal`].
-    pub fn create(
-        &mut self,
-        folder: u64,
-        name: &OsStr,
-        is_folder: bool,
-    ) -> Result<Stat, Refusal> {
+    pub fn create(&mut self, folder: u64, name: &OsStr, is_folder: bool) -> Result<Stat, Refusal> {
         if self.folder(folder)?.current.contains_key(name) {
             return Err(Refusal::Exists);
         }
@@ -376,7 +371,12 @@ impl Disk {
         (self.used_bytes(), self.capacity_bytes)
     }
 
-    /// The most that one file ever had written without a sync, bytes.
+    /// Forgets the most that was written without a sync.
+    pub fn measure_volatile_bytes(&mut self) {
+        self.most_volatile_bytes = 0;
+    }
+
+    /// The most that one file had written without a sync since it is measured, bytes.
     pub fn most_volatile_bytes(&self) -> u64 {
         self.most_volatile_bytes
     }

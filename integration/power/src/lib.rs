@@ -9,4 +9,5 @@ pub mod model;
 pub mod mount;
 pub mod protocol;
 pub mod rig;
+pub mod throughput;
 pub mod workload;

@@ -1,12 +1,17 @@
 //! `clustermesh-power`: cuts power under a replica's log again and again, or mounts such a disk to try by hand.
 
-use std::{path::PathBuf, process::ExitCode, time::Instant};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use clustermesh_power::{
     mount::PowerDisk,
     rig::{self, Failure, Options},
+    throughput,
     workload::{self, Durability},
 };
 
@@ -30,6 +35,14 @@ enum Command {
         /// The control: trust sled's flush alone, which must lose something
         #[arg(long)]
         flush_only: bool,
+    },
+    /// Measure how many entries per second a log makes durable, batch by batch
+    Throughput {
+        /// An empty folder on the disk to measure
+        folder: PathBuf,
+        /// Seconds for each size of batch
+        #[arg(long, default_value_t = 3)]
+        seconds: u64,
     },
     /// Mount such a disk until end of input; each line on the input cuts power
     Mount {
@@ -88,6 +101,17 @@ fn main() -> anyhow::Result<ExitCode> {
                     Ok(ExitCode::FAILURE)
                 }
             }
+        }
+        Command::Throughput { folder, seconds } => {
+            let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+            let each = Duration::from_secs(seconds);
+            for batch in [1, 16, 64, 1024] {
+                let folder = folder.join(format!("batch-{batch}"));
+                let entries = runtime.block_on(throughput::measure(&folder, batch, each))?;
+                let rate = entries as f64 / each.as_secs_f64();
+                println!("batches of {batch}: {rate:.0} entries/s");
+            }
+            Ok(ExitCode::SUCCESS)
         }
         Command::Mount { folder } => {
             let disk = PowerDisk::mount(&folder)?;

@@ -136,9 +136,9 @@ impl Model {
         self.under_way.clear();
 
         let at_least = self.committed_at_least.min(found.last);
-        let known = found.committed.is_none_or(|mark| {
-            self.marks.contains(&mark) || Some(mark) == found.last
-        });
+        let known = found
+            .committed
+            .is_none_or(|mark| self.marks.contains(&mark) || Some(mark) == found.last);
         if found.committed < at_least || !known {
             return Err(format!(
                 "committed mark {:?} found, {at_least:?} was durable",

@@ -24,6 +24,7 @@ use crate::disk::{Disk, ROOT, Refusal, SECTOR_BYTES, Stat};
 /// The kernel remembers nothing: names and lengths change when power is cut.
 const NO_CACHING: Duration = Duration::ZERO;
 const NAME_MAX_BYTES: u32 = 255;
+const BLOCK_BYTES: u32 = 512;
 
 /// What the disk does wrong.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -111,7 +112,12 @@ impl PowerDisk {
         self.shared.state.lock().counts
     }
 
-    /// The most that one file ever had written without a sync, bytes.
+    /// Forgets how much was ever written without a sync.
+    pub fn measure_volatile_bytes(&self) {
+        self.shared.state.lock().disk.measure_volatile_bytes();
+    }
+
+    /// The most that one file had written without a sync since it is measured, bytes.
     pub fn most_volatile_bytes(&self) -> u64 {
         self.shared.state.lock().disk.most_volatile_bytes()
     }
@@ -127,7 +133,12 @@ impl PowerDisk {
         let deadline = Instant::now() + timeout;
         let mut state = self.shared.state.lock();
         while !state.is_off {
-            if self.shared.went_off.wait_until(&mut state, deadline).timed_out() {
+            if self
+                .shared
+                .went_off
+                .wait_until(&mut state, deadline)
+                .timed_out()
+            {
                 return state.is_off;
             }
         }
@@ -230,8 +241,11 @@ impl Mounted {
             state.counts.syncs += 1;
             state.faults.sync_delay
         };
-        // The slow disk itself.
-        std::thread::sleep(delay);
+        // The slow disk itself. Nobody unparks this thread, but the call may return early.
+        let slow_until = Instant::now() + delay;
+        while let Some(left) = slow_until.checked_duration_since(Instant::now()) {
+            std::thread::park_timeout(left);
+        }
         self.change(|disk, faults| {
             if faults.sync_fails {
                 disk.fail_sync(node)?;
@@ -306,15 +320,24 @@ impl Filesystem for Mounted {
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        entry(self.change(|disk, _| Ok(disk.create(parent.0, name, true)?)), reply);
+        entry(
+            self.change(|disk, _| Ok(disk.create(parent.0, name, true)?)),
+            reply,
+        );
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        empty(self.change(|disk, _| Ok(disk.remove(parent.0, name)?)), reply);
+        empty(
+            self.change(|disk, _| Ok(disk.remove(parent.0, name)?)),
+            reply,
+        );
     }
 
     fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        empty(self.change(|disk, _| Ok(disk.remove(parent.0, name)?)), reply);
+        empty(
+            self.change(|disk, _| Ok(disk.remove(parent.0, name)?)),
+            reply,
+        );
     }
 
     fn rename(
@@ -445,9 +468,7 @@ impl Filesystem for Mounted {
             (name.into(), stat)
         });
         for ((name, stat), next) in dots.into_iter().chain(names).zip(1_u64..) {
-            if next > offset
-                && reply.add(INodeNo(stat.node), next, attr(stat).kind, name)
-            {
+            if next > offset && reply.add(INodeNo(stat.node), next, attr(stat).kind, name) {
                 break;
             }
         }
@@ -456,7 +477,7 @@ impl Filesystem for Mounted {
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
         let (used, capacity) = self.0.state.lock().disk.usage_bytes();
-        let block = SECTOR_BYTES as u64;
+        let block = u64::from(BLOCK_BYTES);
         let free = capacity.saturating_sub(used) / block;
         reply.statfs(
             capacity / block,
@@ -464,7 +485,7 @@ impl Filesystem for Mounted {
             free,
             u64::MAX,
             u64::MAX,
-            SECTOR_BYTES as u32,
+            BLOCK_BYTES,
             NAME_MAX_BYTES,
             0,
         );

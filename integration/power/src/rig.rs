@@ -2,8 +2,9 @@
 
 use std::{
     io::{BufRead, BufReader, Read},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Child, Command, Stdio},
+    sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -13,12 +14,14 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{model::Model, mount::PowerDisk, protocol::Message, workload::Durability};
 
+/// The replica's folder on the disk.
+const FOLDER: &str = "data";
 /// Cuts that one disk sees before an empty one takes its place.
 const CUTS_PER_DISK: u64 = 20;
 /// One cut in this many comes while the folder is being opened.
 const EARLY_CUTS_ONE_IN: u32 = 3;
 const EARLY_CHANGES: u64 = 60;
-const LATE_CHANGES: u64 = 2_500;
+const LATE_CHANGES: u64 = 1_500;
 /// A process that has not come to its power cut by now hangs.
 const CUT_TIMEOUT: Duration = Duration::from_secs(60);
 const EXIT_POLL: Duration = Duration::from_millis(20);
@@ -43,7 +46,7 @@ pub struct Outcome {
     pub cuts: u64,
     /// Acknowledged operations, all of them found again.
     pub acknowledged: u64,
-    /// The most that one file ever had written without a sync, bytes.
+    /// The most that one file had written without a sync while a replica ran, bytes.
     pub most_volatile_bytes: u64,
 }
 
@@ -81,8 +84,9 @@ struct Replica {
 }
 
 impl Replica {
-    fn start(options: &Options, folder: &Path, seed: u64) -> anyhow::Result<Self> {
+    fn start(options: &Options, disk: &Arc<PowerDisk>, seed: u64) -> anyhow::Result<Self> {
         let mut command = Command::new(&options.program);
+        let folder = disk.path().join(FOLDER);
         command.arg("replica").arg(folder).arg(seed.to_string());
         if options.durability == Durability::FlushOnly {
             command.arg("--flush-only");
@@ -95,6 +99,7 @@ impl Replica {
             .spawn()
             .with_context(|| format!("start {}", options.program.display()))?;
         let said = child.stdout.take().context("stdout of the replica")?;
+        let disk = disk.clone();
         let complained = child.stderr.take().context("stderr of the replica")?;
         Ok(Self {
             child,
@@ -104,6 +109,12 @@ impl Replica {
                     .map_while(Result::ok)
                     // The last line may be cut short by the kill.
                     .map_while(|line| serde_json::from_str(&line).ok())
+                    .inspect(|message| {
+                        // Opening clears whole segments, which hold nothing yet.
+                        if matches!(message, Message::Found(_)) {
+                            disk.measure_volatile_bytes();
+                        }
+                    })
                     .collect()
             }),
             complaints: std::thread::spawn(move || {
@@ -140,13 +151,12 @@ impl Replica {
 pub fn run(options: &Options) -> Result<Outcome, Failure> {
     let mount_point = tempfile::tempdir().context("make a folder to mount at")?;
     let disk = PowerDisk::mount(mount_point.path()).context("mount the disk")?;
-    let folder = mount_point.path().join("data");
+    let disk = Arc::new(disk);
     let mut outcome = Outcome::default();
     let mut model = Model::default();
     let mut rng = StdRng::seed_from_u64(options.seed);
     for cut in 0..options.cuts {
         if cut % CUTS_PER_DISK == 0 {
-            outcome.most_volatile_bytes = outcome.most_volatile_bytes.max(disk.most_volatile_bytes());
             outcome.acknowledged += model.acknowledged();
             disk.replace();
             model = Model::default();
@@ -155,7 +165,7 @@ pub fn run(options: &Options) -> Result<Outcome, Failure> {
         let early = rng.random_ratio(1, EARLY_CUTS_ONE_IN);
         let changes = if early { EARLY_CHANGES } else { LATE_CHANGES };
         disk.cut_at(rng.random_range(1..=changes));
-        let mut replica = Replica::start(options, &folder, rng.random())?;
+        let mut replica = Replica::start(options, &disk, rng.random())?;
         let started = Instant::now();
         let mut off = false;
         while !off && started.elapsed() < CUT_TIMEOUT && !replica.has_ended()? {
@@ -164,6 +174,10 @@ pub fn run(options: &Options) -> Result<Outcome, Failure> {
         let off = off || disk.wait_until_off(Duration::ZERO);
         let hangs = !off && !replica.has_ended()?;
         let (messages, complaints) = replica.end()?;
+        if matches!(messages.first(), Some(Message::Found(_))) {
+            outcome.most_volatile_bytes =
+                outcome.most_volatile_bytes.max(disk.most_volatile_bytes());
+        }
         for message in &messages {
             model.take(message).map_err(in_cut)?;
         }
@@ -173,13 +187,14 @@ pub fn run(options: &Options) -> Result<Outcome, Failure> {
         if !off {
             return Err(in_cut(format!(
                 "the replica ended with power on: {:?} {complaints}",
-                messages.last().filter(|last| matches!(last, Message::Failed(_)))
+                messages
+                    .last()
+                    .filter(|last| matches!(last, Message::Failed(_)))
             )));
         }
         disk.power_cycle(rng.random());
         outcome.cuts += 1;
     }
     outcome.acknowledged += model.acknowledged();
-    outcome.most_volatile_bytes = outcome.most_volatile_bytes.max(disk.most_volatile_bytes());
     Ok(outcome)
 }

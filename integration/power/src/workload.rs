@@ -1,10 +1,6 @@
 //! A replica's writes on the real store, in a process of its own that dies when power fails.
 
-use std::{
-    collections::VecDeque,
-    io::Write,
-    path::Path,
-};
+use std::{collections::VecDeque, io::Write, path::Path};
 
 use anyhow::{Context as _, bail, ensure};
 use bytes::Bytes;
@@ -148,7 +144,10 @@ async fn open<W: Write>(
     } else {
         DataDir::open(path, CLUSTER)?
     };
-    ensure!(dir.identity().replica_id == REPLICA, "another replica's folder");
+    ensure!(
+        dir.identity().replica_id == REPLICA,
+        "another replica's folder"
+    );
     let snapshots = SnapshotStore::folder(&dir.snapshots_path())?;
     let mut log = match durability {
         Durability::Full => Log::open(&dir.log_path())?,
@@ -163,7 +162,10 @@ async fn open<W: Write>(
     let mut bytes = 0;
     for found in &stored {
         let at = place(found.log_id);
-        ensure!(*found == entry(at), "entry {at:?} has other content than it was given");
+        ensure!(
+            *found == entry(at),
+            "entry {at:?} has other content than it was given"
+        );
         match runs.last_mut() {
             Some(run) if run.term == at.term && run.last + 1 == at.index => run.last = at.index,
             _ => runs.push(Run {
@@ -210,8 +212,13 @@ fn newest_snapshot(snapshots: &SnapshotStore) -> anyhow::Result<Option<Place>> {
     let at = newest.meta().last_log_id.context("a snapshot of nothing")?;
     let at = place(at);
     let chunks: Vec<Bytes> = newest.read()?.collect::<Result<_, _>>()?;
-    let wanted: Vec<Bytes> = (0..SNAPSHOT_CHUNKS).map(|number| chunk(at, number)).collect();
-    ensure!(chunks == wanted, "snapshot {at:?} has other content than it was given");
+    let wanted: Vec<Bytes> = (0..SNAPSHOT_CHUNKS)
+        .map(|number| chunk(at, number))
+        .collect();
+    ensure!(
+        chunks == wanted,
+        "snapshot {at:?} has other content than it was given"
+    );
     Ok(Some(at))
 }
 
@@ -372,7 +379,10 @@ impl<W: Write> Replica<W> {
     async fn purge(&mut self) -> anyhow::Result<()> {
         let upto = self.snapshot.filter(|at| {
             Some(at.index) > self.purged.map(|purged| purged.index)
-                && self.entries.back().is_some_and(|last| last.index > at.index)
+                && self
+                    .entries
+                    .back()
+                    .is_some_and(|last| last.index > at.index)
         });
         let Some(upto) = upto else { return Ok(()) };
         self.tell(&Message::Begin(Op::Purge(upto)))?;

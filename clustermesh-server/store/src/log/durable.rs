@@ -94,7 +94,20 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
     /// # Errors
     /// [`StoreError`]: the folder cannot be used, or holds a damaged or newer log.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let (disk, tail) = Disk::open(path)?;
+        Self::start(path, Disk::open(path)?)
+    }
+
+    /// The same without any sync of ours, to show that sled's own flush is not enough.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    #[cfg(feature = "flush-only")]
+    #[doc(hidden)]
+    pub fn open_flush_only(path: &Path) -> Result<Self, StoreError> {
+        Self::start(path, Disk::open_flush_only(path)?)
+    }
+
+    fn start(path: &Path, (disk, tail): (Disk, Tail)) -> Result<Self, StoreError> {
         let disk = Arc::new(disk);
         let tail = Arc::new(Mutex::new(tail));
         let queue = Arc::new(Queue::default());

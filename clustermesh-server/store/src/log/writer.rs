@@ -2,8 +2,9 @@
 //!
 //! sled's own flush calls `sync_file_range`, which leaves data in the disk's cache, so each group of writes ends with
 //! `fdatasync` on a descriptor of ours. Values must stay well below a quarter of a segment: sled spills larger leaf
-//! pages (up to 18 values) into files that nothing syncs.
+//! pages (up to 17 values) into files that nothing syncs.
 
+mod database;
 mod disk;
 
 use std::{collections::VecDeque, io, sync::Arc};
@@ -15,7 +16,6 @@ use openraft::{
 use parking_lot::{Condvar, Mutex};
 
 pub(super) use self::disk::Disk;
-pub(crate) use self::disk::sync_dir;
 use super::{durable::TAIL_BYTES, tail::Tail};
 use crate::{
     error::StoreError,

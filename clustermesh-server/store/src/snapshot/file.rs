@@ -12,7 +12,7 @@ use super::{
     Content, KEPT_SNAPSHOTS, MAX_CHUNK_BYTES, Place, SnapshotFile, SnapshotStore,
     frame::{FrameReader, FrameWriter},
 };
-use crate::{error::StoreError, log::sync_dir, types::SnapshotMeta};
+use crate::{error::StoreError, folder as durable, types::SnapshotMeta};
 
 const EXTENSION: &str = "snapshot";
 const TEMPORARY: &str = "tmp";
@@ -138,7 +138,7 @@ impl SnapshotWriter {
                 fs::rename(&*path, &named).map_err(StoreError::io("rename", &*path))?;
                 *finished = true;
                 if let Place::Folder(folder) = &*store.0 {
-                    sync_dir(folder)?;
+                    durable::sync(folder)?;
                     remove_old(folder)?;
                 }
                 Content::File { path: named, bytes }
@@ -177,17 +177,17 @@ fn remove(path: &Path) -> Result<(), StoreError> {
 }
 
 pub(super) fn prepare(folder: &Path) -> Result<(), StoreError> {
-    fs::create_dir_all(folder).map_err(StoreError::io("create folder", folder))?;
+    durable::create(folder)?;
     for path in names(folder, TEMPORARY)? {
         remove(&path)?;
     }
-    sync_dir(folder)
+    durable::sync(folder)
 }
 
 /// A damaged snapshot counts no more: neither as one to fall back to, nor for the purge of the log.
 pub(super) fn set_aside(folder: &Path, path: &Path) -> Result<(), StoreError> {
     fs::rename(path, path.with_extension(DAMAGED)).map_err(StoreError::io("rename", path))?;
-    sync_dir(folder)
+    durable::sync(folder)
 }
 
 pub(super) fn all(folder: &Path) -> Result<Vec<Result<SnapshotFile, StoreError>>, StoreError> {

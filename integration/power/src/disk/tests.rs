@@ -22,10 +22,20 @@ fn content(disk: &Disk) -> Option<Vec<u8>> {
 fn what_was_synced_survives_every_cut_and_the_rest_some() {
     let (mut disk, file) = with_file(&[1; 4000]);
     disk.write(file, 4000, &[2; 4000]).unwrap();
-    let found: BTreeSet<Vec<u8>> = (0..200).map(|seed| content(&disk.cut(seed)).unwrap()).collect();
+    let found: BTreeSet<Vec<u8>> = (0..200)
+        .map(|seed| content(&disk.cut(seed)).unwrap())
+        .collect();
     assert!(found.iter().all(|content| content[..4000] == [1; 4000]));
-    assert!(found.iter().any(|content| content.len() == 4000), "all lost");
-    assert!(found.iter().any(|content| content.get(4000..) == Some(&[2; 4000])), "all kept");
+    assert!(
+        found.iter().any(|content| content.len() == 4000),
+        "all lost"
+    );
+    assert!(
+        found
+            .iter()
+            .any(|content| content.get(4000..) == Some(&[2; 4000])),
+        "all kept"
+    );
     let torn = |content: &&Vec<u8>| {
         let kept = content[4000..].iter().filter(|byte| **byte == 2).count();
         kept > 0 && kept < 4000

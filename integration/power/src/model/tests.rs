@@ -70,7 +70,9 @@ fn marks_and_snapshots_never_go_back() {
         ])
     };
     let with = |committed, snapshot| {
-        let Message::Found(mut found) = found(&[(0, 3, 1)]) else { unreachable!() };
+        let Message::Found(mut found) = found(&[(0, 3, 1)]) else {
+            unreachable!()
+        };
         (found.committed, found.snapshot) = (committed, snapshot);
         Message::Found(found)
     };
