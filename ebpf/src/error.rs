@@ -37,6 +37,16 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The kernel refused the programs, and is older than any that takes them.
+    #[error(
+        "this kernel ({release}) is too old: bpf_redirect_peer and bpf_redirect_neigh need 5.10 or newer ({cause})"
+    )]
+    KernelTooOld {
+        /// Release of the running kernel.
+        release: String,
+        /// What it refused.
+        cause: Box<Error>,
+    },
     /// The object with the kernel programs and maps was refused.
     #[error("cannot load the kernel programs: {0}")]
     Load(#[from] Box<aya::EbpfError>),

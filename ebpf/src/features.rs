@@ -2,6 +2,9 @@
 
 use crate::sys::{bpf, probe};
 
+/// The oldest kernel: redirecting into a pod and to a neighbour came with it.
+const KERNEL_MIN: (u32, u32) = (5, 10);
+
 /// What differs between the kernels on which the programs run (5.10 and later).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
@@ -34,18 +37,28 @@ impl Features {
     }
 }
 
+/// The running kernel's release, if it is older than any on which the programs load.
+pub(crate) fn too_old() -> Option<String> {
+    let (version, release) = kernel()?;
+    (version < KERNEL_MIN).then_some(release)
+}
+
+/// Version and release of the running kernel.
+pub(crate) fn kernel() -> Option<((u32, u32), String)> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
+    let release = release.trim();
+    let mut numbers = release.split(['.', '-']).map(str::parse);
+    let version = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+    Some((version, release.to_owned()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn what_is_found_agrees_with_the_kernels_version() {
-        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-        let mut numbers = release.split(['.', '-']).map(|n| n.trim().parse::<u32>());
-        let version = (
-            numbers.next().unwrap().unwrap(),
-            numbers.next().unwrap().unwrap(),
-        );
+        let (version, release) = kernel().unwrap();
         let expected = Features {
             tcx: version >= (6, 6),
             socket_errors: version >= (6, 1),

@@ -23,6 +23,10 @@ use crate::sys::bpf::{self, AttachType, LinkInfo};
 const FILTER_PRIORITY: u16 = 0xc1;
 /// Handle of our filters on clsact.
 const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0xc1a5);
+/// Why nothing can be attached with links.
+const NO_TCX: &str = "this kernel has no tcx (6.6 or newer has): set attach_mode to auto or clsact";
+/// Why there is no such queueing discipline.
+const NO_CLSACT: &str = "this kernel has no clsact queueing discipline (module sch_ingress)";
 /// End of the name of a pin that is about to replace another.
 const NEXT_SUFFIX: &str = "_next";
 
@@ -123,7 +127,13 @@ fn attach_tcx(pins: &Pins, programs: &Programs, hook: Hook, ifindex: u32) -> Res
     }
     bpf::link_tcx_ingress(program, ifindex)
         .and_then(|link| bpf::pin(link.as_fd(), &path))
-        .map_err(|e| interface_error("attach", hook, ifindex, e))
+        .map_err(|e| {
+            if bpf::tcx_supported() {
+                interface_error("attach", hook, ifindex, e)
+            } else {
+                interface_failure("attach", hook, ifindex, NO_TCX.to_owned())
+            }
+        })
 }
 
 /// Switches the pinned link to `program`. False: there is no such link, or no longer one to this target; its pin is removed.
@@ -182,8 +192,11 @@ fn attach_filter(
     let interface = interface_name(ifindex)?;
     match qdisc_add_clsact(&interface) {
         Err(error) if tc_errno(&error) != Some(libc::EEXIST) => {
-            let error = tc_errno(&error)
-                .map_or_else(|| io::Error::other(error), io::Error::from_raw_os_error);
+            let error = match tc_errno(&error) {
+                Some(libc::ENOENT) => io::Error::other(NO_CLSACT),
+                Some(errno) => io::Error::from_raw_os_error(errno),
+                None => io::Error::other(error),
+            };
             return Err(interface_error(
                 "add a clsact qdisc for",
                 hook,
@@ -284,12 +297,16 @@ fn into_io(error: ProgramError) -> io::Error {
 fn interface_error(action: &'static str, hook: Hook, ifindex: u32, error: io::Error) -> Error {
     match error.raw_os_error() {
         Some(libc::ENODEV | libc::ENXIO) => Error::InterfaceGone { ifindex },
-        _ => Error::Interface {
-            action,
-            program: hook.name(),
-            ifindex,
-            cause: error.to_string(),
-        },
+        _ => interface_failure(action, hook, ifindex, error.to_string()),
+    }
+}
+
+fn interface_failure(action: &'static str, hook: Hook, ifindex: u32, cause: String) -> Error {
+    Error::Interface {
+        action,
+        program: hook.name(),
+        ifindex,
+        cause,
     }
 }
 

@@ -10,8 +10,8 @@ use clustermesh_ebpf_abi::{
     Address, BACKENDS_MAX, BackendKey, BackendValue, DROP_REASONS_MAX, DropReason, EndpointValue,
     FLOW_RING_BYTES, FRONTENDS_MAX, FrontendKey, FrontendValue, IPCACHE_ENTRIES_MAX,
     InterfaceValue, IpcacheKey, IpcacheValue, LOCAL_ENDPOINTS_MAX, NODES_MAX, NodeAddressValue,
-    NodeConfig, NodeValue, SocketChoice, TRAFFIC_PATHS_MAX, TrafficPath, TrafficValue,
-    UdpSocketChoices,
+    NodeConfig, NodeValue, SocketChoice, TCP_CHOICES_MAX, TRAFFIC_PATHS_MAX, TrafficPath,
+    TrafficValue, UdpSocketChoices,
 };
 
 use crate::pins::Pins;
@@ -63,7 +63,7 @@ impl Spec {
 
     /// True for what sockets remember: it outlives a change of the layout if it looks the same.
     pub(crate) fn belongs_to_sockets(&self) -> bool {
-        self.kind == Kind::SocketStorage
+        self.kind == Kind::SocketStorage || self.symbol == TCP_CHOICES.symbol
     }
 
     pub(crate) fn matches(&self, info: &MapInfo) -> bool {
@@ -121,13 +121,15 @@ const DROPS: Spec = Spec::of::<u32, u64>("drops", "DROPS", Kind::PerCpuArray, DR
 const TRAFFIC: Spec =
     Spec::of::<u32, TrafficValue>("traffic", "TRAFFIC", Kind::PerCpuArray, TRAFFIC_PATHS_MAX);
 const FLOWS: Spec = Spec::of::<(), ()>("flows", "FLOWS", Kind::Ring, FLOW_RING_BYTES);
+const TCP_CHOICES: Spec =
+    Spec::of::<u64, SocketChoice>("tcp_choices", "TCP_CHOICES", Kind::Hash, TCP_CHOICES_MAX);
 const SOCKET_CHOICES: Spec =
     Spec::of::<u32, SocketChoice>("socket_choices", "SOCKET_CHOICES", Kind::SocketStorage, 0);
 const UDP_CHOICES: Spec =
     Spec::of::<u32, UdpSocketChoices>("udp_choices", "UDP_CHOICES", Kind::SocketStorage, 0);
 
 /// All maps that are pinned.
-pub(crate) const SPECS: [Spec; 13] = [
+pub(crate) const SPECS: [Spec; 14] = [
     CONFIG,
     NODES,
     NODE_ADDRESSES,
@@ -139,6 +141,7 @@ pub(crate) const SPECS: [Spec; 13] = [
     DROPS,
     TRAFFIC,
     FLOWS,
+    TCP_CHOICES,
     SOCKET_CHOICES,
     UDP_CHOICES,
 ];
@@ -163,6 +166,8 @@ pub struct Maps {
     pub frontends: Table<FrontendKey, FrontendValue>,
     /// Backend lists.
     pub backends: Table<BackendKey, BackendValue>,
+    /// What TCP sockets remember of their choice, by the socket's cookie.
+    pub tcp_choices: Table<u64, SocketChoice>,
     config: ArrayTable<NodeConfig>,
     drops: Arc<OwnedFd>,
     traffic: Arc<OwnedFd>,
@@ -197,6 +202,7 @@ impl Maps {
             interfaces: table(pins, &INTERFACES)?,
             frontends: table(pins, &FRONTENDS)?,
             backends: table(pins, &BACKENDS)?,
+            tcp_choices: table(pins, &TCP_CHOICES)?,
             config: array(pins, &CONFIG)?,
             drops: Arc::new(open_checked(&pins.map(&DROPS), &DROPS)?),
             traffic: Arc::new(open_checked(&pins.map(&TRAFFIC), &TRAFFIC)?),

@@ -9,7 +9,7 @@ use aya::{Ebpf, EbpfLoader};
 use crate::maps::SPECS;
 use crate::pins::Pins;
 use crate::sys::bpf::AttachType;
-use crate::{Error, Features};
+use crate::{Error, Features, features};
 
 /// Compiled by `build.rs`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("CLUSTERMESH_BPF_OBJECT"));
@@ -45,7 +45,7 @@ impl Hook {
 }
 
 /// The programs at the cgroup.
-pub(crate) const SOCKET_PROGRAMS: [(&str, AttachType); 8] = [
+pub(crate) const SOCKET_PROGRAMS: [(&str, AttachType); 9] = [
     ("socket_connect4", AttachType::Connect4),
     ("socket_connect6", AttachType::Connect6),
     ("socket_sendmsg4", AttachType::Sendmsg4),
@@ -54,6 +54,7 @@ pub(crate) const SOCKET_PROGRAMS: [(&str, AttachType); 8] = [
     ("socket_recvmsg6", AttachType::Recvmsg6),
     ("socket_getpeername4", AttachType::Getpeername4),
     ("socket_getpeername6", AttachType::Getpeername6),
+    ("socket_release", AttachType::SocketRelease),
 ];
 
 /// The loaded programs. Dropping them detaches nothing: links are made and held outside of aya.
@@ -63,6 +64,16 @@ pub(crate) struct Programs(Ebpf);
 impl Programs {
     /// Loads the programs onto the maps of this layout; maps that are not there are made and pinned.
     pub(crate) fn load(pins: &Pins, with_sockets: bool) -> Result<Self, Error> {
+        Self::load_here(pins, with_sockets).map_err(|cause| match features::too_old() {
+            Some(release) => Error::KernelTooOld {
+                release,
+                cause: Box::new(cause),
+            },
+            None => cause,
+        })
+    }
+
+    fn load_here(pins: &Pins, with_sockets: bool) -> Result<Self, Error> {
         let constants = Features::probe().constants();
         let mut loader = EbpfLoader::new();
         for (name, value) in &constants {
@@ -81,6 +92,9 @@ impl Programs {
             for (name, _) in SOCKET_PROGRAMS {
                 match programs.0.program_mut(name) {
                     Some(Program::CgroupSockAddr(program)) => {
+                        patiently(|| program.load(), interrupted).map_err(|e| refused(name, &e))?;
+                    }
+                    Some(Program::CgroupSock(program)) => {
                         patiently(|| program.load(), interrupted).map_err(|e| refused(name, &e))?;
                     }
                     _ => return Err(missing(name)),

@@ -365,7 +365,10 @@ impl Node {
             &self.underlay,
             self.pair,
             split_of(facts).local_bits(),
-            self.flows.are_on(),
+            host::ConfigFlags {
+                flows: self.flows.are_on(),
+                direct: self.shared.config.routing == crate::config::Routing::Direct,
+            },
         )
     }
 

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::{Context, bail};
-use clustermesh_ebpf::abi::{CONFIG_FLOWS, NodeConfig, TUNNEL_PORT, V4_MAPPED_BITS};
+use clustermesh_ebpf::abi::{CONFIG_DIRECT, CONFIG_FLOWS, NodeConfig, TUNNEL_PORT, V4_MAPPED_BITS};
 use clustermesh_node_core::UnderlayPath;
 use clustermesh_node_core::tables::address;
 use ipnetwork::IpNetwork;
@@ -325,6 +325,15 @@ pub async fn remove(handle: &Handle) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What is on or off in the kernel programs.
+#[derive(Clone, Copy, Debug)]
+pub struct ConfigFlags {
+    /// A flow record for every packet.
+    pub flows: bool,
+    /// Pods are reached by direct routing.
+    pub direct: bool,
+}
+
 /// The kernel programs' settings.
 #[must_use]
 pub fn node_config(
@@ -332,7 +341,7 @@ pub fn node_config(
     underlay: &Underlay,
     pair: HostPair,
     local_bits: u8,
-    flows: bool,
+    flags: ConfigFlags,
 ) -> NodeConfig {
     let end = |v4| underlay.of_family(v4).map_or([0; 16], address);
     let network = |cidr: Option<IpNetwork>| cidr.map_or([0; 16], |cidr| address(cidr.network()));
@@ -355,7 +364,8 @@ pub fn node_config(
         cluster_id: facts.cluster_id,
         tunnel_port_be: TUNNEL_PORT.to_be_bytes(),
         host_ifindex: pair.host_ifindex,
-        flags: if flows { CONFIG_FLOWS } else { 0 },
+        flags: (if flags.flows { CONFIG_FLOWS } else { 0 })
+            | (if flags.direct { CONFIG_DIRECT } else { 0 }),
         host_mac: pair.host_mac,
         reserved2: [0; 2],
     }

@@ -13,6 +13,8 @@ pub const TUNNEL_MAC_DESTINATION: [u8; 6] = [0x02, 0x63, 0x6d, 0, 0, 2];
 
 /// [`NodeConfig::flags`]: write a flow record for every packet.
 pub const CONFIG_FLOWS: u32 = 1 << 0;
+/// [`NodeConfig::flags`]: pods are reached by direct routing, by the world outside the mesh too.
+pub const CONFIG_DIRECT: u32 = 1 << 1;
 
 /// How many bits of an identity number are local to its cluster.
 ///

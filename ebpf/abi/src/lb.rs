@@ -15,6 +15,8 @@ pub const FRONTENDS_MAX: u32 = 1 << 16;
 pub const BACKENDS_MAX: u32 = 1 << 19;
 /// Backends in one list.
 pub const BACKENDS_PER_LIST_MAX: u16 = 4_096;
+/// TCP sockets of a node that remember a choice.
+pub const TCP_CHOICES_MAX: u32 = 1 << 18;
 /// Virtual addresses that one unconnected UDP socket remembers; beyond, the oldest is forgotten.
 pub const UDP_CHOICES_PER_SOCKET_MAX: usize = 8;
 
@@ -44,6 +46,29 @@ pub struct FrontendValue {
     pub flags: u16,
 }
 
+impl FrontendKey {
+    /// A short form of the key, which stands in every backend of its lists.
+    #[must_use]
+    pub const fn tag(&self) -> u32 {
+        let a = &self.address;
+        let [p0, p1] = self.port_be;
+        frontend_tag([
+            u32::from_ne_bytes([a[0], a[1], a[2], a[3]]),
+            u32::from_ne_bytes([a[4], a[5], a[6], a[7]]),
+            u32::from_ne_bytes([a[8], a[9], a[10], a[11]]),
+            u32::from_ne_bytes([a[12], a[13], a[14], a[15]]),
+            u32::from_ne_bytes([p0, p1, self.protocol, self.reserved]),
+        ])
+    }
+}
+
+/// The tag of a frontend whose key has these words in memory.
+#[must_use]
+pub const fn frontend_tag(words: [u32; 5]) -> u32 {
+    let [a, b, c, d, e] = words;
+    a ^ b.rotate_left(5) ^ c.rotate_left(10) ^ d.rotate_left(15) ^ e.rotate_left(20)
+}
+
 /// A place in a list (hash map).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -55,20 +80,25 @@ pub struct BackendKey {
 }
 
 /// A backend.
+///
+/// The kernel may use the memory of an entry that is deleted for another one while a program still reads it. The tag
+/// shows it: it is written first and read last, and that of another frontend's backend is another one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BackendValue {
+    /// [`FrontendKey::tag`] of the frontend whose list this is.
+    pub frontend_tag: u32,
     /// Address, mapped.
     pub address: Address,
     /// Port, big-endian.
     pub port_be: [u8; 2],
     /// Cluster that has it.
     pub cluster_id: u16,
-    /// Zero.
-    pub reserved: u32,
 }
 
-/// What a connected socket remembers (socket storage). Aligned so that the programs can work on words.
+/// What a connected socket remembers. UDP: socket storage. TCP: hash map by socket cookie, whose entries go when
+/// their sockets are closed: storage takes eight times as long to be made and freed, and TCP makes one per connection.
+/// Aligned so that the programs can work on words.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketChoice {

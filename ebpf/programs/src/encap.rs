@@ -54,7 +54,8 @@ fn tunnel_words(
     let port = u32::from(u16::from_be_bytes(config.tunnel_port_be));
     [
         ((source_port << 16) | port).to_be(),
-        // Checksum 0: the inner one covers the payload (RFC 6935 for IPv6 outside).
+        // Checksum 0: the inner one covers the payload. Over IPv6 that is for tunnels only (RFC 6935, 6936), and some
+        // middleboxes drop it; the sum would cost a pass over every packet. On receive it is not looked at: both do.
         (udp_bytes << 16).to_be(),
         VXLAN_FLAGS,
         (identity << 8).to_be(),

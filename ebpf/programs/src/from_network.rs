@@ -3,9 +3,9 @@
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use clustermesh_ebpf_abi::{
-    DropReason, ENDPOINT_HOST, HOOK_FROM_NETWORK, IDENTITY_HOST, IDENTITY_REMOTE_NODE,
-    IdentitySplit, NODE_DIRECT, NODE_INDEX_LOCAL, NodeConfig, NodeValue, RESERVED_IDENTITY_MAX,
-    TrafficPath,
+    CONFIG_DIRECT, DropReason, ENDPOINT_HOST, HOOK_FROM_NETWORK, IDENTITY_HOST,
+    IDENTITY_REMOTE_NODE, IDENTITY_WORLD, IdentitySplit, NODE_DIRECT, NODE_INDEX_LOCAL, NodeConfig,
+    NodeValue, RESERVED_IDENTITY_MAX, TrafficPath,
 };
 
 use crate::answer;
@@ -377,12 +377,15 @@ fn is_underlay(config: &NodeConfig, packet: &Packet) -> bool {
     !packet.destination.is_zero() && packet.destination.equals(&own)
 }
 
-/// A packet for a pod of ours outside the tunnel: only from a node with which direct routing is agreed.
+/// A packet for a pod of ours outside the tunnel: from a node with which direct routing is agreed, or, where pods
+/// are routed, from an address that is nobody's in the mesh.
 #[inline(always)]
 fn direct(frame: Frame, config: &NodeConfig, seen: &mut Seen) -> Result<Action, DropReason> {
     seen.read_ports(config, frame);
     let packet = &seen.packet;
-    let source = ipcache(&packet.source).ok_or(DropReason::DirectForgedSource)?;
+    let Some(source) = ipcache(&packet.source) else {
+        return from_world(frame, config, seen);
+    };
     seen.identity = source.identity;
     if source.node_index == NODE_INDEX_LOCAL {
         return Err(DropReason::DirectForgedSource);
@@ -399,6 +402,29 @@ fn direct(frame: Frame, config: &NodeConfig, seen: &mut Seen) -> Result<Action, 
         }
         Some(endpoint) => to_endpoint(frame, endpoint, packet.family, TrafficPath::DirectIn),
         None => answer_directly(frame, config, packet, node),
+    }
+}
+
+/// What comes from outside the mesh has the identity of the world, whatever it is.
+#[inline(always)]
+fn from_world(frame: Frame, config: &NodeConfig, seen: &mut Seen) -> Result<Action, DropReason> {
+    let packet = &seen.packet;
+    if config.flags & CONFIG_DIRECT == 0 || !parse::is_global(packet.family, &packet.source) {
+        return Err(DropReason::DirectForgedSource);
+    }
+    let own = match packet.family {
+        Family::V4 => Words::from_value(&config.underlay_v4),
+        Family::V6 => Words::from_value(&config.underlay_v6),
+    };
+    // Ours come from here, not from the network. The host's stack, which checks that, does not see the packet.
+    if packet.source.equals(&own) || in_pod_cidr(config, packet.family, &packet.source) {
+        return Err(DropReason::DirectForgedSource);
+    }
+    seen.identity = IDENTITY_WORLD;
+    match endpoint(&packet.destination) {
+        Some(endpoint) if endpoint.flags & ENDPOINT_HOST != 0 => Ok(Action::Pass),
+        Some(endpoint) => to_endpoint(frame, endpoint, packet.family, TrafficPath::DirectIn),
+        None => Err(DropReason::UnknownPod),
     }
 }
 

@@ -27,6 +27,7 @@ mod socket_balance;
 mod socket_connect;
 mod socket_getpeername;
 mod socket_recvmsg;
+mod socket_release;
 mod socket_sendmsg;
 mod verdict;
 

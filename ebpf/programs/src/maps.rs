@@ -1,7 +1,8 @@
 //! All maps of all programs. Keys and values are those of `clustermesh-ebpf-abi`.
 //!
 //! Hash maps take memory per entry (`BPF_F_NO_PREALLOC`): their limits are far above
-//! what a usual node holds.
+//! what a usual node holds. The kernel uses the memory of a deleted entry again at once
+//! all the same: whoever reads two entries that belong together checks that they do.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::SkStorage;
@@ -11,7 +12,7 @@ use clustermesh_ebpf_abi::{
     Address, BACKENDS_MAX, BackendKey, BackendValue, DROP_REASONS_MAX, EndpointValue,
     FLOW_RING_BYTES, FRONTENDS_MAX, FrontendKey, FrontendValue, IPCACHE_ENTRIES_MAX,
     InterfaceValue, IpcacheValue, LOCAL_ENDPOINTS_MAX, NODES_MAX, NodeAddressValue, NodeConfig,
-    NodeValue, SocketChoice, TRAFFIC_PATHS_MAX, TrafficValue, UdpSocketChoices,
+    NodeValue, SocketChoice, TCP_CHOICES_MAX, TRAFFIC_PATHS_MAX, TrafficValue, UdpSocketChoices,
 };
 
 /// An `IpcacheKey` without the prefix length, as the trie's key type wants it:
@@ -77,7 +78,12 @@ pub static FRONTENDS: HashMap<FrontendKey, FrontendValue> =
 pub static BACKENDS: HashMap<BackendKey, BackendValue> =
     HashMap::with_max_entries(BACKENDS_MAX, BPF_F_NO_PREALLOC);
 
-/// What a connected socket remembers.
+/// What a connected TCP socket remembers, by its cookie.
+#[map]
+pub static TCP_CHOICES: HashMap<u64, SocketChoice> =
+    HashMap::with_max_entries(TCP_CHOICES_MAX, BPF_F_NO_PREALLOC);
+
+/// What a connected UDP socket remembers.
 #[btf_map]
 pub static SOCKET_CHOICES: SkStorage<SocketChoice> = SkStorage::new();
 

@@ -286,6 +286,26 @@ pub const fn is_link_scoped(packet: &Packet) -> bool {
     }
 }
 
+/// True if a packet from another machine may have this source: not "this network", loopback, multicast or beyond
+/// (RFC 6890).
+#[inline(always)]
+pub const fn is_global(family: Family, source: &Words) -> bool {
+    match family {
+        Family::V4 => {
+            let first = byte(source.0[3], 0);
+            first != 0 && first != 127 && first < 224
+        }
+        Family::V6 => {
+            let loopback =
+                (source.0[0] | source.0[1] | source.0[2]) == 0 && source.0[3] == 1_u32.to_be();
+            !loopback
+                && !source.is_zero()
+                && byte(source.0[0], 0) != 0xff
+                && (source.0[0] & 0xffc0_0000_u32.to_be()) != 0xfe80_0000_u32.to_be()
+        }
+    }
+}
+
 /// True if `address` lies in `network` of `bits` bits; `bits` 0 matches nothing. IPv4 mapped.
 #[inline(always)]
 pub fn in_network(address: &Words, network: &Words, bits: u8) -> bool {

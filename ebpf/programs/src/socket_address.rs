@@ -1,6 +1,7 @@
 //! Addresses of a socket call, read and written as 16 bytes whatever the family.
 
 use aya_ebpf::bindings::bpf_sock;
+use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
 use aya_ebpf::programs::SockAddrContext;
 use clustermesh_ebpf_abi::Address;
 
@@ -46,7 +47,8 @@ const _: () = {
     use clustermesh_ebpf_abi::{BackendValue, FrontendKey, SocketChoice};
     use core::mem::offset_of;
     assert!(align_of::<FrontendKey>() == 4 && offset_of!(FrontendKey, address) == 0);
-    assert!(align_of::<BackendValue>() == 4 && offset_of!(BackendValue, address) == 0);
+    assert!(align_of::<BackendValue>() == 4 && offset_of!(BackendValue, address) == 4);
+    assert!(offset_of!(BackendValue, frontend_tag) == 0);
     assert!(align_of::<SocketChoice>() == 4 && offset_of!(SocketChoice, virtual_address) == 0);
     assert!(offset_of!(SocketChoice, backend_address) == 16);
 };
@@ -141,6 +143,13 @@ fn set_port(ctx: &SockAddrContext, port: u16) {
 pub fn protocol(ctx: &SockAddrContext) -> u32 {
     // SAFETY: the context is valid for as long as the program runs.
     unsafe { (&raw const (*ctx.sock_addr).protocol).read_volatile() }
+}
+
+/// Names the socket for as long as it lives; no other one ever has the same.
+#[inline(always)]
+pub fn cookie(ctx: &SockAddrContext) -> u64 {
+    // SAFETY: the context is valid for as long as the program runs.
+    unsafe { bpf_get_socket_cookie(ctx.sock_addr.cast()) }
 }
 
 /// The socket itself.

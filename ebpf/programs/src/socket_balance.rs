@@ -1,5 +1,7 @@
 //! From a virtual address to a backend, at socket calls.
 
+use core::sync::atomic::{Ordering, compiler_fence};
+
 use aya_ebpf::helpers::{bpf_get_prandom_u32, bpf_set_retval};
 use clustermesh_ebpf_abi::{
     BACKENDS_PER_LIST_MAX, BackendKey, FrontendKey, FrontendValue, SocketChoice,
@@ -19,7 +21,7 @@ pub const UDP: u32 = 17;
 const ECONNREFUSED: i32 = 111;
 
 /// How often the list is looked up anew when it was replaced and deleted under our hands.
-const LIST_LOOKUPS_MAX: u32 = 4;
+pub const LIST_LOOKUPS_MAX: u32 = 4;
 
 /// Steps of a binary search in the longest list.
 const SEARCH_STEPS_MAX: u32 = BACKENDS_PER_LIST_MAX.ilog2() + 1;
@@ -43,47 +45,57 @@ pub fn frontend(key: &FrontendKey) -> Option<FrontendValue> {
 }
 
 /// Any backend of the frontend, and the list that it is from; `None` = there is none.
+///
+/// What was read of the frontend may be another's by now, and the list may be gone: then it is looked up anew.
 #[inline(always)]
 pub fn choose(key: &FrontendKey, first: FrontendValue) -> Option<(SocketAddress, u32)> {
+    let tag = key.tag();
     let mut frontend = first;
     for _ in 0..LIST_LOOKUPS_MAX {
         let count = u32::from(frontend.backend_count);
-        if count == 0 {
+        if count != 0 {
+            // SAFETY: a plain helper.
+            let slot = unsafe { bpf_get_prandom_u32() } % count;
+            if let Some(backend) = backend(frontend.list_id, slot, tag) {
+                return Some((backend, frontend.list_id));
+            }
+        }
+        let next = self::frontend(key)?;
+        if count == 0 && next.backend_count == 0 {
             return None;
         }
-        // SAFETY: a plain helper.
-        let slot = unsafe { bpf_get_prandom_u32() } % count;
-        if let Some(backend) = backend(frontend.list_id, slot) {
-            return Some((backend, frontend.list_id));
-        }
-        frontend = self::frontend(key)?;
+        frontend = next;
     }
     None
 }
 
+/// A backend of the frontend with that tag; `None` = the list is not there any more, or was never its.
 #[inline(always)]
-fn backend(list_id: u32, slot: u32) -> Option<SocketAddress> {
+fn backend(list_id: u32, slot: u32, tag: u32) -> Option<SocketAddress> {
     let key = BackendKey { list_id, slot };
-    // SAFETY: the value is copied at once; a list never changes.
-    let value = unsafe { BACKENDS.get(&key) }?;
-    Some(SocketAddress::new(&value.address, value.port_be))
+    let value = BACKENDS.get_ptr(&key)?;
+    // SAFETY: the entry may be used anew meanwhile, which the tag shows: it is written first and read last.
+    let (found, tag_now) = unsafe {
+        let found = SocketAddress::new(&(*value).address, (*value).port_be);
+        compiler_fence(Ordering::Acquire);
+        (found, (&raw const (*value).frontend_tag).read_volatile())
+    };
+    (tag_now == tag).then_some(found)
 }
 
-/// True if `wanted` stands in the frontend's list, which is sorted.
+/// Whether `wanted` stands in the frontend's list, which is sorted; `None` = the list is not there any more.
 #[inline(always)]
-pub fn contains(frontend: &FrontendValue, wanted: &SocketAddress) -> bool {
+pub fn contains(frontend: &FrontendValue, wanted: &SocketAddress, tag: u32) -> Option<bool> {
     let mut low = 0;
     let mut high = u32::from(frontend.backend_count);
     for _ in 0..SEARCH_STEPS_MAX {
         if low >= high {
-            return false;
+            return Some(false);
         }
         let middle = low + (high - low) / 2;
-        let Some(found) = backend(frontend.list_id, middle) else {
-            return false;
-        };
+        let found = backend(frontend.list_id, middle, tag)?;
         if found == *wanted {
-            return true;
+            return Some(true);
         }
         if is_before(&found, wanted) {
             low = middle + 1;
@@ -91,7 +103,7 @@ pub fn contains(frontend: &FrontendValue, wanted: &SocketAddress) -> bool {
             high = middle;
         }
     }
-    false
+    Some(false)
 }
 
 #[inline(always)]

@@ -3,8 +3,8 @@
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 
-use crate::maps::SOCKET_CHOICES;
-use crate::socket_address::{Family, V4, V6, protocol, socket};
+use crate::maps::{SOCKET_CHOICES, TCP_CHOICES};
+use crate::socket_address::{Family, V4, V6, cookie, protocol, socket};
 use crate::socket_balance::{
     ALLOW, TCP, UDP, choose, frontend, frontend_key, refuse, remember, store,
 };
@@ -28,9 +28,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     let named = F::read(ctx);
     let key = frontend_key(&named, protocol);
     let Some(frontend) = frontend(&key) else {
-        // A socket may be connected again; an absent choice costs next to nothing to delete.
-        // SAFETY: the socket of the context.
-        let _absent = unsafe { SOCKET_CHOICES.delete(socket(ctx)) };
+        forget(ctx, protocol);
         return ALLOW;
     };
     let Some((chosen, _)) = choose(&key, frontend) else {
@@ -40,13 +38,28 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         return refuse();
     }
     let mut choice = remember(&named, &chosen);
+    // Out of memory or room costs the application the virtual name of its peer, not the connection.
+    if protocol == TCP {
+        let _full = TCP_CHOICES.insert(&cookie(ctx), &choice, 0);
+        return ALLOW;
+    }
     // SAFETY: the socket of the context.
     let stored = unsafe { SOCKET_CHOICES.get_or_insert_ptr_mut(ctx, Some(&mut choice)) };
-    // Out of memory costs the application the virtual name of its peer, not the connection.
     if !stored.is_null() {
         // An older choice is left as it is by the call above.
         // SAFETY: checked; the storage lives as long as the socket.
         unsafe { store(stored, &choice) };
     }
     ALLOW
+}
+
+/// A socket may be connected again, to what is no service; most never remembered anything.
+#[inline(always)]
+fn forget(ctx: &SockAddrContext, protocol: u32) {
+    if protocol == TCP {
+        let _absent = TCP_CHOICES.remove(&cookie(ctx));
+    } else {
+        // SAFETY: the socket of the context.
+        let _absent = unsafe { SOCKET_CHOICES.delete(socket(ctx)) };
+    }
 }

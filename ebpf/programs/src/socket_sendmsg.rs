@@ -2,13 +2,13 @@
 
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
-use clustermesh_ebpf_abi::{FrontendKey, FrontendValue, UDP_CHOICES_PER_SOCKET_MAX};
+use clustermesh_ebpf_abi::{FrontendKey, FrontendValue, UDP_CHOICES_PER_SOCKET_MAX, UdpChoice};
 
 use crate::maps::UDP_CHOICES;
 use crate::socket_address::{Family, SocketAddress, V4, V6};
 use crate::socket_balance::{
-    ALLOW, UDP, backend_of, choose, contains, frontend, frontend_key, refuse, remember, store,
-    virtual_of,
+    ALLOW, LIST_LOOKUPS_MAX, UDP, backend_of, choose, contains, frontend, frontend_key, refuse,
+    remember, store, virtual_of,
 };
 
 #[cgroup_sock_addr(sendmsg4)]
@@ -25,7 +25,7 @@ pub fn socket_sendmsg6(ctx: SockAddrContext) -> i32 {
 fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
     let named = F::read(ctx);
     let key = frontend_key(&named, UDP);
-    let Some(frontend) = frontend(&key) else {
+    let Some(frontend) = self::frontend(&key) else {
         return ALLOW;
     };
     match kept_or_chosen(ctx, &named, &key, frontend) {
@@ -55,20 +55,15 @@ fn kept_or_chosen(
     let storage = unsafe { &mut *storage };
     let mut place = UDP_CHOICES_PER_SOCKET_MAX;
     for i in 0..UDP_CHOICES_PER_SOCKET_MAX {
-        let entry = &mut storage.choices[i];
-        if virtual_of(&entry.choice) != *named {
-            continue;
+        if virtual_of(&storage.choices[i].choice) == *named {
+            place = i;
+            break;
         }
-        let kept = backend_of(&entry.choice);
-        if entry.list_id == frontend.list_id {
-            return Some(kept);
-        }
-        if contains(&frontend, &kept) {
-            entry.list_id = frontend.list_id;
-            return Some(kept);
-        }
-        place = i;
-        break;
+    }
+    if place < UDP_CHOICES_PER_SOCKET_MAX
+        && let Some(kept) = kept(key, frontend, &mut storage.choices[place])
+    {
+        return Some(kept);
     }
     let (chosen, list_id) = choose(key, frontend)?;
     if place >= UDP_CHOICES_PER_SOCKET_MAX {
@@ -80,4 +75,27 @@ fn kept_or_chosen(
     unsafe { store(&raw mut entry.choice, &remember(named, &chosen)) };
     entry.list_id = list_id;
     Some(chosen)
+}
+
+/// The backend that the socket has, if the frontend still has it.
+#[inline(always)]
+fn kept(key: &FrontendKey, first: FrontendValue, entry: &mut UdpChoice) -> Option<SocketAddress> {
+    let kept = backend_of(&entry.choice);
+    if entry.list_id == first.list_id {
+        return Some(kept);
+    }
+    let tag = key.tag();
+    let mut frontend = first;
+    for _ in 0..LIST_LOOKUPS_MAX {
+        match contains(&frontend, &kept, tag) {
+            Some(true) => {
+                entry.list_id = frontend.list_id;
+                return Some(kept);
+            }
+            Some(false) => return None,
+            // Replaced under our hands: the newer list may have it.
+            None => frontend = self::frontend(key)?,
+        }
+    }
+    None
 }

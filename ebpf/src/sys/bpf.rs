@@ -48,6 +48,7 @@ pub(crate) enum AttachType {
     Recvmsg6 = 20,
     Getpeername4 = 29,
     Getpeername6 = 30,
+    SocketRelease = 34,
     TcxIngress = 46,
 }
 

@@ -7,7 +7,7 @@
 use clustermesh_ebpf_abi::{
     Address, BackendKey, BackendValue, EndpointValue, FlowRecord, FrontendKey, FrontendValue,
     InterfaceValue, IpcacheKey, IpcacheValue, NodeAddressValue, NodeConfig, NodeValue,
-    TrafficValue,
+    SocketChoice, TrafficValue,
 };
 
 /// Plain data: what a map key or value of ours may be.
@@ -41,6 +41,7 @@ plain!(
     NodeAddressValue,
     NodeConfig,
     NodeValue,
+    SocketChoice,
     TrafficValue,
 );
 

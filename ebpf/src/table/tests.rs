@@ -110,8 +110,10 @@ fn trie_agrees_with_model_with_batches_and_without() {
         identity: 9,
         node_index: 9,
     };
+    // Older kernels refuse them for tries, which is found out on the way.
+    let offered = crate::features::kernel().unwrap().0 >= (5, 12);
     for table in [trie(), by_elements(trie())] {
-        let batches = table.uses_batches();
+        let batches = table.uses_batches() && offered;
         agrees_with_model(&table, &pairs, other, prefix(60_001));
         assert_eq!(
             table.uses_batches(),

@@ -179,6 +179,7 @@ pub fn set_service(
     list_id: u32,
     backends: &[SocketAddr],
 ) {
+    let key = frontend_key(virtual_address.parse().unwrap(), protocol);
     let mut sorted: Vec<_> = backends
         .iter()
         .map(|backend| (mapped(backend.ip()), backend.port().to_be_bytes()))
@@ -188,10 +189,10 @@ pub fn set_service(
         .zip(sorted)
         .map(|(slot, (address, port_be))| {
             let value = BackendValue {
+                frontend_tag: key.tag(),
                 address,
                 port_be,
                 cluster_id: 1,
-                reserved: 0,
             };
             (BackendKey { list_id, slot }, value)
         })
@@ -202,7 +203,6 @@ pub fn set_service(
         backend_count: u16::try_from(list.len()).unwrap(),
         flags: 0,
     };
-    let key = frontend_key(virtual_address.parse().unwrap(), protocol);
     maps.frontends.upsert(&[(key, value)]).unwrap();
 }
 

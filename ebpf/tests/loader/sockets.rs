@@ -287,6 +287,88 @@ fn connections_never_fail_while_lists_are_switched() {
 }
 
 #[test]
+fn an_unconnected_socket_stays_with_its_backend_while_lists_are_switched() {
+    in_node(|node| {
+        let datapath = node.active();
+        let servers: Vec<_> = (0..3).map(|_| udp_server("127.0.0.1:0")).collect();
+        let maps = datapath.maps();
+        set_service(maps, V4, UDP, 1, &servers);
+        let socket = socket("0.0.0.0:0");
+        let (kept, _) = ask(&socket, V4);
+        let others: Vec<_> = servers.into_iter().filter(|s| *s != kept).collect();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let switcher = scope.spawn(|| {
+                let mut list = 1;
+                while !done.load(Ordering::Relaxed) {
+                    list += 1;
+                    // Another service's list takes the place of the deleted one at once.
+                    let other = others[list as usize % others.len()];
+                    set_service(maps, V4, UDP, list, &[kept, other]);
+                    delete_list(maps, list - 1, 3);
+                    set_service(maps, "10.96.0.2:80", UDP, list + (1 << 31), &others);
+                    delete_list(maps, list - 1 + (1 << 31), 3);
+                }
+                list
+            });
+            for i in 0..5_000 {
+                let (who, _) = ask(&socket, V4);
+                if who != kept {
+                    done.store(true, Ordering::Relaxed);
+                    panic!("datagram {i} went to {who} instead of {kept}");
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+            let switches = switcher.join().unwrap();
+            assert!(switches > 100, "only {switches} switches");
+        });
+    });
+}
+
+#[test]
+fn what_a_tcp_socket_remembers_goes_with_it_and_with_its_next_connection() {
+    in_node(|node| {
+        let datapath = node.active();
+        let server = tcp_server("127.0.0.1:0");
+        let maps = datapath.maps();
+        set_service(maps, V4, TCP, 1, &[server]);
+        let held = || maps.tcp_choices.len().unwrap();
+        let streams: Vec<_> = (0..5).map(|_| connect(V4).unwrap().0).collect();
+        assert_eq!(held(), 5);
+        drop(streams);
+        assert_eq!(held(), 0);
+        connect(&server.to_string()).unwrap();
+        assert_eq!(held(), 0);
+        // One socket, first to the service, then straight to its backend.
+        let socket = nix::sys::socket::socket(
+            nix::sys::socket::AddressFamily::Inet,
+            nix::sys::socket::SockType::Stream,
+            nix::sys::socket::SockFlag::empty(),
+            None,
+        )
+        .unwrap();
+        let connect_to = |to: &str| {
+            let to: std::net::SocketAddrV4 = to.parse().unwrap();
+            let to = nix::sys::socket::SockaddrIn::from(to);
+            nix::sys::socket::connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &to)
+        };
+        set_service(
+            maps,
+            "10.96.0.2:80",
+            TCP,
+            2,
+            &["127.0.0.1:9".parse().unwrap()],
+        );
+        connect_to("10.96.0.2:80").unwrap_err();
+        assert_eq!(held(), 1);
+        connect_to(&server.to_string()).unwrap();
+        assert_eq!(held(), 0);
+        let stream = TcpStream::from(socket);
+        assert_eq!(stream.peer_addr().unwrap(), server);
+    });
+}
+
+#[test]
 fn sockets_outside_the_cgroup_are_left_alone() {
     in_node(|node: &Node| {
         let mut options = node.options();

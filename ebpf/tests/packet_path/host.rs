@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use clustermesh_ebpf_abi::{DropReason, TrafficPath};
+use clustermesh_ebpf_abi::{CONFIG_DIRECT, DropReason, TrafficPath};
 
 use crate::support::net::{check, inside, ip, run};
 use crate::support::node::{Node, POD_MTU, in_cidr};
@@ -79,6 +79,27 @@ fn a_pod_reaches_the_world_through_the_hosts_stack() {
         TRANSFER_BYTES,
     )
     .expect("to the world");
+}
+
+#[test]
+fn where_pods_are_routed_they_and_the_world_reach_each_other_without_translation() {
+    let (_namespaces, a, _b) = pair(false, true);
+    let router = a.host.replace("node1", "router");
+    let world = "203.0.113.1";
+    ip(&format!(
+        "-n {router} route add 10.1.0.0/24 via 192.168.1.1"
+    ));
+    ip(&format!("-n {router} addr add {world}/32 dev lo"));
+    let pinged = || run(&a.pod, "ping", &["-c1", "-W1", world]).status.success();
+    // With a tunnel pods are not routed: nothing comes in for them that way.
+    assert!(!pinged());
+    assert_eq!(a.datapath.drops(DropReason::DirectForgedSource), 1);
+    a.configure(CONFIG_DIRECT);
+    assert!(pinged());
+    let world = world.parse().expect("an address");
+    transfer(&a.pod, &router, world, TRANSFER_BYTES).expect("to the world");
+    transfer(&router, &a.pod, in_cidr(1, 4, false), TRANSFER_BYTES).expect("from the world");
+    assert_eq!(a.datapath.drops(DropReason::DirectForgedSource), 1);
 }
 
 #[test]

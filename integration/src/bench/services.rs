@@ -66,16 +66,16 @@ impl Services {
         let mut entries = Entries::default();
         for service in 0..self.count {
             let list_id = service + 1;
+            let key = self.frontend(service);
             for (slot, backend) in (0..).zip(self.backends(service)) {
                 let value = BackendValue {
+                    frontend_tag: key.tag(),
                     address: v4_mapped(backend.octets()),
                     port_be: BACKEND_PORT.to_be_bytes(),
                     cluster_id: 1,
-                    reserved: 0,
                 };
                 entries.backends.push((BackendKey { list_id, slot }, value));
             }
-            let key = self.frontend(service);
             let value = FrontendValue {
                 list_id,
                 backend_count: 5,

@@ -1,6 +1,6 @@
 //! What is dropped, and why.
 
-use clustermesh_ebpf_abi::{DropReason, IDENTITY_HOST, NodeConfig};
+use clustermesh_ebpf_abi::{CONFIG_DIRECT, DropReason, IDENTITY_HOST, NodeConfig, TrafficPath};
 
 use crate::support::bpf::Datapath;
 use crate::support::packet::{
@@ -506,4 +506,38 @@ fn a_node_of_a_family_that_we_lack_cannot_be_reached() {
         DROP
     );
     assert_eq!(datapath.all_drops(), [("no-underlay-family", 2)]);
+}
+
+#[test]
+fn the_world_may_not_say_that_it_is_somebody_else() {
+    let datapath = datapath();
+    datapath.set_config(&NodeConfig {
+        flags: CONFIG_DIRECT,
+        ..config()
+    });
+    let sources = [
+        ("127.0.0.1", V4),
+        ("0.0.0.1", V4),
+        ("224.0.0.1", V4),
+        ("255.255.255.255", V4),
+        ("192.168.1.1", V4),
+        ("10.1.0.77", V4),
+        ("10.2.0.9", V4),
+        ("::1", V6),
+        ("fe80::1", V6),
+        ("ff02::1", V6),
+        ("fd00::1", V6),
+        ("fd10:0:0:1::77", V6),
+    ];
+    for (source, target) in sources {
+        let frame = ethernet(&datagram(source, target));
+        let verdict = datapath.run("from_network", &frame).verdict;
+        assert_eq!(verdict, DROP, "{source}");
+    }
+    let expected = ("direct-forged-source", sources.len() as u64);
+    assert_eq!(datapath.all_drops(), [expected]);
+    for (source, target) in [("8.8.8.8", V4), ("2001:db8::1", V6)] {
+        let frame = ethernet(&datagram(source, target));
+        forwarded(&datapath, "from_network", &frame, TrafficPath::DirectIn);
+    }
 }

@@ -166,6 +166,24 @@ fn tunnel_packets_are_unpacked_for_pods_and_host() {
 }
 
 #[test]
+fn a_tunnel_packet_is_taken_with_and_without_an_outer_checksum() {
+    let datapath = datapath();
+    for (source, target, inner_source, ip_bytes) in [
+        ("192.168.2.1", "192.168.1.1", "10.2.0.9", 20),
+        ("fd00::3", "fd00::1", "10.3.0.9", 40),
+    ] {
+        let inner = datagram(inner_source, V4);
+        let without = tunnelled(source, target, REMOTE, &inner);
+        let checksum_at = 14 + ip_bytes + 6;
+        let with = edited(without.clone(), checksum_at, &[0x12, 0x34]);
+        for frame in [without, with] {
+            let out = forwarded(&datapath, "from_network", &frame, TrafficPath::TunnelIn);
+            assert_eq!(out.packet[14..], inner[..]);
+        }
+    }
+}
+
+#[test]
 fn a_congestion_mark_travels_through_the_tunnel() {
     let datapath = datapath();
     let mut inner = datagram(V4, "10.2.0.9");

@@ -167,7 +167,8 @@ impl Node {
         node
     }
 
-    fn fill_own_maps(&self) {
+    /// Writes the node's settings.
+    pub fn configure(&self, flags: u32) {
         let n = self.number;
         let (host_ifindex, host_mac) = device(&self.host, "cm_host");
         self.datapath.set_config(&NodeConfig {
@@ -182,10 +183,16 @@ impl Node {
             cluster_id: u16::from(n),
             tunnel_port_be: TUNNEL_PORT.to_be_bytes(),
             host_ifindex,
-            flags: 0,
+            flags,
             host_mac,
             reserved2: [0; 2],
         });
+    }
+
+    fn fill_own_maps(&self) {
+        let n = self.number;
+        self.configure(0);
+        let (host_ifindex, _) = device(&self.host, "cm_host");
         let (ifindex, end_mac) = device(&self.host, "pod0");
         let (_, pod_mac) = device(&self.pod, "eth0");
         for v6 in [false, true] {

@@ -21,10 +21,10 @@ fn node(n: u8) -> NodeValue {
 
 fn backend(n: u8) -> BackendValue {
     BackendValue {
+        frontend_tag: 0,
         address: address([10, 0, 0, n].into()),
         port_be: [0, 80],
         cluster_id: 1,
-        reserved: 0,
     }
 }
 

@@ -103,10 +103,10 @@ impl Model {
                     }
                     choices.push(Choice {
                         value: BackendValue {
+                            frontend_tag: key.tag(),
                             address: address(endpoint.address),
                             port_be: target.port.to_be_bytes(),
                             cluster_id,
-                            reserved: 0,
                         },
                         local,
                         condition: endpoint.condition,

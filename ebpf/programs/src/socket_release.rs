@@ -1,0 +1,19 @@
+//! `close()`: what a TCP socket remembers goes with it.
+
+use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
+use aya_ebpf::macros::cgroup_sock;
+use aya_ebpf::programs::SockContext;
+
+use crate::maps::TCP_CHOICES;
+use crate::socket_balance::{ALLOW, TCP};
+
+#[cgroup_sock(sock_release)]
+pub fn socket_release(ctx: SockContext) -> i32 {
+    // SAFETY: the context is valid for as long as the program runs.
+    if unsafe { (*ctx.sock).protocol } == TCP {
+        // SAFETY: as above.
+        let cookie = unsafe { bpf_get_socket_cookie(ctx.sock.cast()) };
+        let _absent = TCP_CHOICES.remove(&cookie);
+    }
+    ALLOW
+}
