@@ -9,7 +9,7 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup peers build lint test differential power demo bench bench-store clean
+.PHONY: help setup peers build lint test differential power demo kernels bench bench-store clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ power: ## Power cuts under the Raft log on a FUSE disk (CUTS=1000 SEED=1)
 
 demo: setup build ## The main job on one machine, as a table (KEEP=1 leaves the lab running)
 	@$(CARGO_TARGET_DIR)/debug/clustermesh-demo $(if $(filter 1,$(KEEP)),--keep)
+
+KERNELS ?= 5.10 6.1 6.12
+kernels: ## The kernel programs' tests on other kernels, in virtual machines (KERNELS="6.1 6.12"); not part of test
+	@integration/kernels/check $(KERNELS)
 
 bench: setup ## Figures against peers, as ratios
 	@cargo build $(WORKSPACE) --release --bins
