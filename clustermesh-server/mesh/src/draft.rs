@@ -8,6 +8,7 @@ use bytes::Bytes;
 use clustermesh_api::keys::Kind;
 
 use crate::keys::{OWN_ADDRESSES_PREFIX, own_address};
+use crate::step::{MAX_STEP_GUARDS, MAX_STEP_WRITES};
 use crate::txn::{Guard, Txn};
 use crate::view::{Kv, View};
 
@@ -93,6 +94,11 @@ impl<'a> Draft<'a> {
     #[must_use]
     pub fn writes(&self) -> usize {
         self.txn.writes().len()
+    }
+
+    /// Whether a step has as much as it may have.
+    pub(crate) fn is_full_step(&self) -> bool {
+        self.writes() >= MAX_STEP_WRITES || self.txn.guards().len() >= MAX_STEP_GUARDS
     }
 
     fn pending_under<'p>(

@@ -1,5 +1,6 @@
 //! Pod CIDRs of nodes: one block of each family from the cluster's ranges.
 
+use clustermesh_api::records::Node;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
@@ -94,6 +95,12 @@ pub fn assign_pod_cidrs(
     if settings.pod_cidrs.is_empty() {
         return Err(AllocateError::NoPodCidr(settings.name.clone()));
     }
+    if let Some(own) = recorded(draft, settings, node) {
+        for cidr in own.iter() {
+            draft.guard(keys::pod_cidr(cidr));
+        }
+        return Ok(own);
+    }
     let given = blocks(draft)?;
     let mut own = NodePodCidrs::default();
     for family in FAMILIES {
@@ -102,6 +109,33 @@ pub fn assign_pod_cidrs(
         }
     }
     Ok(own)
+}
+
+/// The blocks that the node's record names, if it has them and they are all that it is due: many agents may come back
+/// at once, and need not read every block.
+fn recorded(view: &dyn View, settings: &ClusterSettings, node: &str) -> Option<NodePodCidrs> {
+    let kv = view.get(&crate::keys::node(&settings.name, node))?;
+    let record = Node::decode(&kv.value).ok()?;
+    let mut own = NodePodCidrs::default();
+    for family in FAMILIES {
+        if settings.pod_cidrs(family).next().is_none() {
+            continue;
+        }
+        let held = record
+            .pod_cidrs()
+            .map(|cidr| canonical(cidr.0))
+            .find(|cidr| {
+                let inside = settings.pod_cidrs(family).any(|range| covers(range, *cidr));
+                let key = keys::pod_cidr(*cidr);
+                inside
+                    && view
+                        .get(&key)
+                        .and_then(|kv| read_json::<Block>(&key, &kv.value).ok())
+                        .is_some_and(|block| block.node == node)
+            })?;
+        *own.slot(family) = Some(held);
+    }
+    Some(own)
 }
 
 /// [`assign_pod_cidrs`] as a plan of its own.

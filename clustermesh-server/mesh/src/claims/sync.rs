@@ -13,7 +13,7 @@ use crate::allocate::Plan;
 use crate::draft::Draft;
 use crate::keys;
 use crate::settings::ClusterSettings;
-use crate::step::{MAX_STEP_WRITES, Step};
+use crate::step::Step;
 use crate::view::View;
 
 /// How far a sync has come.
@@ -54,7 +54,7 @@ pub fn plan_sync(
     draft.guard(key);
     let mut progress = progress.clone();
     for claim in sync.endpoints.iter().skip(progress.judged) {
-        if draft.writes() >= MAX_STEP_WRITES {
+        if draft.is_full_step() {
             return Ok(more(draft, progress));
         }
         match endpoint::upsert(&mut draft, record, claim) {
@@ -70,7 +70,7 @@ pub fn plan_sync(
                 .and_then(|kv| IpIdentityPair::decode(&kv.value).ok())
                 .is_some_and(|pair| pair.node() == Some(node));
         if is_surplus {
-            if draft.writes() >= MAX_STEP_WRITES {
+            if draft.is_full_step() {
                 return Ok(more(draft, progress));
             }
             endpoint::delete(&mut draft, node, address)?;
@@ -83,7 +83,7 @@ pub fn plan_sync(
             .ok()
             .and_then(|text| text.parse::<IpAddr>().ok());
         if address.is_none_or(|address| !progress.kept.contains(&address)) {
-            if draft.writes() >= MAX_STEP_WRITES {
+            if draft.is_full_step() {
                 return Ok(more(draft, progress));
             }
             draft.delete(kv.key);
@@ -107,6 +107,7 @@ mod tests {
     use std::fmt::Write as _;
 
     use super::*;
+    use crate::step::MAX_STEP_WRITES;
     use crate::test_support::{Lab, claim, commit, workload};
 
     /// More endpoints than one transaction may write.
@@ -162,6 +163,11 @@ mod tests {
         assert_eq!(refused.len(), 2, "{text}");
         assert!(steps > 3);
         assert_eq!(lab.view.addresses_of("n1").len(), ENDPOINTS);
+
+        let before = lab.view.revision();
+        let (_, steps) = sync(&mut lab, 0..ENDPOINTS);
+        assert!(steps > 1, "what is judged is bounded too");
+        assert_eq!(lab.view.revision(), before, "nothing changed");
 
         let (refused, steps) = sync(&mut lab, 0..3);
         assert!(refused.is_empty() && steps > 2);

@@ -365,3 +365,53 @@ fn removing_a_node_frees_all_that_it_had_unless_it_is_connected() {
     }
     lab.node("n3", "192.0.2.1");
 }
+
+/// A view that counts what is read as a whole.
+struct Counted<'a>(&'a dyn View, std::cell::RefCell<Vec<String>>);
+
+impl View for Counted<'_> {
+    fn revision(&self) -> i64 {
+        self.0.revision()
+    }
+
+    fn get(&self, key: &[u8]) -> Option<crate::view::Kv> {
+        self.0.get(key)
+    }
+
+    fn scan(
+        &self,
+        prefix: &[u8],
+        visit: &mut dyn FnMut(crate::view::Kv) -> std::ops::ControlFlow<()>,
+    ) {
+        let prefix_text = String::from_utf8_lossy(prefix).into_owned();
+        self.1.borrow_mut().push(prefix_text);
+        self.0.scan(prefix, visit);
+    }
+
+    fn addresses_of(&self, node: &str) -> std::collections::BTreeSet<IpAddr> {
+        self.0.addresses_of(node)
+    }
+
+    fn nodes_at(&self, cluster: &str, address: IpAddr) -> std::collections::BTreeSet<String> {
+        self.0.nodes_at(cluster, address)
+    }
+}
+
+#[test]
+fn a_node_that_comes_back_reads_only_what_is_its_own() {
+    let mut lab = lab();
+    lab.endpoint("n1", "cart-0", "10.1.0.4");
+    let counted = Counted(&lab.view, std::cell::RefCell::default());
+    let plan = plan_hello(&counted, &lab.settings, &hello("n1", "192.0.2.1")).unwrap();
+    assert_eq!(plan.result.v4.unwrap().to_string(), "10.1.0.0/24");
+    let sync = SyncEndpoints {
+        request_id: 1,
+        endpoints: vec![claim("cart-0", &["10.1.0.4"])],
+    };
+    let (mut memo, progress) = (NodeMemo::default(), SyncProgress::default());
+    plan_sync(&counted, &lab.settings, "n1", &mut memo, &sync, &progress).unwrap();
+    assert_eq!(
+        counted.1.into_inner(),
+        ["clustermesh.io/readiness/v1/n1/".to_owned()]
+    );
+}

@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 
 use bytes::Bytes;
 use clustermesh_api::keys::{
-    Kind, LOCAL_SLICES_PREFIX, Origin, READINESS_PREFIX, RecordKey, STORED_SERVICES_PREFIX, Tree,
-    WORKLOADS_PREFIX,
+    ALLOC_PREFIX, Kind, LOCAL_SLICES_PREFIX, Origin, READINESS_PREFIX, RecordKey,
+    STORED_SERVICES_PREFIX, Tree, WORKLOADS_PREFIX,
 };
 use clustermesh_api::manifest::StoredService;
 use clustermesh_api::records::{EndpointSlice, Readiness, Record};
@@ -164,6 +164,10 @@ impl ServiceJoin {
     /// Takes one change of the store; `None` means deleted. Keys that do not matter are ignored, and a value that
     /// cannot be read counts as absent. Session states do not matter: a lost session says nothing about a backend.
     pub fn handle(&mut self, key: &[u8], value: Option<&[u8]>) {
+        // Each claim of an address writes there too.
+        if key.starts_with(ALLOC_PREFIX.as_bytes()) {
+            return;
+        }
         let Ok(key) = RecordKey::parse(key) else {
             return;
         };
