@@ -15,8 +15,9 @@ pub const FRONTENDS_MAX: u32 = 1 << 16;
 pub const BACKENDS_MAX: u32 = 1 << 19;
 /// Backends in one list.
 pub const BACKENDS_PER_LIST_MAX: u16 = 4_096;
-/// TCP sockets of a node that remember a choice.
-pub const TCP_CHOICES_MAX: u32 = 1 << 18;
+/// TCP sockets of a node that remember a choice; others are told the backend's address by `getpeername()`. With
+/// more, the map no longer fits into a CPU's cache, and every connect pays for it.
+pub const TCP_CHOICES_MAX: u32 = 1 << 16;
 /// Virtual addresses that one unconnected UDP socket remembers; beyond, the oldest is forgotten.
 pub const UDP_CHOICES_PER_SOCKET_MAX: usize = 8;
 

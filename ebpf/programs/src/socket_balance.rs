@@ -8,7 +8,7 @@ use clustermesh_ebpf_abi::{
 };
 
 use crate::features::socket_errors;
-use crate::maps::{BACKENDS, FRONTENDS};
+use crate::maps::{BACKENDS, FRONTENDS, TCP_CHOICES};
 use crate::socket_address::SocketAddress;
 
 /// The call goes on.
@@ -140,6 +140,14 @@ pub unsafe fn store(to: *mut SocketChoice, choice: &SocketChoice) {
         // SAFETY: both are choices, aligned to words. Volatile: else the compiler calls its memmove, which goes
         // byte by byte.
         unsafe { to.add(i).write_volatile(from.add(i).read()) };
+    }
+}
+
+/// Removes what a TCP socket remembers. Most remember nothing: a look takes no lock, a removal does.
+#[inline(always)]
+pub fn forget_tcp(cookie: u64) {
+    if TCP_CHOICES.get_ptr(&cookie).is_some() {
+        let _absent = TCP_CHOICES.remove(&cookie);
     }
 }
 

@@ -6,7 +6,7 @@ use aya_ebpf::programs::SockAddrContext;
 use crate::maps::{SOCKET_CHOICES, TCP_CHOICES};
 use crate::socket_address::{Family, V4, V6, cookie, protocol, socket};
 use crate::socket_balance::{
-    ALLOW, TCP, UDP, choose, frontend, frontend_key, refuse, remember, store,
+    ALLOW, TCP, UDP, choose, forget_tcp, frontend, frontend_key, refuse, remember, store,
 };
 
 #[cgroup_sock_addr(connect4)]
@@ -57,7 +57,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 fn forget(ctx: &SockAddrContext, protocol: u32) {
     if protocol == TCP {
-        let _absent = TCP_CHOICES.remove(&cookie(ctx));
+        forget_tcp(cookie(ctx));
     } else {
         // SAFETY: the socket of the context.
         let _absent = unsafe { SOCKET_CHOICES.delete(socket(ctx)) };

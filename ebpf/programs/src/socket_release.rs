@@ -4,8 +4,7 @@ use aya_ebpf::helpers::generated::bpf_get_socket_cookie;
 use aya_ebpf::macros::cgroup_sock;
 use aya_ebpf::programs::SockContext;
 
-use crate::maps::TCP_CHOICES;
-use crate::socket_balance::{ALLOW, TCP};
+use crate::socket_balance::{ALLOW, TCP, forget_tcp};
 
 #[cgroup_sock(sock_release)]
 pub fn socket_release(ctx: SockContext) -> i32 {
@@ -13,7 +12,7 @@ pub fn socket_release(ctx: SockContext) -> i32 {
     if unsafe { (*ctx.sock).protocol } == TCP {
         // SAFETY: as above.
         let cookie = unsafe { bpf_get_socket_cookie(ctx.sock.cast()) };
-        let _absent = TCP_CHOICES.remove(&cookie);
+        forget_tcp(cookie);
     }
     ALLOW
 }
