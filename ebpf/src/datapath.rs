@@ -18,7 +18,7 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// How programs are attached to interfaces.
     pub attach_mode: AttachMode,
-    /// The cgroup (v2) whose sockets are load-balanced (kernel 5.18 and later); `None` = none are.
+    /// The cgroup (v2) whose sockets are load-balanced; `None` = none are.
     pub cgroup: Option<PathBuf>,
 }
 

@@ -5,6 +5,9 @@ use crate::sys::{bpf, probe};
 /// The oldest kernel: redirecting into a pod and to a neighbour came with it.
 const KERNEL_MIN: (u32, u32) = (5, 10);
 
+/// The first kernel whose VXLAN devices filter identifiers.
+const VNI_FILTER_MIN: (u32, u32) = (5, 18);
+
 /// What differs between the kernels on which the programs run (5.10 and later).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features {
@@ -14,6 +17,9 @@ pub struct Features {
     pub socket_errors: bool,
     /// Devices take part in segmenting tunnel packets (5.13).
     pub ethernet_inside: bool,
+    /// VXLAN devices can be told which identifiers they accept (5.18; by the kernel's version, because older
+    /// ones ignore it).
+    pub closed_vxlan: bool,
 }
 
 impl Features {
@@ -24,6 +30,7 @@ impl Features {
             tcx: bpf::tcx_supported(),
             socket_errors: probe::socket_errors(),
             ethernet_inside: probe::ethernet_inside(),
+            closed_vxlan: kernel().is_some_and(|(version, _)| version >= VNI_FILTER_MIN),
         }
     }
 
@@ -63,6 +70,7 @@ mod tests {
             tcx: version >= (6, 6),
             socket_errors: version >= (6, 1),
             ethernet_inside: version >= (5, 13),
+            closed_vxlan: version >= (5, 18),
         };
         assert_eq!(Features::probe(), expected, "kernel {release}");
     }

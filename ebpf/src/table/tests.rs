@@ -111,7 +111,7 @@ fn trie_agrees_with_model_with_batches_and_without() {
         node_index: 9,
     };
     // Older kernels refuse them for tries, which is found out on the way.
-    let offered = crate::features::kernel().unwrap().0 >= (5, 12);
+    let offered = crate::features::kernel().unwrap().0 >= (5, 13);
     for table in [trie(), by_elements(trie())] {
         let batches = table.uses_batches() && offered;
         agrees_with_model(&table, &pairs, other, prefix(60_001));
