@@ -1,6 +1,7 @@
 //! Benchmarks: contenders in interleaved rounds on one machine, ratios of medians, no timed tests.
 
 pub mod compare;
+mod cpu;
 mod kube_proxy;
 pub mod lb;
 pub mod preload;

@@ -15,8 +15,10 @@ use anyhow::{Context, Result, bail, ensure};
 use clustermesh_ebpf::Maps;
 use clustermesh_ebpf_abi::RESERVED_IDENTITY_MAX;
 use clustermesh_node_core::tables::host_key;
+use nix::unistd::Pid;
 
 use super::compare::{Figure, Named, Series, Target, alone};
+use super::cpu;
 use crate::lab::{Lab, LabConfig};
 use session::Session;
 
@@ -78,7 +80,11 @@ async fn measure(lab: &mut Lab, rounds: usize, progress: &dyn Fn(&str)) -> Resul
         absent == 0,
         "{absent} of the loaded addresses are in no map"
     );
-    let claims = Claims { session, reader };
+    let claims = Claims {
+        session,
+        reader,
+        processes: processes(lab)?,
+    };
     let [mut single, mut stored, mut burst, mut rss] = [(); 4].map(|()| Series::new());
     for round in 1..=rounds {
         progress(&format!("propagate: round {round} of {rounds}, one by one"));
@@ -91,8 +97,9 @@ async fn measure(lab: &mut Lab, rounds: usize, progress: &dyn Fn(&str)) -> Resul
         single.push(percentile_ms(&seen, PERCENTILE));
         stored.push(percentile_ms(&acknowledged, PERCENTILE));
         progress(&format!("propagate: round {round} of {rounds}, a burst"));
-        let seen = claims.burst().await?;
+        let (seen, cpu) = claims.burst().await?;
         progress(&format!("propagate: seen after {}", spread_ms(&seen)));
+        progress(&format!("propagate: CPU time until then: {cpu}"));
         burst.push(percentile_ms(&seen, PERCENTILE));
         rss.push(agent_rss_mib(lab)?);
     }
@@ -141,6 +148,30 @@ async fn measure(lab: &mut Lab, rounds: usize, progress: &dyn Fn(&str)) -> Resul
 struct Claims {
     session: Session,
     reader: Reader,
+    /// Whose CPU time is told, by name.
+    processes: Vec<(String, Pid)>,
+}
+
+/// Servers and agents of the lab.
+fn processes(lab: &Lab) -> Result<Vec<(String, Pid)>> {
+    let mut processes = Vec::new();
+    for index in 0..2 {
+        let cluster = lab.cluster(index);
+        processes.push((
+            format!("server {}", cluster.name()),
+            cluster.server()?.pid(),
+        ));
+        for node in cluster.nodes() {
+            // The agent that this process stands in for does not run.
+            if let Ok(agent) = node.agent() {
+                processes.push((
+                    format!("agent {}/{}", cluster.name(), node.name()),
+                    agent.pid(),
+                ));
+            }
+        }
+    }
+    Ok(processes)
 }
 
 impl Claims {
@@ -162,11 +193,13 @@ impl Claims {
         Ok((seen, stored))
     }
 
-    /// Claims many addresses at once and takes them back. All are timed from the first claim on.
-    async fn burst(&self) -> Result<Vec<Duration>> {
+    /// Claims many addresses at once and takes them back. All are timed from the first claim on; also what each process
+    /// worked until the last was seen.
+    async fn burst(&self) -> Result<(Vec<Duration>, String)> {
         let addresses: Vec<_> = (0..BURST)
             .map(|number| self.session.address(number))
             .collect();
+        let before = self.cpu_times()?;
         let begun = Instant::now();
         let (seen, claimed) = tokio::join!(self.reader.watch(&addresses, true, begun), async {
             for number in 0..BURST {
@@ -176,8 +209,23 @@ impl Claims {
         });
         claimed?;
         let seen = seen?;
+        let worked = self
+            .processes
+            .iter()
+            .zip(before.iter().zip(self.cpu_times()?));
+        let worked: Vec<String> = worked
+            .map(|((name, _), (before, after))| {
+                let ms = after.saturating_sub(*before).as_secs_f64() * 1e3;
+                format!("{name} {ms:.1} ms")
+            })
+            .collect();
         self.take_back(BURST).await?;
-        Ok(seen)
+        Ok((seen, worked.join(", ")))
+    }
+
+    fn cpu_times(&self) -> Result<Vec<Duration>> {
+        let processes = self.processes.iter();
+        processes.map(|(_, pid)| cpu::time(*pid)).collect()
     }
 
     async fn take_back(&self, count: usize) -> Result<()> {
