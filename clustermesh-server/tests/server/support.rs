@@ -159,6 +159,20 @@ impl Cluster {
             }
         })
         .await;
+        if self.settle_seconds == 0 {
+            // Written beside the start: a test that counts revisions begins after it.
+            let canary = format!("cilium/synced/{}/cilium/state/nodes/v1", self.name);
+            let written = || {
+                let store = server.store();
+                store.read(|state| state.get(canary.as_bytes()).is_some())
+            };
+            soon("the canaries", async {
+                while !written() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            })
+            .await;
+        }
         self.port = server.client_address().port();
         self.server = Some(server);
     }
