@@ -14,8 +14,8 @@ pub const MAX_GRPC_RECV_BYTES: usize = 4 * 1024 * 1024;
 pub const MAX_GRPC_CLIENT_RECV_BYTES: usize = 64 * 1024 * 1024;
 /// Bytes of keys and values that one message of a listing or one batch of events aims at.
 pub const STREAM_MESSAGE_TARGET_BYTES: usize = 1024 * 1024;
-/// Watches on one gRPC stream.
-pub const MAX_WATCHES_PER_STREAM: usize = 1024;
+/// Watches on one gRPC stream: a Go client puts all that share metadata on one.
+pub const MAX_WATCHES_PER_STREAM: usize = 16_384;
 /// Streams of agents and sessions that one server serves.
 pub const MAX_SESSIONS: usize = 10_000;
 /// Messages in flight from a session that the server has not answered.

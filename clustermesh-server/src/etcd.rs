@@ -2,11 +2,17 @@
 
 pub mod answers;
 mod cluster;
+mod election;
 mod kv;
 mod lease;
+mod lock;
 mod maintenance;
+mod recipe;
 mod watch;
 
+use clustermesh_api::FILE_DESCRIPTOR_SET;
+use clustermesh_api::etcd::election::election_server::ElectionServer;
+use clustermesh_api::etcd::lock::lock_server::LockServer;
 use clustermesh_api::etcd::rpc::cluster_server::ClusterServer;
 use clustermesh_api::etcd::rpc::kv_server::KvServer;
 use clustermesh_api::etcd::rpc::lease_server::LeaseServer;
@@ -22,9 +28,22 @@ use crate::store::Store;
 
 use answers::AnswerBudget;
 
-/// Adds KV, Watch, Lease, Cluster and Maintenance.
-pub fn add_services(routes: &mut RoutesBuilder, store: &Store, metrics: &Metrics, drain: &Drain) {
-    let answers = AnswerBudget::new(metrics.answers.clone());
+/// Whether a client asks for an error instead of a replica that hears of nothing.
+#[must_use]
+pub fn needs_leader(headers: &http::HeaderMap) -> bool {
+    headers
+        .get("hasleader")
+        .is_some_and(|value| value == "true")
+}
+
+/// Adds etcd's services.
+pub fn add_services(
+    routes: &mut RoutesBuilder,
+    store: &Store,
+    answers: &AnswerBudget,
+    metrics: &Metrics,
+    drain: &Drain,
+) {
     routes
         .add_service(
             KvServer::new(kv::KvService::new(store.clone(), answers.clone()))
@@ -50,6 +69,33 @@ pub fn add_services(routes: &mut RoutesBuilder, store: &Store, metrics: &Metrics
             store.clone(),
         )))
         .add_service(MaintenanceServer::new(
-            maintenance::MaintenanceService::new(store.clone(), answers),
-        ));
+            maintenance::MaintenanceService::new(store.clone(), answers.clone()),
+        ))
+        .add_service(
+            LockServer::new(lock::LockService::new(store.clone(), drain.clone()))
+                .max_decoding_message_size(MAX_GRPC_RECV_BYTES),
+        )
+        .add_service(
+            ElectionServer::new(election::ElectionService::new(store.clone(), drain.clone()))
+                .max_decoding_message_size(MAX_GRPC_RECV_BYTES),
+        );
+}
+
+/// Adds `grpc.health.v1` and both versions of gRPC reflection.
+///
+/// # Errors
+/// When the descriptors of the contract cannot be read.
+pub fn add_reflection(routes: &mut RoutesBuilder) -> anyhow::Result<()> {
+    // As in etcd, a server that answers is healthy: /readyz says more.
+    let (_, health) = tonic_health::server::health_reporter();
+    let builder = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    routes
+        .add_service(health)
+        .add_service(builder().build_v1()?)
+        .add_service(builder().build_v1alpha()?);
+    Ok(())
 }

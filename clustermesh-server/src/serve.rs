@@ -1,14 +1,14 @@
 //! The client port: accept loop, mutual TLS, HTTP/1.1 and HTTP/2, gRPC services beside plain HTTP pages.
 
+mod preface;
+
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use clustermesh_process::{AdminPages, Drain, PeerIdentity, ServerTls};
-use http::{HeaderValue, Method, Request, Response, header};
-use http_body_util::Full;
+use clustermesh_process::{Drain, PeerIdentity, ServerTls};
+use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -24,11 +24,16 @@ use tracing::{debug, warn};
 use crate::auth::Caller;
 use crate::config::LimitsConfig;
 use crate::etcd::answers::hold_until_sent;
+use crate::etcd::needs_leader;
+use crate::gateway::{self, Gateway};
 use crate::metrics::ServeMetrics;
-use crate::version::version_json;
+use crate::pages::Pages;
+use crate::store::Store;
 
 /// A client must have finished its TLS handshake by then.
 pub const TLS_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// After the handshake the first bytes of HTTP must have come by then; a client may be quiet after them.
+pub const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A quiet connection is pinged this often.
 pub const HTTP2_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// A ping must be answered by then, or the connection is closed.
@@ -51,7 +56,9 @@ pub struct ClientPort {
 struct Shared {
     tls: ServerTls,
     routes: Routes,
-    pages: AdminPages,
+    gateway: Gateway,
+    pages: Pages,
+    store: Store,
     cluster: Option<String>,
     limits: LimitsConfig,
     metrics: ServeMetrics,
@@ -64,8 +71,12 @@ pub struct ClientPortParts {
     pub tls: ServerTls,
     /// The gRPC services.
     pub routes: Routes,
-    /// Health and metrics pages.
-    pub pages: AdminPages,
+    /// etcd's JSON gateway to them.
+    pub gateway: Gateway,
+    /// Plain HTTP pages.
+    pub pages: Pages,
+    /// Whose leader clients ask for.
+    pub store: Store,
     /// Name of the own cluster: decides the callers' roles.
     pub cluster: Option<String>,
     /// Bounds of connections.
@@ -85,7 +96,9 @@ impl ClientPort {
             shared: Arc::new(Shared {
                 tls: parts.tls,
                 routes: parts.routes.prepare(),
+                gateway: parts.gateway,
                 pages: parts.pages,
+                store: parts.store,
                 cluster: parts.cluster,
                 limits: parts.limits,
                 metrics: parts.metrics,
@@ -165,10 +178,22 @@ async fn serve_connection(
         async move { Ok::<_, Infallible>(answer(&shared, caller, request).await) }
     });
     let builder = builder(&shared.limits);
+    let (tls, preface) = preface::counted(tls);
     let connection = builder.serve_connection(TokioIo::new(tls), service);
     let mut connection = std::pin::pin!(connection);
+    let late = async {
+        tokio::time::sleep(PREFACE_TIMEOUT).await;
+        if preface.is_complete() {
+            std::future::pending::<()>().await;
+        }
+    };
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
+        () = late => {
+            shared.metrics.handshakes_failed.inc();
+            debug!(%remote, "no HTTP after the TLS handshake");
+            return;
+        }
         () = drain.draining() => {
             connection.as_mut().graceful_shutdown();
             tokio::select! {
@@ -225,29 +250,21 @@ async fn answer(
     caller: Arc<Caller>,
     mut request: Request<Incoming>,
 ) -> Response<Body> {
-    let path = request.uri().path();
-    if path == "/version" && request.method() == Method::GET {
-        return page(json(version_json()));
+    if let Some(response) = shared.pages.respond(&caller, &request).await {
+        return response.map(Body::new);
     }
-    if let Some(response) = shared.pages.respond(request.method(), path) {
-        return page(response);
+    if request.uri().path().starts_with(gateway::PREFIX) {
+        let response = shared.gateway.answer(&shared.routes, caller, request);
+        return hold_until_sent(response.await);
+    }
+    if needs_leader(request.headers())
+        && let Err(status) = shared.store.check_leader()
+    {
+        return status.into_http();
     }
     request.extensions_mut().insert(caller);
     match shared.routes.clone().oneshot(request.map(Body::new)).await {
         Ok(response) => hold_until_sent(response),
         Err(never) => match never {},
     }
-}
-
-fn page(response: Response<Full<Bytes>>) -> Response<Body> {
-    response.map(Body::new)
-}
-
-fn json(body: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("application/json"),
-    );
-    response
 }

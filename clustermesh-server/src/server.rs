@@ -25,8 +25,11 @@ use crate::agents::stream::AgentStreamService;
 use crate::config::Config;
 use crate::controllers::{identities, own_records, services, sessions};
 use crate::etcd;
+use crate::etcd::answers::AnswerBudget;
+use crate::gateway::Gateway;
 use crate::mesh_api::MeshService;
 use crate::metrics::Metrics;
+use crate::pages::Pages;
 use crate::peering::{PeerStatuses, Peering};
 use crate::planner::Planner;
 use crate::replication::{GrpcTransport, PeerPort};
@@ -93,7 +96,9 @@ impl Server {
         tokio::spawn(admin.serve(DrainEnd::of(&drain)));
 
         let mut routes = Routes::builder();
-        etcd::add_services(&mut routes, &store, &metrics, &drain);
+        let answers = AnswerBudget::new(metrics.answers.clone());
+        etcd::add_services(&mut routes, &store, &answers, &metrics, &drain);
+        etcd::add_reflection(&mut routes)?;
         if let Some(settings) = settings {
             let parts = ClusterParts {
                 planner: Planner::start(store.clone(), &settings.name),
@@ -133,7 +138,9 @@ impl Server {
             ClientPortParts {
                 tls,
                 routes: routes.routes(),
-                pages,
+                gateway: Gateway::new(answers)?,
+                pages: Pages::new(store.clone(), pages),
+                store: store.clone(),
                 cluster: config.cluster.as_ref().map(|cluster| cluster.name.clone()),
                 limits: config.limits.clone(),
                 metrics: metrics.serve.clone(),

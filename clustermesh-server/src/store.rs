@@ -130,6 +130,12 @@ impl Store {
         }
     }
 
+    /// Whether this replica follows without a vote.
+    #[must_use]
+    pub fn is_learner(&self) -> bool {
+        is_learner(&self.replica.status())
+    }
+
     /// Health as etcd's `/health` judges it.
     ///
     /// # Errors
@@ -404,10 +410,7 @@ impl Store {
             raft_applied_index: status.applied_index,
             errors: errors.into_iter().collect(),
             db_size_in_use: size,
-            is_learner: status
-                .members
-                .iter()
-                .any(|member| member.id == status.replica_id && !member.voter),
+            is_learner: is_learner(&status),
             storage_version: ETCD_CLUSTER_VERSION.to_owned(),
             db_size_quota: 0,
             downgrade_info: Some(DowngradeInfo::default()),
@@ -463,6 +466,15 @@ impl Store {
         let outcome = outcome.map_err(|error| kv_status(&error))?;
         Ok((outcome, self.header(revision)))
     }
+}
+
+fn is_learner(status: &clustermesh_raft::Status) -> bool {
+    let is_self = |member: &&clustermesh_raft::Member| member.id == status.replica_id;
+    status
+        .members
+        .iter()
+        .find(is_self)
+        .is_some_and(|member| !member.voter)
 }
 
 fn seconds(duration: Duration) -> i64 {

@@ -13,6 +13,7 @@ pub fn version_json() -> String {
     serde_json::json!({
         "etcdserver": ETCD_VERSION,
         "etcdcluster": ETCD_CLUSTER_VERSION,
+        "storage": ETCD_CLUSTER_VERSION,
         "clustermesh": VERSION,
     })
     .to_string()

@@ -63,6 +63,12 @@ impl AdminPages {
         Self { liveness, ..self }
     }
 
+    /// What start-up still waits for; empty once the process serves.
+    #[must_use]
+    pub fn pending(&self) -> Vec<&'static str> {
+        self.readiness.pending()
+    }
+
     /// The answer for `path`, or `None` when it is not one of these pages.
     #[must_use]
     pub fn respond(&self, method: &Method, path: &str) -> Option<Response<Full<Bytes>>> {

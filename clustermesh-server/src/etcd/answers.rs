@@ -12,6 +12,8 @@ use tonic::{Response, Status};
 
 /// Answers up to this size have a budget of their own: a few huge answers that nobody reads never block the small ones.
 pub const SMALL_ANSWER_BYTES: usize = 64 << 10;
+/// What is smaller costs less than the stream that it is sent on, which has limits of its own.
+pub const UNCOUNTED_ANSWER_BYTES: usize = 1 << 10;
 /// Small answers that are under way.
 pub const MAX_SMALL_ANSWERS_BYTES: usize = 128 << 20;
 /// Large answers that are under way; one that is larger than this waits for no other and has the budget alone.
@@ -96,8 +98,12 @@ impl AnswerBudget {
     /// # Errors
     /// As [`AnswerBudget::reserve`].
     pub fn answer<T: prost::Message>(&self, message: T) -> Result<Response<T>, Status> {
-        let reservation = self.reserve(message.encoded_len())?;
+        let bytes = message.encoded_len();
         let mut response = Response::new(message);
+        if bytes <= UNCOUNTED_ANSWER_BYTES {
+            return Ok(response);
+        }
+        let reservation = self.reserve(bytes)?;
         response.extensions_mut().insert(reservation);
         Ok(response)
     }

@@ -10,6 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::auth::Caller;
+use crate::etcd::needs_leader;
 use crate::metrics::WatchMetrics;
 use crate::store::Store;
 
@@ -44,20 +45,13 @@ impl Watch for WatchService {
         request: Request<Streaming<WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let caller = Caller::of(&request)?;
-        // Clients that ask for it want an error instead of a replica that hears of nothing.
-        if request
-            .metadata()
-            .get("hasleader")
-            .is_some_and(|value| value == "true")
-        {
-            self.store.check_leader()?;
-        }
         let (responses, stream) = mpsc::channel(STREAM_QUEUE_MESSAGES);
         let watches = stream::WatchStream::new(
             self.store.clone(),
             caller,
             self.metrics.clone(),
             responses.clone(),
+            needs_leader(request.metadata().as_ref()),
         );
         let drain = self.drain.clone();
         tokio::spawn(async move {

@@ -3,7 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 mod agents;
+mod api;
 mod etcd;
+mod gateway;
 mod peering;
 mod process;
 mod replicas;

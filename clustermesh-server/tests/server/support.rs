@@ -285,9 +285,36 @@ pub async fn until(client: &Client, key: &str, wanted: impl Fn(Option<&str>) -> 
     .await;
 }
 
-/// One HTTP/1.1 request on the client port.
+/// One HTTP/1.1 GET on the client port.
 pub async fn http_get(address: SocketAddr, tls: &TlsPaths, path: &str) -> String {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    http(address, tls, "GET", path, "").await
+}
+
+/// One HTTP/1.1 request on the client port, and the whole answer.
+pub async fn http(
+    address: SocketAddr,
+    tls: &TlsPaths,
+    method: &str,
+    path: &str,
+    body: &str,
+) -> String {
+    use tokio::io::AsyncReadExt;
+    let mut stream = http_open(address, tls, method, path, body).await;
+    let mut answer = Vec::new();
+    // A peer that closes without TLS's own goodbye is no failure here.
+    let _ = soon("an answer", stream.read_to_end(&mut answer)).await;
+    String::from_utf8(answer).unwrap()
+}
+
+/// Sends an HTTP/1.1 request; the answer is left to be read.
+pub async fn http_open(
+    address: SocketAddr,
+    tls: &TlsPaths,
+    method: &str,
+    path: &str,
+    body: &str,
+) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+    use tokio::io::AsyncWriteExt;
     let config = clustermesh_process::ClientTls::load(tls.clone())
         .unwrap()
         .config();
@@ -299,12 +326,12 @@ pub async fn http_get(address: SocketAddr, tls: &TlsPaths, path: &str) -> String
         .connect(rustls_name(name), stream)
         .await
         .unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
     tls.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = Vec::new();
-    // A peer that closes without TLS's own goodbye is no failure here.
-    let _ = tls.read_to_end(&mut answer).await;
-    String::from_utf8(answer).unwrap()
+    tls
 }
 
 fn rustls_name(address: std::net::IpAddr) -> tokio_rustls::rustls::pki_types::ServerName<'static> {

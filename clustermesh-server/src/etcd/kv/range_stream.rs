@@ -145,15 +145,13 @@ impl Cursor {
 /// Takes back what makes the message too large, at least one key stays; its size, bytes.
 fn cut(found: &mut RangeResponse) -> usize {
     let mut bytes = 0;
-    let mut keep = 0;
-    for kv in &found.kvs {
+    let too_many = found.kvs.iter().enumerate().position(|(index, kv)| {
         bytes += kv.encoded_len();
-        if bytes > MAX_MESSAGE_BYTES && keep > 0 {
-            found.kvs.truncate(keep);
-            found.more = true;
-            break;
-        }
-        keep += 1;
+        bytes > MAX_MESSAGE_BYTES && index > 0
+    });
+    if let Some(keep) = too_many {
+        found.kvs.truncate(keep);
+        found.more = true;
     }
     bytes
 }

@@ -29,6 +29,10 @@ use crate::store::{Store, TokioWatcher};
 
 /// A quiet watch with `progress_notify` hears of the revision this often (etcd's `watch-progress-notify-interval`).
 const PROGRESS_NOTIFY_INTERVAL: Duration = Duration::from_secs(600);
+/// A stream that must not outlive the leader looks for it this often.
+const LEADER_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Watches of all streams of this server.
+const MAX_WATCHES: i64 = 262_144;
 /// Id in responses that belong to no watch or to all.
 const NO_WATCH_ID: i64 = -1;
 /// A fragment has at most so many bytes of events (etcd's default request limit and 512 KiB).
@@ -49,6 +53,8 @@ pub(super) struct WatchStream {
     passed: Arc<Notify>,
     /// Revision that a progress request waits for.
     progress_wanted: Option<i64>,
+    /// The client wants to hear when there is no leader.
+    needs_leader: bool,
 }
 
 #[derive(Debug)]
@@ -77,6 +83,7 @@ impl WatchStream {
         caller: Arc<Caller>,
         metrics: WatchMetrics,
         responses: Responses,
+        needs_leader: bool,
     ) -> Self {
         Self {
             store,
@@ -87,22 +94,32 @@ impl WatchStream {
             next_id: 0,
             passed: Arc::new(Notify::new()),
             progress_wanted: None,
+            needs_leader,
         }
     }
 
-    /// Until the client closes, or the drain begins.
+    /// Until the client is gone, or the drain begins. A client that only sends no more requests keeps its watches.
     pub(super) async fn run(
         mut self,
         mut requests: Streaming<WatchRequest>,
         drain: &Drain,
     ) -> Result<(), Status> {
         let passed = Arc::clone(&self.passed);
+        let mut more_requests = true;
+        let mut leader = tokio::time::interval(LEADER_CHECK_INTERVAL);
         loop {
             let handled = tokio::select! {
-                request = requests.message() => match request? {
+                request = requests.message(), if more_requests => match request? {
                     Some(request) => self.request(request).await,
-                    None => return Ok(()),
+                    None => {
+                        more_requests = false;
+                        Ok(())
+                    }
                 },
+                _ = leader.tick(), if self.needs_leader => {
+                    self.store.check_leader()?;
+                    Ok(())
+                }
                 () = passed.notified(), if self.progress_wanted.is_some() => self.progress().await,
                 () = self.responses.closed() => return Ok(()),
                 () = drain.draining() => return Err(server_stopped()),
@@ -132,20 +149,27 @@ impl WatchStream {
             return self.refuse(KvError::Compacted.to_string()).await;
         }
         if !self.caller.may_read(&key, &range_end) {
-            return self.refuse(PERMISSION_DENIED.to_owned()).await;
+            // etcd puts its error as Go prints it, and its clients compare that.
+            let reason = format!("rpc error: code = PermissionDenied desc = {PERMISSION_DENIED}");
+            return self.refuse(reason).await;
         }
         // An end of one zero byte means: all keys from here.
         if !matches!(range_end.as_ref(), [] | [0]) && key >= range_end {
             return self.refuse("mvcc: watcher range is empty".to_owned()).await;
         }
+        // A watch whose history was compacted has ended by itself.
+        self.watches.retain(|_, watch| !watch.task.is_finished());
         if self.watches.len() >= MAX_WATCHES_PER_STREAM {
             let reason = format!(
                 "clustermesh: {MAX_WATCHES_PER_STREAM} watches on one stream; open another stream"
             );
             return self.refuse(reason).await;
         }
-        // A watch whose history was compacted has ended by itself.
-        self.watches.retain(|_, watch| !watch.task.is_finished());
+        if self.metrics.watches.get() >= MAX_WATCHES {
+            let reason =
+                format!("clustermesh: {MAX_WATCHES} watches on this server; watch ranges instead");
+            return self.refuse(reason).await;
+        }
         let id = match request.watch_id {
             0 => {
                 while self.watches.contains_key(&self.next_id) {
