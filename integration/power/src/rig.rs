@@ -20,7 +20,7 @@ const FOLDER: &str = "data";
 const CUTS_PER_DISK: u64 = 20;
 /// One cut in this many comes while the folder is being opened.
 const EARLY_CUTS_ONE_IN: u32 = 3;
-const EARLY_CHANGES: u64 = 60;
+const EARLY_CHANGES: u64 = 150;
 const LATE_CHANGES: u64 = 1_500;
 /// A process that has not come to its power cut by now hangs.
 const CUT_TIMEOUT: Duration = Duration::from_secs(60);

@@ -8,7 +8,7 @@ use clustermesh_power::{
 };
 
 const SEED: u64 = 1;
-const CUTS: u64 = 24;
+const CUTS: u64 = 20;
 /// A segment of sled's. While less than one is volatile, none is given to later writes before a sync, and none is
 /// believed to be stable because a later one says so.
 const SEGMENT_BYTES: u64 = 8 << 20;

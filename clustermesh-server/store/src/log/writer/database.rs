@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::ErrorKind,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -21,6 +21,12 @@ const REOPEN_RETRY: Duration = Duration::from_millis(2);
 
 /// A database that is being made has this extension.
 const UNFINISHED: &str = "new";
+/// A copy of the database to replay has this extension.
+const REPLAYED: &str = "replay";
+/// What sled's snapshots of its page table are called, before the place in its log that they stand for.
+const SNAPSHOT: &str = "snap.";
+/// A snapshot that is being brought over. sled must not take it for one.
+const INCOMING_SNAPSHOT: &str = "incoming";
 /// sled writes its snapshot under a name that ends so, and takes what a cut left of it for a snapshot.
 const UNFINISHED_SNAPSHOT: &str = "generating";
 
@@ -37,6 +43,7 @@ pub(super) fn open(path: &Path) -> Result<Opened, StoreError> {
     }
     check_blobs(path)?;
     remove_unfinished_snapshots(path)?;
+    replay(path)?;
     open_trees(path)
 }
 
@@ -55,9 +62,7 @@ fn is_absent(path: &Path) -> Result<bool, StoreError> {
 /// sled syncs neither its configuration nor any name, so a database gets its name when all of it is durable.
 fn make(path: &Path) -> Result<(), StoreError> {
     let unfinished = path.with_extension(UNFINISHED);
-    if unfinished.exists() {
-        fs::remove_dir_all(&unfinished).map_err(StoreError::io("remove folder", &unfinished))?;
-    }
+    remove_folder(&unfinished)?;
     folder::create(&unfinished)?;
     let opened = open_trees(&unfinished)?;
     opened.db.flush().map_err(|source| StoreError::Database {
@@ -68,6 +73,75 @@ fn make(path: &Path) -> Result<(), StoreError> {
     folder::sync_content(&unfinished)?;
     fs::rename(&unfinished, path).map_err(StoreError::io("rename", &unfinished))?;
     folder::sync(folder::parent(path))
+}
+
+/// Makes sled's snapshot of its page table durable before sled acts on it.
+///
+/// When sled opens a database it replays its log into a new snapshot, which it renames and never syncs the name of; then
+/// it clears the segments that are free by this snapshot. After a cut the old snapshot may be back and the segments
+/// gone; the next replay misses them and gives up a part of the log that was durable. So the replay is done on a copy,
+/// and its snapshot is brought over first. The database itself then opens with nothing left to replay.
+fn replay(path: &Path) -> Result<(), StoreError> {
+    let copy = path.with_extension(REPLAYED);
+    remove_folder(&copy)?;
+    fs::create_dir(&copy).map_err(StoreError::io("create folder", &copy))?;
+    for found in files(path)? {
+        if let Some(name) = found.file_name() {
+            fs::copy(&found, copy.join(name)).map_err(StoreError::io("copy", &found))?;
+        }
+    }
+    drop(open_trees(&copy)?);
+    if let Some(newest) = snapshots(&copy)?.pop()
+        && let Some(name) = newest.file_name()
+        && !path.join(name).exists()
+    {
+        let incoming = path.join(INCOMING_SNAPSHOT);
+        fs::copy(&newest, &incoming)
+            .and_then(|_| fs::File::open(&incoming)?.sync_all())
+            .map_err(StoreError::io("copy", &newest))?;
+        fs::rename(&incoming, path.join(name)).map_err(StoreError::io("rename", &incoming))?;
+        folder::sync(path)?;
+    }
+    let mut older = snapshots(path)?;
+    older.pop();
+    for older in older {
+        fs::remove_file(&older).map_err(StoreError::io("remove", &older))?;
+    }
+    folder::sync(path)?;
+    remove_folder(&copy)
+}
+
+fn files(path: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let mut files = Vec::new();
+    for found in fs::read_dir(path).map_err(StoreError::io("list", path))? {
+        let found = found.map_err(StoreError::io("list", path))?.path();
+        if found.is_file() {
+            files.push(found);
+        }
+    }
+    Ok(files)
+}
+
+/// Oldest first.
+fn snapshots(path: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let mut found = files(path)?;
+    found.retain(|file| {
+        file.file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with(SNAPSHOT))
+    });
+    found.sort_unstable();
+    Ok(found)
+}
+
+fn remove_folder(path: &Path) -> Result<(), StoreError> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(StoreError::Io {
+            action: "remove folder",
+            path: path.to_owned(),
+            source: error,
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn open_trees(path: &Path) -> Result<Opened, StoreError> {
@@ -122,8 +196,7 @@ fn check_blobs(path: &Path) -> Result<(), StoreError> {
 }
 
 fn remove_unfinished_snapshots(path: &Path) -> Result<(), StoreError> {
-    for found in fs::read_dir(path).map_err(StoreError::io("list", path))? {
-        let found = found.map_err(StoreError::io("list", path))?.path();
+    for found in files(path)? {
         if found
             .extension()
             .is_some_and(|extension| extension == UNFINISHED_SNAPSHOT)
