@@ -254,6 +254,20 @@ impl Store {
         }
     }
 
+    /// [`Self::txn_planned`] for what only the leader writes, while this replica leads.
+    ///
+    /// # Errors
+    /// etcd's; `Unavailable` where another replica leads.
+    pub async fn txn_as_leader(&self, request: TxnRequest) -> Result<TxnResponse, Status> {
+        match self.propose_as_leader(Command::Txn(request)).await? {
+            (Outcome::Txn(mut response), header) => {
+                response.header = Some(header);
+                Ok(response)
+            }
+            _ => Err(mixed_up()),
+        }
+    }
+
     /// `KV.Compact`.
     ///
     /// # Errors
@@ -273,7 +287,7 @@ impl Store {
     /// # Errors
     /// A key outside the copy's ranges, or no leader.
     pub async fn peer_copy(&self, copy: PeerCopy) -> Result<usize, Status> {
-        match self.propose(Command::PeerCopy(copy)).await? {
+        match self.propose_as_leader(Command::PeerCopy(copy)).await? {
             (Outcome::PeerCopy { written }, _) => Ok(written),
             _ => Err(mixed_up()),
         }
@@ -284,7 +298,7 @@ impl Store {
     /// # Errors
     /// No leader.
     pub async fn peer_forget(&self, cluster: String) -> Result<(), Status> {
-        self.propose(Command::PeerForget(PeerForget { cluster }))
+        self.propose_as_leader(Command::PeerForget(PeerForget { cluster }))
             .await?;
         Ok(())
     }
@@ -465,6 +479,24 @@ impl Store {
         self.shared.term.fetch_max(term, Ordering::Relaxed);
         let outcome = outcome.map_err(|error| kv_status(&error))?;
         Ok((outcome, self.header(revision)))
+    }
+
+    /// For the server's own tasks that run on the leader only.
+    async fn propose_as_leader(
+        &self,
+        command: Command,
+    ) -> Result<(Outcome, ResponseHeader), Status> {
+        let proposal = clustermesh_core::pb::Proposal::system(command);
+        let committed = self
+            .replica
+            .propose_as_leader(proposal)
+            .await
+            .map_err(|error| propose_status(&error))?;
+        self.shared
+            .term
+            .fetch_max(committed.term, Ordering::Relaxed);
+        let outcome = committed.outcome.map_err(|error| kv_status(&error))?;
+        Ok((outcome, self.header(committed.revision)))
     }
 }
 

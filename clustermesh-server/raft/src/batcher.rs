@@ -109,6 +109,8 @@ impl<R: AsyncRuntime> Drop for Forwarded<R> {
 pub(crate) struct Waiting<R: AsyncRuntime> {
     pub(crate) proposal: pb::Proposal,
     pub(crate) origin: Option<(ReplicaId, u64)>,
+    /// Proposed while this replica leads, or not at all.
+    pub(crate) stays: bool,
     bytes: usize,
     teller: Teller<R>,
     /// Given back when it is told.
@@ -174,10 +176,21 @@ impl<R: AsyncRuntime> Clone for Proposer<R> {
 }
 
 impl<R: AsyncRuntime> Proposer<R> {
+    /// Proposes wherever the leader is.
     pub(crate) async fn propose(&self, mut proposal: pb::Proposal) -> Told {
         choose_lease_id::<R>(&mut proposal);
+        self.propose_with(proposal, false).await
+    }
+
+    /// Proposes only while this replica leads: what a leader decided must not come after its successor's.
+    pub(crate) async fn propose_as_leader(&self, proposal: pb::Proposal) -> Told {
+        self.propose_with(proposal, true).await
+    }
+
+    async fn propose_with(&self, proposal: pb::Proposal, stays: bool) -> Told {
         let (teller, answer) = R::Oneshot::channel();
-        self.enqueue(proposal, None, Teller::Caller(teller)).await?;
+        let teller = Teller::Caller(teller);
+        self.enqueue(proposal, None, stays, teller).await?;
         // The teller goes away unheard only when the replica stops, perhaps with the entry on its way.
         answer.await.unwrap_or(Err(ProposeError::Unknown))
     }
@@ -186,6 +199,7 @@ impl<R: AsyncRuntime> Proposer<R> {
         &self,
         proposal: pb::Proposal,
         origin: Option<(ReplicaId, u64)>,
+        stays: bool,
         teller: Teller<R>,
     ) -> Result<(), ProposeError> {
         let bytes = proposal.encoded_len();
@@ -198,6 +212,7 @@ impl<R: AsyncRuntime> Proposer<R> {
         let waiting = Waiting {
             proposal,
             origin,
+            stays,
             bytes,
             teller,
             _place: Place::take(&self.taken, &self.metrics)?,
@@ -232,7 +247,7 @@ impl<R: AsyncRuntime> Proposer<R> {
             let origin = Some((from, forwarded.request_id));
             let proposal = forwarded.proposal.unwrap_or_default();
             let teller = Teller::Forwarded(group.clone());
-            if let Err(error) = self.enqueue(proposal, origin, teller).await {
+            if let Err(error) = self.enqueue(proposal, origin, true, teller).await {
                 group.note(&Err(error));
             }
         }

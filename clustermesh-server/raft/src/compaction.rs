@@ -77,7 +77,7 @@ pub(crate) async fn run<R: AsyncRuntime>(
             ..CompactionRequest::default()
         };
         let proposal = pb::Proposal::system(Command::Compact(request));
-        match stop.or(proposer.propose(proposal)).await {
+        match stop.or(proposer.propose_as_leader(proposal)).await {
             Some(Ok(committed)) => {
                 if let Err(error) = committed.outcome {
                     tracing::debug!(%error, revision = target, "automatic compaction refused");

@@ -134,7 +134,7 @@ impl<R: AsyncRuntime> Router<R> {
         loop {
             let leader = self.leader();
             if leader.as_ref().is_none_or(|(id, _)| *id != self.own) {
-                batch = refuse_foreign(batch, &leader);
+                batch = refuse_staying(batch, &leader);
                 if batch.is_empty() {
                     return;
                 }
@@ -270,20 +270,20 @@ impl<R: AsyncRuntime> Router<R> {
     }
 }
 
-/// What another replica forwarded goes no further: that replica looks for the leader itself.
-fn refuse_foreign<R: AsyncRuntime>(
+/// What is for a leader only goes no further. So does what another replica forwarded: that one looks for the leader itself.
+fn refuse_staying<R: AsyncRuntime>(
     batch: Vec<Waiting<R>>,
     leader: &Option<(ReplicaId, Node)>,
 ) -> Vec<Waiting<R>> {
-    let mut own = Vec::with_capacity(batch.len());
+    let mut rest = Vec::with_capacity(batch.len());
     for waiting in batch {
-        if waiting.origin.is_some() {
+        if waiting.stays {
             waiting.tell(Err(ProposeError::NotLeader {
                 leader: leader.clone(),
             }));
         } else {
-            own.push(waiting);
+            rest.push(waiting);
         }
     }
-    own
+    rest
 }

@@ -244,7 +244,7 @@ pub(crate) async fn expire<R: AsyncRuntime>(
                 ids: ids.clone(),
             });
             match stop
-                .or(proposer.propose(pb::Proposal::system(command)))
+                .or(proposer.propose_as_leader(pb::Proposal::system(command)))
                 .await
             {
                 None => return,

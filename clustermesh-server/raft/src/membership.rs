@@ -457,9 +457,10 @@ impl<R: AsyncRuntime> Members<R> {
     }
 }
 
-fn index_of<R: AsyncRuntime>(
-    written: Result<ClientWriteResponse<Types<R>>, RaftError<Types<R>, ClientWriteError<Types<R>>>>,
-) -> Result<u64, MemberError> {
+type Written<R> =
+    Result<ClientWriteResponse<Types<R>>, RaftError<Types<R>, ClientWriteError<Types<R>>>>;
+
+fn index_of<R: AsyncRuntime>(written: Written<R>) -> Result<u64, MemberError> {
     match written {
         Ok(response) => Ok(response.log_id.index),
         Err(RaftError::Fatal(_)) => Err(MemberError::Stopped),

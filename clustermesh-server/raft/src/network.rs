@@ -158,7 +158,14 @@ async fn next_result<R: AsyncRuntime>(
     let response = loop {
         let owed = unanswered.load(Ordering::Relaxed) > 0;
         match R::timeout(APPEND_TIMEOUT, responses.next()).await {
-            Ok(response) => break response?,
+            Ok(Some(response)) => break response,
+            // An end with answers owed is a broken connection: openraft must hear of it, or it keeps the log for ever.
+            Ok(None) if unanswered.load(Ordering::Relaxed) > 0 => {
+                return Some(Err(RPCError::Unreachable(Unreachable::from_string(
+                    "the other replica ended the stream",
+                ))));
+            }
+            Ok(None) => return None,
             Err(_) if owed => {
                 let error = CallError::Timeout(APPEND_TIMEOUT);
                 return Some(Err(rpc_error(&error)));

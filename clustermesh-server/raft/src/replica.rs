@@ -168,6 +168,17 @@ impl<R: AsyncRuntime> Replica<R> {
         self.inner.proposer.propose(proposal).await
     }
 
+    /// Proposes a change if this replica leads, for tasks that only a leader does: one that was deposed must not write after its successor.
+    ///
+    /// # Errors
+    /// As [`Replica::propose`]; [`ProposeError::NotLeader`] at once where another replica leads.
+    pub async fn propose_as_leader(
+        &self,
+        proposal: pb::Proposal,
+    ) -> Result<Committed, ProposeError> {
+        self.inner.proposer.propose_as_leader(proposal).await
+    }
+
     /// Returns once this replica has applied everything that was committed when it was called. Waiting callers share rounds.
     ///
     /// # Errors

@@ -25,6 +25,8 @@ const MAX_EVENT_GROUPS_PER_ROUND: usize = 1_024;
 const MAX_CHANGES_PER_TXN: usize = 512;
 /// Bytes of values of one transaction.
 const MAX_BYTES_PER_TXN: usize = 1 << 20;
+/// What another leader left undone is written so long after this replica leads, at most.
+const LEADER_POLL: Duration = Duration::from_millis(500);
 /// Pause before failed writes are made again.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 
@@ -123,6 +125,9 @@ impl<'a> Round<'a> {
     /// Time until something waits to be written.
     fn next_due(&self) -> Duration {
         const IDLE: Duration = Duration::from_secs(3_600);
+        if !self.store.is_leader() {
+            return LEADER_POLL;
+        }
         if let Some(not_before) = self.not_before {
             return not_before.saturating_duration_since(Instant::now());
         }
@@ -148,7 +153,7 @@ impl<'a> Round<'a> {
         let mut rest = changes.as_slice();
         while !rest.is_empty() {
             let (part, after) = rest.split_at(first_part(rest));
-            if let Err(status) = self.store.txn_planned(request(part)).await {
+            if let Err(status) = self.store.txn_as_leader(request(part)).await {
                 failed(self.metrics);
                 warn!(
                     error = status.message(),
