@@ -2,7 +2,8 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use clustermesh_ebpf::Features;
 use clustermesh_ebpf::abi::{CONFIG_DIRECT, CONFIG_FLOWS, NodeConfig, TUNNEL_PORT, V4_MAPPED_BITS};
 use clustermesh_node_core::UnderlayPath;
 use clustermesh_node_core::tables::address;
@@ -297,8 +298,13 @@ pub async fn ensure_addresses_and_routes(
 /// passes the programs alone. The device itself accepts no identifier: packets are ours before it sees them.
 ///
 /// # Errors
-/// The kernel refused something; traffic flows without it, only slower.
+/// The kernel is too old or refused something; traffic flows without it, only slower.
 pub async fn ensure_receive_offload(handle: &Handle) -> anyhow::Result<()> {
+    // Such a kernel would ignore the wish and make a device that accepts every identifier.
+    ensure!(
+        Features::probe().closed_vxlan,
+        "VXLAN devices that accept no identifier need kernel 5.18 or newer"
+    );
     if netlink::link_by_name(handle, OFFLOAD_DEVICE)
         .await?
         .is_none()
