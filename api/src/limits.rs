@@ -2,7 +2,7 @@
 
 /// Largest value of a key, and largest request: etcd's `--max-request-bytes` default.
 pub const MAX_VALUE_BYTES: usize = 1536 * 1024;
-/// Longest key that is accepted.
+/// Longest key of a record of the mesh; keys of others are bound by the size of a request only, as in etcd.
 pub const MAX_KEY_BYTES: usize = 4096;
 /// Most operations (compares, or requests of one branch, nested ones included) of a transaction: etcd's `--max-txn-ops` default.
 pub const MAX_TXN_OPS: usize = 128;

@@ -1,5 +1,10 @@
 //! Who may do what: the role that a certificate gives, and the key ranges of each role.
 
+mod credentials;
+pub mod password;
+mod ready_made;
+mod tokens;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -7,6 +12,10 @@ use clustermesh_api::etcd::rpc::{Compare, RequestOp, TxnRequest, request_op};
 use clustermesh_api::limits::MAX_TXN_OPS;
 use clustermesh_process::{Organisation, PeerIdentity};
 use tonic::Status;
+
+pub use credentials::Credentials;
+pub use ready_made::seed;
+pub use tokens::{TOKEN_TTL_MS, TokenUses, new_token, token_digest};
 
 /// etcd's text for a refused call.
 pub const PERMISSION_DENIED: &str = "etcdserver: permission denied";
@@ -19,6 +28,8 @@ const READ_TXN: &str = "a transaction of this role reads at most 128 single keys
 pub struct Caller {
     role: Role,
     readable: Arc<[Span]>,
+    /// The certificate's, which may name a user of the store.
+    common_name: Option<String>,
 }
 
 /// What a caller is here.
@@ -99,7 +110,11 @@ impl Caller {
             .into(),
             _ => [].into(),
         };
-        Self { role, readable }
+        Self {
+            role,
+            readable,
+            common_name: Some(identity.common_name.clone()),
+        }
     }
 
     /// A caller whose certificate says nothing that this project knows.
@@ -108,6 +123,7 @@ impl Caller {
         Self {
             role: Role::Nobody { reason },
             readable: [].into(),
+            common_name: None,
         }
     }
 

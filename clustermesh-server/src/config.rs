@@ -48,6 +48,9 @@ pub struct Config {
     /// Bounds of requests.
     #[serde(default)]
     pub limits: LimitsConfig,
+    /// Live and historic data stay below so many bytes: past it writes are refused and the NOSPACE alarm stands. 0 for no limit.
+    #[serde(default = "default_quota_bytes")]
+    pub quota_bytes: u64,
     /// Automatic compaction of history.
     #[serde(default)]
     pub compaction: CompactionConfig,
@@ -206,6 +209,10 @@ fn default_node_mask_size_v6() -> u8 {
 /// Every agent that lives has opened its session again, or its session would be lost twice over.
 fn default_settle_seconds() -> u32 {
     2 * SESSION_TTL_DEFAULT_SECONDS
+}
+
+fn default_quota_bytes() -> u64 {
+    clustermesh_raft::DEFAULT_QUOTA_BYTES
 }
 
 fn default_drain_seconds() -> u64 {

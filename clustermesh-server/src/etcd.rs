@@ -1,6 +1,7 @@
 //! The etcd v3 services over the replica.
 
 pub mod answers;
+mod auth;
 mod cluster;
 mod election;
 mod kv;
@@ -13,6 +14,7 @@ mod watch;
 use clustermesh_api::FILE_DESCRIPTOR_SET;
 use clustermesh_api::etcd::election::election_server::ElectionServer;
 use clustermesh_api::etcd::lock::lock_server::LockServer;
+use clustermesh_api::etcd::rpc::auth_server::AuthServer;
 use clustermesh_api::etcd::rpc::cluster_server::ClusterServer;
 use clustermesh_api::etcd::rpc::kv_server::KvServer;
 use clustermesh_api::etcd::rpc::lease_server::LeaseServer;
@@ -65,6 +67,7 @@ pub fn add_services(
             store.clone(),
             drain.clone(),
         )))
+        .add_service(AuthServer::new(auth::AuthService::new(store.clone())))
         .add_service(ClusterServer::new(cluster::ClusterService::new(
             store.clone(),
         )))

@@ -100,6 +100,10 @@ impl Server {
         etcd::add_services(&mut routes, &store, &answers, &metrics, &drain);
         etcd::add_reflection(&mut routes)?;
         if let Some(settings) = settings {
+            store
+                .seed_auth(crate::auth::seed(&settings.name))
+                .await
+                .map_err(|status| anyhow::anyhow!("roles and users: {}", status.message()))?;
             let parts = ClusterParts {
                 planner: Planner::start(store.clone(), &settings.name),
                 registry: Registry::new(),
@@ -247,6 +251,7 @@ async fn start_replica(
         Some(keep) => AutoCompaction::Age { keep },
         None => AutoCompaction::Off,
     };
+    replica.quota_bytes = config.quota_bytes;
     let context = || format!("data_dir {}", config.data_dir.display());
     let Some(section) = &config.replica else {
         let started = Replica::start(replica).await.with_context(context)?;

@@ -1,5 +1,7 @@
 //! The replica as the services use it: etcd's requests in, responses with headers or etcd's errors out.
 
+mod auth;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,13 +13,17 @@ use clustermesh_api::etcd::rpc::{
     LeaseTimeToLiveResponse, Member, MemberListResponse, PutRequest, PutResponse, RangeRequest,
     RangeResponse, RequestOp, ResponseHeader, StatusResponse, TxnRequest, TxnResponse, request_op,
 };
-use clustermesh_core::pb::{PeerCopy, PeerForget, Proposal, proposal::Command};
+use clustermesh_core::auth::Access;
+use clustermesh_core::pb::{PeerCopy, PeerForget, proposal::Command};
 use clustermesh_core::{KvError, Outcome, State, check, is_read_only};
 use clustermesh_raft::{Committed, ProposeError, ReadError, Replica, WatchSpec, Watcher};
 use openraft_rt_tokio::TokioRuntime;
 use prost::Message;
 use tonic::{Code, Status};
 
+pub use auth::AuthChanges;
+
+use crate::auth::{Credentials, TokenUses};
 use crate::version::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
 
 /// A leader that heard from no quorum for so long does not count as one.
@@ -34,12 +40,15 @@ pub type TokioWatcher = Watcher<TokioRuntime>;
 pub struct Store {
     replica: TokioReplica,
     shared: Arc<Shared>,
+    /// On whose behalf this handle asks: the server's, unless said otherwise.
+    credentials: Arc<Credentials>,
 }
 
 struct Shared {
     cluster_id: u64,
     member_id: u64,
     term: AtomicU64,
+    token_uses: TokenUses,
 }
 
 impl std::fmt::Debug for Store {
@@ -60,10 +69,12 @@ impl Store {
             cluster_id: status.cluster_id,
             member_id: status.replica_id,
             term: AtomicU64::new(status.term),
+            token_uses: TokenUses::default(),
         };
         Self {
             replica,
             shared: Arc::new(shared),
+            credentials: Arc::new(Credentials::System),
         }
     }
 
@@ -179,7 +190,15 @@ impl Store {
         if !request.serializable {
             self.linearize().await?;
         }
-        let (response, revision) = self.read(|state| (state.range(request), state.revision()));
+        let (response, revision) = self.read(|state| {
+            self.permit_on(state, |state, actor| {
+                let (key, range_end) = (&request.key, &request.range_end);
+                state
+                    .auth()
+                    .check_range(actor, key, range_end, Access::Read)
+            })?;
+            Ok::<_, Status>((state.range(request), state.revision()))
+        })?;
         let mut response = response.map_err(|error| kv_status(&error))?;
         response.header = Some(self.header(revision));
         Ok(response)
@@ -231,8 +250,12 @@ impl Store {
             if !is_serializable(&request) {
                 self.linearize().await?;
             }
-            let (response, revision) =
-                self.read(|state| (state.read_txn(&request), state.revision()));
+            let (response, revision) = self.read(|state| {
+                self.permit_on(state, |state, actor| {
+                    state.check_txn_permitted(actor, &request)
+                })?;
+                Ok::<_, Status>((state.read_txn(&request), state.revision()))
+            })?;
             let mut response = response.map_err(|error| kv_status(&error))?;
             response.header = Some(self.header(revision));
             return Ok(response);
@@ -273,6 +296,7 @@ impl Store {
     /// # Errors
     /// etcd's.
     pub async fn compact(&self, request: CompactionRequest) -> Result<CompactionResponse, Status> {
+        self.permit_admin()?;
         match self.propose(Command::Compact(request)).await? {
             (Outcome::Compact(mut response), header) => {
                 response.header = Some(header);
@@ -343,6 +367,10 @@ impl Store {
     /// # Errors
     /// No leader.
     pub async fn lease_keep_alive(&self, id: i64) -> Result<LeaseKeepAliveResponse, Status> {
+        self.permit(|state, actor| {
+            state.auth().check_named(actor)?;
+            state.check_lease_permitted(actor, id, Access::Write)
+        })?;
         let ttl = self
             .replica
             .keep_alive(id)
@@ -363,6 +391,13 @@ impl Store {
         &self,
         request: LeaseTimeToLiveRequest,
     ) -> Result<LeaseTimeToLiveResponse, Status> {
+        self.permit(|state, actor| {
+            state.auth().check_named(actor)?;
+            if request.keys {
+                state.check_lease_permitted(actor, request.id, Access::Read)?;
+            }
+            Ok(())
+        })?;
         let lease = self
             .replica
             .time_to_live(request.id)
@@ -392,6 +427,12 @@ impl Store {
     /// No leader.
     pub async fn lease_leases(&self) -> Result<LeaseLeasesResponse, Status> {
         self.linearize().await?;
+        self.permit(|state, actor| {
+            state.auth().check_named(actor)?;
+            state
+                .leases()
+                .try_for_each(|(id, _)| state.check_lease_permitted(actor, id, Access::Read))
+        })?;
         let (leases, revision) = self.read(|state| {
             let leases = state.leases().map(|(id, _)| LeaseStatus { id }).collect();
             (leases, state.revision())
@@ -412,6 +453,12 @@ impl Store {
             .check_leader()
             .err()
             .map(|status| status.message().to_owned());
+        let alarms: Vec<String> = self.read(|state| {
+            state
+                .alarms()
+                .map(|alarm| auth::alarm_text(&alarm))
+                .collect()
+        });
         StatusResponse {
             header: Some(self.header(status.revision)),
             version: ETCD_VERSION.to_owned(),
@@ -422,11 +469,11 @@ impl Store {
             raft_index: status.last_log_index,
             raft_term: status.term,
             raft_applied_index: status.applied_index,
-            errors: errors.into_iter().collect(),
+            errors: errors.into_iter().chain(alarms).collect(),
             db_size_in_use: size,
             is_learner: is_learner(&status),
             storage_version: ETCD_CLUSTER_VERSION.to_owned(),
-            db_size_quota: 0,
+            db_size_quota: i64::try_from(status.quota_bytes).unwrap_or(i64::MAX),
             downgrade_info: Some(DowngradeInfo::default()),
         }
     }
@@ -465,7 +512,7 @@ impl Store {
     }
 
     async fn propose(&self, command: Command) -> Result<(Outcome, ResponseHeader), Status> {
-        let proposal = Proposal::system(command);
+        let proposal = self.proposal(command)?;
         let Committed {
             outcome,
             revision,

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use clustermesh_core::{limits::BATCH_FORMAT, pb, pb::proposal::Command as CoreCommand};
+use clustermesh_core::{pb, pb::proposal::Command as CoreCommand};
 use clustermesh_store::{Command, Node, Origin, ReplicaId};
 use openraft::{
     Raft,
@@ -373,7 +373,8 @@ impl<R: AsyncRuntime> Batcher<R> {
 /// Makes log entries of batches, on the leader.
 pub(crate) struct Entries<R: AsyncRuntime> {
     pub(crate) raft: Raft<Types<R>, StateMachine<R>>,
-    pub(crate) wall_clock_unix_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
+    /// What the leader says of itself in its entries.
+    pub(crate) leader: Box<dyn Fn() -> pb::Leader + Send + Sync>,
     pub(crate) metrics: Arc<Metrics>,
 }
 
@@ -404,13 +405,7 @@ impl<R: AsyncRuntime> Entries<R> {
             .iter_mut()
             .map(|waiting| std::mem::take(&mut waiting.proposal))
             .collect();
-        let encoded = pb::Batch {
-            format: BATCH_FORMAT,
-            leader_time_unix_ms: (self.wall_clock_unix_ms)(),
-            proposals,
-            ..pb::Batch::default()
-        }
-        .encode_to_vec();
+        let encoded = pb::Batch::new((self.leader)(), proposals).encode_to_vec();
         let command = Command {
             batch: encoded.into(),
             origins,

@@ -68,6 +68,9 @@ pub(crate) const MEMBERS_POLL: Duration = Duration::from_millis(250);
 /// How long a stopped replica waits for its log to close, ms.
 pub(crate) const CLOSE_TIMEOUT_MS: u64 = 5000;
 
+/// Live and historic data of a group unless set otherwise, bytes (etcd's default quota).
+pub const DEFAULT_QUOTA_BYTES: u64 = 2 << 30;
+
 /// Where a replica keeps its data.
 #[derive(Debug, Clone)]
 pub enum Data {
@@ -171,6 +174,8 @@ pub struct ReplicaConfig {
     pub snapshot_log_bytes: u64,
     /// What the leader compacts by itself.
     pub auto_compaction: AutoCompaction,
+    /// While this replica leads, live and historic data stay below so many bytes; 0 for no limit.
+    pub quota_bytes: u64,
     /// Wall clock, ms since 1970, for the time in log entries.
     pub wall_clock_unix_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
 }
@@ -190,6 +195,7 @@ impl ReplicaConfig {
             start_timeout: Duration::from_secs(60),
             snapshot_log_bytes: 64 << 20,
             auto_compaction: AutoCompaction::default(),
+            quota_bytes: DEFAULT_QUOTA_BYTES,
             wall_clock_unix_ms: Arc::new(wall_clock),
         }
     }

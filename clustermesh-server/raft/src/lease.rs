@@ -249,8 +249,12 @@ pub(crate) async fn expire<R: AsyncRuntime>(
             {
                 None => return,
                 Some(Ok(committed)) => {
-                    if let Ok(Outcome::LeaseExpire { expired }) = committed.outcome {
-                        add(&shared.metrics.leases_expired_total, expired.len());
+                    match committed.outcome {
+                        Ok(Outcome::LeaseExpire { expired }) => {
+                            add(&shared.metrics.leases_expired_total, expired.len());
+                        }
+                        // An alarm stops all changes; once it is gone they expire.
+                        Ok(_) | Err(_) => shared.leases.retry(term, &ids),
                     }
                 }
                 Some(Err(ProposeError::Stopped)) => return,

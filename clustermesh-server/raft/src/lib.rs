@@ -9,8 +9,10 @@ mod compaction;
 mod config;
 mod error;
 mod forward;
+mod group;
 #[cfg(test)]
 mod group_tests;
+mod hashes;
 mod identity;
 mod lease;
 mod maintenance;
@@ -29,9 +31,11 @@ pub mod wire;
 
 pub use clustermesh_store::{Node, ReplicaId, SnapshotFile, StoreError};
 pub use config::{
-    AutoCompaction, Data, InitialMember, MemoryData, ReplicaConfig, Start, wall_clock,
+    AutoCompaction, DEFAULT_QUOTA_BYTES, Data, InitialMember, MemoryData, ReplicaConfig, Start,
+    wall_clock,
 };
 pub use error::{ProposeError, ReadError, StartError, WatchEnd};
+pub use group::AuthChanges;
 pub use membership::MemberError;
 pub use metrics::Metrics;
 pub use peer::{NoPeers, PeerHandler, Target, Transport, TransportError};

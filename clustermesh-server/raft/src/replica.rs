@@ -21,6 +21,7 @@ use crate::{
     config::{CLOSE_TIMEOUT_MS, ROUTE_RETRY_PAUSE},
     error::{ProposeError, ReadError, StartError},
     forward::Router,
+    group::AuthChanges,
     membership::MemberError,
     metrics::Metrics,
     peer::Bound,
@@ -94,6 +95,8 @@ pub struct Status {
     pub compact_revision: i64,
     /// Live and historic data in memory, bytes: the same on every replica.
     pub state_bytes: u64,
+    /// Limit for `state_bytes` while this replica leads; 0 for none.
+    pub quota_bytes: u64,
     /// The log's files, bytes.
     pub log_bytes: u64,
     /// The newest snapshot's last index.
@@ -117,6 +120,7 @@ enum LogHandle<R: AsyncRuntime> {
 
 pub(crate) struct Inner<R: AsyncRuntime> {
     replica_id: ReplicaId,
+    quota_bytes: u64,
     pub(crate) raft: Raft<Types<R>, StateMachine<R>>,
     shared: Arc<Shared<R>>,
     hub: Arc<Hub>,
@@ -154,6 +158,28 @@ impl<R: AsyncRuntime> Replica<R> {
     #[must_use]
     pub fn id(&self) -> ReplicaId {
         self.inner.replica_id
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared<R>> {
+        &self.inner.shared
+    }
+
+    /// Whether users' permissions are checked, as applied here. Waits for nothing.
+    #[must_use]
+    pub fn is_auth_enabled(&self) -> bool {
+        self.inner.shared.group.is_auth_enabled()
+    }
+
+    /// Grows with every change of users, roles or of whether permissions are checked. Waits for nothing.
+    #[must_use]
+    pub fn auth_version(&self) -> u64 {
+        self.inner.shared.group.auth_version()
+    }
+
+    /// Changes whenever users, roles or whether permissions are checked change, before any later event reaches a watcher.
+    #[must_use]
+    pub fn auth_changes(&self) -> AuthChanges<R> {
+        self.inner.shared.group.auth_changes()
     }
 
     pub(crate) fn raft(&self) -> &Raft<Types<R>, StateMachine<R>> {
@@ -379,6 +405,7 @@ impl<R: AsyncRuntime> Replica<R> {
             revision: applied.state.revision(),
             compact_revision: applied.state.compact_revision(),
             state_bytes: applied.state.approximate_bytes(),
+            quota_bytes: self.inner.quota_bytes,
             log_bytes,
             snapshot_index: metrics.snapshot.map_or(0, |snapshot| snapshot.index),
             last_quorum_ack,

@@ -27,6 +27,8 @@ use crate::{
     config::SNAPSHOT_CHUNK_BYTES,
     error::{EntryError, ProposeError, StartError},
     forward::Pending,
+    group::GroupView,
+    hashes::{Hashes, keep_compaction_hash},
     lease::LeaseKeeper,
     metrics::{Metrics, add},
     peer::Contact,
@@ -74,6 +76,8 @@ pub(crate) struct Shared<R: AsyncRuntime> {
     pub(crate) pending: Arc<Pending<R>>,
     pub(crate) contact: Contact<R>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) group: GroupView<R>,
+    pub(crate) hashes: Hashes<R>,
 }
 
 /// What observers of apply wait for.
@@ -145,6 +149,8 @@ impl<R: AsyncRuntime> StateMachine<R> {
         };
         let applied = Applied::new(state, meta);
         let shared = Arc::new(Shared {
+            group: GroupView::new(&applied.state),
+            hashes: Hashes::new(snapshots.is_memory()),
             applied: RwLock::new(applied),
             leases: LeaseKeeper::new(),
             pending: Arc::new(Pending::new(own, first_request_id)),
@@ -195,6 +201,10 @@ impl<R: AsyncRuntime> StateMachine<R> {
                 .apply(&batch, log_id.leader_id.term)
                 .map_err(|reason| EntryError::Apply { log_id, reason })?;
             self.shared.leases.observe(&batch, &done.outcomes);
+            self.shared.group.follow(&applied.state, done.auth_changed);
+            if let Some(cursor) = done.compaction_hash {
+                keep_compaction_hash(&self.shared, cursor);
+            }
             applied.log_bytes += bytes;
             if !done.groups.is_empty() || !done.cursors.is_empty() {
                 applied.sequence += 1;
@@ -298,6 +308,8 @@ impl<R: AsyncRuntime> RaftStateMachine<Types<R>> for StateMachine<R> {
             applied.sequence += 1;
             applied.log_bytes = 0;
             self.shared.leases.replace(&applied.state);
+            self.shared.group.follow(&applied.state, true);
+            self.shared.hashes.forget();
             applied.sequence
         };
         *self.current.lock() = Some(snapshot);

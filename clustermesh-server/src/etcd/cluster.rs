@@ -75,6 +75,7 @@ impl Cluster for ClusterService {
         request: Request<MemberAddRequest>,
     ) -> Result<Response<MemberAddResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        self.store.asked_by(&request)?.permit_admin()?;
         let request = request.into_inner();
         let node = Node {
             peer_url: peer_url(request.peer_ur_ls)?,
@@ -101,6 +102,7 @@ impl Cluster for ClusterService {
         request: Request<MemberRemoveRequest>,
     ) -> Result<Response<MemberRemoveResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        self.store.asked_by(&request)?.permit_admin()?;
         self.store
             .replica()
             .remove_member(request.get_ref().id)
@@ -117,6 +119,7 @@ impl Cluster for ClusterService {
         request: Request<MemberUpdateRequest>,
     ) -> Result<Response<MemberUpdateResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        self.store.asked_by(&request)?.permit_admin()?;
         let request = request.into_inner();
         let peer_url = peer_url(request.peer_ur_ls)?;
         let replica = self.store.replica();
@@ -157,6 +160,7 @@ impl Cluster for ClusterService {
         request: Request<MemberPromoteRequest>,
     ) -> Result<Response<MemberPromoteResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        self.store.asked_by(&request)?.permit_admin()?;
         self.store
             .replica()
             .promote_member(request.get_ref().id)

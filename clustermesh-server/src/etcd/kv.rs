@@ -7,6 +7,7 @@ use clustermesh_api::etcd::rpc::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest,
     PutResponse, RangeRequest, RangeResponse, RangeStreamResponse, TxnRequest, TxnResponse,
 };
+use clustermesh_core::auth::Access;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -38,9 +39,10 @@ impl Kv for KvService {
         request: Request<RangeRequest>,
     ) -> Result<Response<RangeResponse>, Status> {
         let caller = Caller::of(&request)?;
+        let store = self.store.asked_by(&request)?;
         let request = request.into_inner();
         caller.check_read(&request.key, &request.range_end)?;
-        self.answers.answer(self.store.range(&request).await?)
+        self.answers.answer(store.range(&request).await?)
     }
 
     async fn range_stream(
@@ -48,12 +50,19 @@ impl Kv for KvService {
         request: Request<RangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
         let caller = Caller::of(&request)?;
+        let store = self.store.asked_by(&request)?;
         let request = request.into_inner();
         range_stream::check(&request)?;
         caller.check_read(&request.key, &request.range_end)?;
         if !request.serializable {
-            self.store.linearize().await?;
+            store.linearize().await?;
         }
+        store.permit(|state, actor| {
+            let (key, range_end) = (&request.key, &request.range_end);
+            state
+                .auth()
+                .check_range(actor, key, range_end, Access::Read)
+        })?;
         let reservation = self.answers.reserve(range_stream::HELD_BYTES)?;
         // One message is made ahead of the one that is being sent.
         let (pieces, stream) = mpsc::channel(1);
@@ -65,8 +74,8 @@ impl Kv for KvService {
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        self.answers
-            .answer(self.store.put(request.into_inner()).await?)
+        let store = self.store.asked_by(&request)?;
+        self.answers.answer(store.put(request.into_inner()).await?)
     }
 
     async fn delete_range(
@@ -74,15 +83,17 @@ impl Kv for KvService {
         request: Request<DeleteRangeRequest>,
     ) -> Result<Response<DeleteRangeResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let store = self.store.asked_by(&request)?;
         self.answers
-            .answer(self.store.delete_range(request.into_inner()).await?)
+            .answer(store.delete_range(request.into_inner()).await?)
     }
 
     async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
         let caller = Caller::of(&request)?;
+        let store = self.store.asked_by(&request)?;
         let request = request.into_inner();
         caller.check_txn(&request)?;
-        self.answers.answer(self.store.txn(request).await?)
+        self.answers.answer(store.txn(request).await?)
     }
 
     async fn compact(
@@ -90,8 +101,7 @@ impl Kv for KvService {
         request: Request<CompactionRequest>,
     ) -> Result<Response<CompactionResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        Ok(Response::new(
-            self.store.compact(request.into_inner()).await?,
-        ))
+        let store = self.store.asked_by(&request)?;
+        Ok(Response::new(store.compact(request.into_inner()).await?))
     }
 }

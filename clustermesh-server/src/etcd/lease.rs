@@ -40,8 +40,9 @@ impl Lease for LeaseService {
         request: Request<LeaseGrantRequest>,
     ) -> Result<Response<LeaseGrantResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let store = self.store.asked_by(&request)?;
         Ok(Response::new(
-            self.store.lease_grant(request.into_inner()).await?,
+            store.lease_grant(request.into_inner()).await?,
         ))
     }
 
@@ -50,8 +51,9 @@ impl Lease for LeaseService {
         request: Request<LeaseRevokeRequest>,
     ) -> Result<Response<LeaseRevokeResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let store = self.store.asked_by(&request)?;
         Ok(Response::new(
-            self.store.lease_revoke(request.into_inner()).await?,
+            store.lease_revoke(request.into_inner()).await?,
         ))
     }
 
@@ -60,9 +62,10 @@ impl Lease for LeaseService {
         request: Request<Streaming<LeaseKeepAliveRequest>>,
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let store = self.store.asked_by(&request)?;
         let (answers, stream) = mpsc::channel(KEEPALIVE_QUEUE_MESSAGES);
         tokio::spawn(keep_alive(
-            self.store.clone(),
+            store,
             self.drain.clone(),
             request.into_inner(),
             answers,
@@ -75,8 +78,9 @@ impl Lease for LeaseService {
         request: Request<LeaseTimeToLiveRequest>,
     ) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let store = self.store.asked_by(&request)?;
         Ok(Response::new(
-            self.store.lease_time_to_live(request.into_inner()).await?,
+            store.lease_time_to_live(request.into_inner()).await?,
         ))
     }
 
@@ -85,7 +89,8 @@ impl Lease for LeaseService {
         request: Request<LeaseLeasesRequest>,
     ) -> Result<Response<LeaseLeasesResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        Ok(Response::new(self.store.lease_leases().await?))
+        let store = self.store.asked_by(&request)?;
+        Ok(Response::new(store.lease_leases().await?))
     }
 }
 

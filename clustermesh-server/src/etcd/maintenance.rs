@@ -3,13 +3,13 @@
 mod downgrade;
 mod snapshot;
 
+use clustermesh_api::etcd::rpc::alarm_request::AlarmAction;
 use clustermesh_api::etcd::rpc::maintenance_server::Maintenance;
 use clustermesh_api::etcd::rpc::{
     AlarmRequest, AlarmResponse, DefragmentRequest, DefragmentResponse, DowngradeRequest,
     DowngradeResponse, HashKvRequest, HashKvResponse, HashRequest, HashResponse, MoveLeaderRequest,
     MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
 };
-use clustermesh_core::State;
 use clustermesh_raft::MemberError;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -41,8 +41,15 @@ impl Maintenance for MaintenanceService {
         request: Request<AlarmRequest>,
     ) -> Result<Response<AlarmResponse>, Status> {
         let caller = Caller::of(&request)?;
-        caller.check_known()?;
-        Err(Status::failed_precondition("etcdserver: not capable"))
+        let store = self.store.asked_by(&request)?;
+        let request = request.into_inner();
+        if request.action() == AlarmAction::Get {
+            caller.check_known()?;
+        } else {
+            caller.check_operator()?;
+            store.permit_admin()?;
+        }
+        Ok(Response::new(store.alarm(request).await?))
     }
 
     async fn status(
@@ -50,6 +57,7 @@ impl Maintenance for MaintenanceService {
         request: Request<StatusRequest>,
     ) -> Result<Response<StatusResponse>, Status> {
         Caller::of(&request)?.check_known()?;
+        self.store.asked_by(&request)?.permit_named()?;
         Ok(Response::new(self.store.maintenance_status()))
     }
 
@@ -59,19 +67,18 @@ impl Maintenance for MaintenanceService {
         request: Request<DefragmentRequest>,
     ) -> Result<Response<DefragmentResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        self.store.asked_by(&request)?.permit_admin()?;
         // etcd sends no header here.
         Ok(Response::new(DefragmentResponse::default()))
     }
 
     async fn hash(&self, request: Request<HashRequest>) -> Result<Response<HashResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        let (hash, revision) = self
-            .store
-            .read(|state| (state.hash(), State::revision(state)));
-        let [a, b, c, d, e, f, g, h] = hash.to_be_bytes();
+        self.store.asked_by(&request)?.permit_admin()?;
+        let (hash, revision) = self.store.hash().await?;
         Ok(Response::new(HashResponse {
             header: Some(self.store.header(revision)),
-            hash: u32::from_be_bytes([a, b, c, d]) ^ u32::from_be_bytes([e, f, g, h]),
+            hash,
         }))
     }
 
@@ -80,7 +87,9 @@ impl Maintenance for MaintenanceService {
         request: Request<HashKvRequest>,
     ) -> Result<Response<HashKvResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        Err(Status::failed_precondition("etcdserver: not capable"))
+        self.store.asked_by(&request)?.permit_admin()?;
+        let revision = request.get_ref().revision;
+        Ok(Response::new(self.store.hash_kv(revision).await?))
     }
 
     async fn snapshot(
@@ -88,6 +97,7 @@ impl Maintenance for MaintenanceService {
         request: Request<SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
         Caller::of(&request)?.check_operator()?;
+        self.store.asked_by(&request)?.permit_admin()?;
         let reservation = self.answers.reserve(snapshot::HELD_BYTES)?;
         let mut response = Response::new(snapshot::stream(self.store.clone()).await?);
         response.extensions_mut().insert(reservation);
@@ -99,6 +109,7 @@ impl Maintenance for MaintenanceService {
         request: Request<MoveLeaderRequest>,
     ) -> Result<Response<MoveLeaderResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        self.store.asked_by(&request)?.permit_admin()?;
         let status = self.store.replica().status();
         if !status.is_leader {
             return Err(Status::failed_precondition("etcdserver: not leader"));
@@ -126,6 +137,7 @@ impl Maintenance for MaintenanceService {
         request: Request<DowngradeRequest>,
     ) -> Result<Response<DowngradeResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        self.store.asked_by(&request)?.permit_admin()?;
         downgrade::answer(&self.store, request.get_ref()).map(Response::new)
     }
 }

@@ -45,9 +45,10 @@ impl Watch for WatchService {
         request: Request<Streaming<WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let caller = Caller::of(&request)?;
+        let store = self.store.asked_by(&request)?;
         let (responses, stream) = mpsc::channel(STREAM_QUEUE_MESSAGES);
         let watches = stream::WatchStream::new(
-            self.store.clone(),
+            store,
             caller,
             self.metrics.clone(),
             responses.clone(),

@@ -4,6 +4,7 @@
 
 mod agents;
 mod api;
+mod auth;
 mod etcd;
 mod gateway;
 mod peering;

@@ -279,6 +279,21 @@ impl<R: AsyncRuntime> Replica<R> {
             identity.set(cluster_id)?;
         }
         tracing::debug!(cluster = config.cluster_name, "up to date");
+        self.raise_feature_level().await
+    }
+
+    /// A group of one replica can do what that one can.
+    async fn raise_feature_level(&self) -> Result<(), StartError> {
+        let level = self.read(|state| state.feature_level());
+        if level >= FEATURE_LEVEL || self.status().members.len() > 1 {
+            return Ok(());
+        }
+        let command = Command::FeatureLevel(pb::FeatureLevel {
+            level: FEATURE_LEVEL,
+        });
+        self.propose(pb::Proposal::system(command))
+            .await
+            .map_err(|error| StartError::Bootstrap(error.to_string()))?;
         Ok(())
     }
 

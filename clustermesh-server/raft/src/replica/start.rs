@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
+use clustermesh_core::pb;
 use clustermesh_store::{DataDir, Identity, LogId, SledLog, SnapshotStore};
 use openraft::{
     Raft,
@@ -195,6 +196,16 @@ impl<R: AsyncRuntime> Replica<R> {
         };
         let raft = started.map_err(|error| StartError::Raft(error.to_string()))?;
 
+        let leader = {
+            let (shared, clock) = (shared.clone(), config.wall_clock_unix_ms.clone());
+            let quota_bytes = config.quota_bytes;
+            move || pb::Leader {
+                id: replica_id,
+                time_unix_ms: clock(),
+                quota_bytes,
+                feature_level: shared.group.feature_level(),
+            }
+        };
         let timeout = config.request_timeout;
         let router = Arc::new(Router {
             own: replica_id,
@@ -202,7 +213,7 @@ impl<R: AsyncRuntime> Replica<R> {
             links: links.clone(),
             entries: Entries {
                 raft: raft.clone(),
-                wall_clock_unix_ms: config.wall_clock_unix_ms.clone(),
+                leader: Box::new(leader),
                 metrics: metrics.clone(),
             },
             pending: shared.pending.clone(),
@@ -269,6 +280,7 @@ impl<R: AsyncRuntime> Replica<R> {
 
         let inner = Inner {
             replica_id,
+            quota_bytes: config.quota_bytes,
             raft,
             shared,
             hub,

@@ -175,6 +175,8 @@ proptest! {
         let applied =
             Applied { state: State::new(), last: None, membership: StoredMembership::default(), sequence: 0, log_bytes: 0 };
         let shared = Arc::new(Shared::<R> {
+            group: crate::group::GroupView::new(&State::new()),
+            hashes: crate::hashes::Hashes::new(true),
             applied: RwLock::new(applied),
             leases: LeaseKeeper::new(),
             pending: Arc::new(crate::forward::Pending::new(1, 1)),

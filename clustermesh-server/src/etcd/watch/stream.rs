@@ -13,6 +13,7 @@ use clustermesh_api::etcd::rpc::{WatchCreateRequest, WatchRequest, WatchResponse
 use clustermesh_api::limits::{
     MAX_VALUE_BYTES, MAX_WATCHES_PER_STREAM, STREAM_MESSAGE_TARGET_BYTES,
 };
+use clustermesh_core::auth::Access;
 use clustermesh_core::{EventKind, KeyRange, KvError};
 use clustermesh_process::Drain;
 use clustermesh_raft::{WatchEnd, WatchEvents, WatchItem, WatchSpec};
@@ -25,7 +26,7 @@ use tonic::{Status, Streaming};
 use crate::auth::{Caller, PERMISSION_DENIED};
 use crate::etcd::lease::server_stopped;
 use crate::metrics::WatchMetrics;
-use crate::store::{Store, TokioWatcher};
+use crate::store::{AuthChanges, Store, TokioWatcher};
 
 /// A quiet watch with `progress_notify` hears of the revision this often (etcd's `watch-progress-notify-interval`).
 const PROGRESS_NOTIFY_INTERVAL: Duration = Duration::from_secs(600);
@@ -153,6 +154,16 @@ impl WatchStream {
             let reason = format!("rpc error: code = PermissionDenied desc = {PERMISSION_DENIED}");
             return self.refuse(reason).await;
         }
+        let store = self.store.for_user_now();
+        let auth = AuthGuard {
+            changes: store.auth_changes(),
+            version: store.auth_version(),
+            key: key.clone(),
+            range_end: range_end.clone(),
+        };
+        if let Err(status) = auth.check(&store) {
+            return self.refuse(cancel_reason(&status)).await;
+        }
         // An end of one zero byte means: all keys from here.
         if !matches!(range_end.as_ref(), [] | [0]) && key >= range_end {
             return self.refuse("mvcc: watcher range is empty".to_owned()).await;
@@ -201,7 +212,8 @@ impl WatchStream {
         let asked = Arc::new(Notify::new());
         let task = WatchTask {
             id,
-            store: self.store.clone(),
+            auth,
+            store,
             watcher: self.store.watch(WatchSpec {
                 ranges: vec![KeyRange::new(&key, &range_end)],
                 start_revision: after + 1,
@@ -321,8 +333,47 @@ fn range_of(request: &WatchCreateRequest) -> (Bytes, Bytes) {
     (key, request.range_end.clone())
 }
 
+/// Sees to it that a watch ends when its user may not read its range any more.
+struct AuthGuard {
+    changes: AuthChanges,
+    /// Version of users and roles that was checked last.
+    version: u64,
+    key: Bytes,
+    range_end: Bytes,
+}
+
+impl AuthGuard {
+    fn check(&self, store: &Store) -> Result<(), Status> {
+        store.permit(|state, actor| {
+            state
+                .auth()
+                .check_range(actor, &self.key, &self.range_end, Access::Read)
+        })
+    }
+
+    /// As [`AuthGuard::check`], only when something changed since.
+    fn check_changed(&mut self, store: &Store) -> Result<(), Status> {
+        let version = store.auth_version();
+        if version == self.version {
+            return Ok(());
+        }
+        self.version = version;
+        self.check(store)
+    }
+}
+
+/// How etcd puts an error into the reason of a cancelled watch.
+fn cancel_reason(status: &Status) -> String {
+    format!(
+        "rpc error: code = {:?} desc = {}",
+        status.code(),
+        status.message()
+    )
+}
+
 struct WatchTask {
     id: i64,
+    auth: AuthGuard,
     store: Store,
     watcher: TokioWatcher,
     asked: Arc<Notify>,
@@ -344,6 +395,13 @@ impl WatchTask {
         quiet.reset();
         loop {
             let item = tokio::select! {
+                biased;
+                there = self.auth.changes.changed() => {
+                    if !there || self.still_permitted().await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
                 item = self.watcher.next() => item,
                 () = self.asked.notified() => {
                     self.watcher.request_progress();
@@ -405,6 +463,8 @@ impl WatchTask {
                 break;
             }
         }
+        // What changed the permission was applied before whatever came after it.
+        self.still_permitted().await?;
         if !events.is_empty() {
             self.metrics.events_sent.inc_by(events.len() as u64);
             self.send_events(revision, events).await?;
@@ -418,6 +478,20 @@ impl WatchTask {
             return self.progress(revision).await;
         }
         Ok(())
+    }
+
+    /// Ends the watch when its user may not read its range any more.
+    async fn still_permitted(&mut self) -> Result<(), Gone> {
+        let Err(status) = self.auth.check_changed(&self.store) else {
+            return Ok(());
+        };
+        let mut response = self.blank(self.store.revision());
+        response.canceled = true;
+        response.cancel_reason = cancel_reason(&status);
+        // The client may be gone already.
+        let _ = self.responses.send(Ok(response)).await;
+        self.pass(i64::MAX);
+        Err(Gone)
     }
 
     async fn progress(&mut self, revision: i64) -> Result<(), Gone> {
