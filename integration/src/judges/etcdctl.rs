@@ -302,7 +302,8 @@ impl Ctl {
                     let output = output?;
                     Shown::new(
                         &self.group,
-                        &String::from_utf8_lossy(&output.stdout),
+                        &String::from_utf8_lossy(&output.stdout)
+                            .replace(&self.folder.display().to_string(), "FOLDER"),
                         &String::from_utf8_lossy(&output.stderr),
                         output.status.code(),
                     )

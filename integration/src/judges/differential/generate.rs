@@ -147,7 +147,10 @@ impl Generator {
         let hash = |revision| Op::HashKv(HashKvRequest { revision });
         let middle = i64::midpoint(self.compacted.max(1), self.revision);
         vec![
-            self.barrier(),
+            Op::Watch(WatchOp::Barrier {
+                revision: self.revision,
+                last: true,
+            }),
             Op::Range(RangeRequest {
                 key: Bytes::from_static(b"\0"),
                 range_end: Bytes::from_static(b"\0"),
@@ -177,7 +180,9 @@ impl Generator {
         if let (Op::Compact(request), true) = (op, answer.is_ok()) {
             self.compacted = request.revision;
         }
+        // When one of the future lane is cancelled, what it got by then is a matter of speed.
         if let Op::Watch(WatchOp::Create(lane, _)) = op
+            && *lane != Lane::Future
             && let Some(id) = answer.running_watch()
         {
             self.watches.push((*lane, id));
@@ -377,6 +382,7 @@ impl Generator {
     fn barrier(&mut self) -> Op {
         Op::Watch(WatchOp::Barrier {
             revision: self.revision,
+            last: false,
         })
     }
 
@@ -402,6 +408,8 @@ impl Generator {
             filters,
             prev_kv: self.chance(0.4),
             watch_id: match self.rng.random_range(0..10) {
+                // etcd keeps the id of a watch that a compaction ended.
+                _ if lane == Lane::Compacted => 0,
                 0 => self.rng.random_range(1..12),
                 1 if self.chance(0.2) => -5,
                 _ => 0,

@@ -22,6 +22,12 @@ const ANSWER_BYTES_MAX: usize = 256 << 20;
 /// A remaining TTL may be so much below the granted one.
 const TTL_PASSED_SECONDS_MAX: i64 = 300;
 
+/// How gRPC libraries begin to say that a message is above the limit.
+const TOO_LARGE: [&str; 2] = [
+    "grpc: received message larger than max",
+    "Error, decoded message length too large",
+];
+
 /// What a server answered, without what may differ.
 #[derive(Clone, Debug)]
 pub enum Answer {
@@ -120,6 +126,16 @@ impl Answer {
                 let revision = set_ids_aside(message.header_mut());
                 message.settle();
                 Self::ok(format!("{message:#?}"), revision)
+            }
+            Err(status)
+                if TOO_LARGE
+                    .iter()
+                    .any(|text| status.message().starts_with(text)) =>
+            {
+                Self::Err {
+                    code: Code::ResourceExhausted,
+                    message: "message above the limit".to_owned(),
+                }
             }
             Err(status) => Self::Err {
                 code: status.code(),

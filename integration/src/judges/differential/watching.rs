@@ -36,6 +36,8 @@ const PROGRESS_REPEATED: Duration = Duration::from_millis(20);
 const QUIET: Duration = Duration::from_millis(30);
 /// A watch that there never is.
 pub(super) const UNKNOWN_WATCH: i64 = 777;
+/// After the last write, what a watch has not got by then does not come.
+const LAST_EVENTS: Duration = Duration::from_millis(400);
 /// Id of the watch that sees the sentinel.
 const SENTINEL_WATCH: i64 = 100_000;
 
@@ -59,10 +61,12 @@ pub enum WatchOp {
     Create(Lane, WatchCreateRequest),
     /// Ends one.
     Cancel(Lane, i64),
-    /// Everything that all watches got since the last time; at least up to `revision`.
+    /// Everything that watches got since the last time; at least up to `revision`.
     Barrier {
         /// Newest revision.
         revision: i64,
+        /// Also of those that began in the future: only the end of a wait shows that they have got everything.
+        last: bool,
     },
 }
 
@@ -143,7 +147,7 @@ impl Watching {
         match op {
             WatchOp::Create(lane, create) => self.create(*lane, create).await,
             WatchOp::Cancel(lane, id) => self.cancel(*lane, *id).await,
-            WatchOp::Barrier { revision } => self.barrier(*revision).await,
+            WatchOp::Barrier { revision, last } => self.barrier(*revision, *last).await,
         }
     }
 
@@ -199,7 +203,7 @@ impl Watching {
     }
 
     /// Writes the sentinel, waits until everything before it has come, and hands out what came.
-    async fn barrier(&mut self, revision: i64) -> Result<Answer> {
+    async fn barrier(&mut self, revision: i64, last: bool) -> Result<Answer> {
         let put = PutRequest {
             key: Bytes::from_static(SENTINEL_KEY),
             ..PutRequest::default()
@@ -210,16 +214,19 @@ impl Watching {
             written > revision,
             "the sentinel got revision {written} after {revision}"
         );
-        for lane in [Lane::Future, Lane::Compacted] {
-            self.until_sentinel(lane, written).await?;
-        }
         while !self.doomed.is_empty() {
             let response = self.stream(Lane::Compacted)?.receive().await?;
             self.note(Lane::Compacted, response);
         }
         self.until_progress(written).await?;
-        let text = std::mem::take(&mut self.sequences)
+        if last {
+            self.until_quiet(Lane::Future).await?;
+        }
+        let (ripe, unripe) = std::mem::take(&mut self.sequences)
             .into_iter()
+            .partition(|((lane, _), _)| last || *lane != Lane::Future);
+        self.sequences = unripe;
+        let text = Sequences::into_iter(ripe)
             .filter(|(_, items)| !items.is_empty())
             .map(|((lane, id), items)| format!("{lane:?} watch {id}:\n{}", items.join("\n")))
             .collect::<Vec<_>>()
@@ -227,20 +234,13 @@ impl Watching {
         Ok(Answer::ok(format!("revision {written}\n{text}"), written))
     }
 
-    async fn until_sentinel(&mut self, lane: Lane, revision: i64) -> Result<()> {
-        loop {
-            let response = self.stream(lane)?.receive().await?;
-            let reached = response.watch_id == SENTINEL_WATCH
-                && response
-                    .events
-                    .iter()
-                    .filter_map(|event| event.kv.as_ref())
-                    .any(|kv| kv.mod_revision >= revision);
+    async fn until_quiet(&mut self, lane: Lane) -> Result<()> {
+        while let Ok(response) = timeout(LAST_EVENTS, self.stream(lane)?.responses.message()).await
+        {
+            let response = response?.context("the watch stream ended")?;
             self.note(lane, response);
-            if reached {
-                return Ok(());
-            }
         }
+        Ok(())
     }
 
     async fn until_progress(&mut self, revision: i64) -> Result<()> {
