@@ -35,6 +35,14 @@ impl ElectionService {
         Self { store, drain }
     }
 
+    /// The same on behalf of the request's user.
+    fn asked_by<T>(&self, request: &Request<T>) -> Result<Self, Status> {
+        Ok(Self {
+            store: self.store.asked_by(request)?,
+            drain: self.drain.clone(),
+        })
+    }
+
     /// Writes a value under a leader's key, while it is the leader's.
     async fn announce(
         &self,
@@ -75,9 +83,10 @@ impl Election for ElectionService {
         request: Request<CampaignRequest>,
     ) -> Result<Response<CampaignResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let this = self.asked_by(&request)?;
         let CampaignRequest { name, lease, value } = request.into_inner();
-        let contender = recipe::enter(&self.store, &name, lease, value.clone()).await?;
-        let withdrawal = Withdrawal::of(&self.store, &contender);
+        let contender = recipe::enter(&this.store, &name, lease, value.clone()).await?;
+        let withdrawal = Withdrawal::of(&this.store, &contender);
         let leader = LeaderKey {
             name: name.clone(),
             key: contender.key.clone(),
@@ -86,9 +95,9 @@ impl Election for ElectionService {
         };
         let mut header = contender.header;
         if contender.before.is_some_and(|kv| kv.value != value) {
-            header = self.announce(leader.clone(), value).await?;
+            header = this.announce(leader.clone(), value).await?;
         }
-        recipe::wait_for_turn(&self.store, &name, contender.revision, &self.drain).await?;
+        recipe::wait_for_turn(&this.store, &name, contender.revision, &this.drain).await?;
         withdrawal.disarm();
         Ok(Response::new(CampaignResponse {
             header: Some(header),
@@ -101,8 +110,9 @@ impl Election for ElectionService {
         request: Request<ProclaimRequest>,
     ) -> Result<Response<ProclaimResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let this = self.asked_by(&request)?;
         let ProclaimRequest { leader, value } = request.into_inner();
-        let header = self.announce(leader_of(leader)?, value).await?;
+        let header = this.announce(leader_of(leader)?, value).await?;
         Ok(Response::new(ProclaimResponse {
             header: Some(header),
         }))
@@ -113,8 +123,9 @@ impl Election for ElectionService {
         request: Request<LeaderRequest>,
     ) -> Result<Response<LeaderResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let this = self.asked_by(&request)?;
         let prefix = recipe::prefix(&request.into_inner().name);
-        let (kv, header) = recipe::holder(&self.store, &prefix).await?;
+        let (kv, header) = recipe::holder(&this.store, &prefix).await?;
         let kv = kv.ok_or_else(|| Status::unknown("election: no leader"))?;
         Ok(Response::new(response(kv, header)))
     }
@@ -124,10 +135,11 @@ impl Election for ElectionService {
         request: Request<LeaderRequest>,
     ) -> Result<Response<Self::ObserveStream>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let this = self.asked_by(&request)?;
         let (answers, stream) = mpsc::channel(OBSERVE_QUEUE_MESSAGES);
         let observer = Observer {
-            store: self.store.clone(),
-            drain: self.drain.clone(),
+            store: this.store.clone(),
+            drain: this.drain.clone(),
             prefix: recipe::prefix(&request.into_inner().name),
             answers,
         };
@@ -140,8 +152,9 @@ impl Election for ElectionService {
         request: Request<ResignRequest>,
     ) -> Result<Response<ResignResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let this = self.asked_by(&request)?;
         let leader = leader_of(request.into_inner().leader)?;
-        let header = recipe::withdraw(&self.store, leader.key, leader.rev).await?;
+        let header = recipe::withdraw(&this.store, leader.key, leader.rev).await?;
         Ok(Response::new(ResignResponse {
             header: Some(header),
         }))

@@ -23,18 +23,27 @@ impl LockService {
     pub fn new(store: Store, drain: Drain) -> Self {
         Self { store, drain }
     }
+
+    /// The same on behalf of the request's user.
+    fn asked_by<T>(&self, request: &Request<T>) -> Result<Self, Status> {
+        Ok(Self {
+            store: self.store.asked_by(request)?,
+            drain: self.drain.clone(),
+        })
+    }
 }
 
 #[tonic::async_trait]
 impl Lock for LockService {
     async fn lock(&self, request: Request<LockRequest>) -> Result<Response<LockResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
+        let this = self.asked_by(&request)?;
         let LockRequest { name, lease } = request.into_inner();
-        let contender = recipe::enter(&self.store, &name, lease, Bytes::new()).await?;
-        let withdrawal = Withdrawal::of(&self.store, &contender);
-        recipe::wait_for_turn(&self.store, &name, contender.revision, &self.drain).await?;
+        let contender = recipe::enter(&this.store, &name, lease, Bytes::new()).await?;
+        let withdrawal = Withdrawal::of(&this.store, &contender);
+        recipe::wait_for_turn(&this.store, &name, contender.revision, &this.drain).await?;
         // It may have been taken away while it waited.
-        let found = self
+        let found = this
             .store
             .range(&RangeRequest {
                 key: contender.key.clone(),
@@ -56,7 +65,8 @@ impl Lock for LockService {
         request: Request<UnlockRequest>,
     ) -> Result<Response<UnlockResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        let deleted = self
+        let this = self.asked_by(&request)?;
+        let deleted = this
             .store
             .delete_range(DeleteRangeRequest {
                 key: request.into_inner().key,
