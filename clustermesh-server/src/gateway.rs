@@ -141,7 +141,12 @@ impl Gateway {
             .answers
             .reserve(message.len().saturating_mul(ANSWER_BYTES_FACTOR))?;
         let json = json::from_protobuf(&method.descriptor.output(), message, false)?;
+        let length = json.len();
         let mut response = respond(StatusCode::OK, Body::new(Full::new(Bytes::from(json))));
+        // The body that holds its share of the budget does not tell its length.
+        response
+            .headers_mut()
+            .insert(header::CONTENT_LENGTH, HeaderValue::from(length));
         response.extensions_mut().insert(reservation);
         Ok(response)
     }
