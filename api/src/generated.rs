@@ -76,5 +76,4 @@ pub mod v1 {
 
 /// All of `proto/` as an encoded `google.protobuf.FileDescriptorSet`: what reflection and the JSON gateway go by.
 #[cfg(feature = "grpc")]
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
