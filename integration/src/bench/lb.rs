@@ -148,14 +148,21 @@ fn figures(contenders: &[Contender], taken: &[Rounds]) -> Result<Vec<Figure>> {
             Target::RatioAtLeast(0.95),
         ),
     ];
-    for (id, name, peer, least) in [
+    for (id, limit, name, peer, least) in [
         (
             "lb-iptables",
+            "lb-iptables-limit",
             "iptables",
             "kube-proxy's iptables rules",
             15.0,
         ),
-        ("lb-nft", "nftables", "kube-proxy's nftables rules", 1.3),
+        (
+            "lb-nft",
+            "lb-nft-limit",
+            "nftables",
+            "kube-proxy's nftables rules",
+            1.3,
+        ),
     ] {
         if let Some(theirs) = of(name) {
             let row = named(
@@ -165,6 +172,14 @@ fn figures(contenders: &[Contender], taken: &[Rounds]) -> Result<Vec<Figure>> {
             );
             let target = Target::RatioAtLeast(least);
             figures.push(against(row, &ours.rate, peer, &theirs.rate, target));
+            // No load-balancer of any kind can be further ahead than no load-balancer at all.
+            let row = named(
+                limit,
+                "connecting straight against the same: the most that any could reach here",
+                "conn/s",
+            );
+            let target = Target::Report;
+            figures.push(against(row, &straight.rate, peer, &theirs.rate, target));
         }
     }
     Ok(figures)
