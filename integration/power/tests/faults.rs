@@ -1,4 +1,5 @@
 //! A log on a disk that fails: it stops with a reason, and acknowledges nothing that is not durable.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 use std::{
     os::fd::AsRawFd as _,
