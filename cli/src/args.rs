@@ -111,6 +111,22 @@ Examples:
   clustermesh member remove 8e9e05c52164694d
   clustermesh member replace s2 https://s4.example.net:2380")]
     Member(MemberArgs),
+    /// Back the cluster's store up, look into a backup, make a new store of one
+    #[command(after_help = "\
+Examples:
+  clustermesh snapshot save backup.db
+  clustermesh snapshot status backup.db -o json
+  clustermesh snapshot restore backup.db --data-dir /var/lib/clustermesh/server --name r1 --cluster c1
+  clustermesh snapshot restore backup.db --data-dir /var/lib/clustermesh/server --name r1 --cluster c1 \\
+    --initial-cluster r1=https://s1:2380,r2=https://s2:2380,r3=https://s3:2380")]
+    Snapshot(SnapshotArgs),
+    /// List and end alarms of the cluster's store
+    #[command(after_help = "\
+Examples:
+  clustermesh alarm list
+  clustermesh alarm disarm
+  clustermesh alarm disarm --member s2")]
+    Alarm(AlarmArgs),
     /// Make a certificate authority and certificates for tests and development
     #[command(after_help = "\
 Examples:
@@ -176,6 +192,75 @@ pub enum MemberCommand {
         /// Longest wait until the new one votes: a number with ms, s or m
         #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = parse_duration)]
         timeout: Duration,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    #[command(subcommand)]
+    pub command: SnapshotCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Back up all that the connected replica has applied; the file appears when it is whole and checked
+    Save {
+        /// File to write; an older one is replaced
+        file: PathBuf,
+    },
+    /// Check a backup and tell what is in it
+    Status {
+        /// Backup
+        file: PathBuf,
+    },
+    /// Make the data folder of one replica of a new group; run it for each replica, with the same file
+    Restore(RestoreArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// Backup
+    pub file: PathBuf,
+    /// Data folder of the replica (`data_dir` of its server); empty, or not there
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: PathBuf,
+    /// Name of the replica (`replica.name` of its server)
+    #[arg(long, default_value = "default")]
+    pub name: String,
+    /// Name of the cluster (`cluster.name` of its server); none for a plain store
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub cluster: String,
+    /// All replicas of the new group, NAME=https://HOST:PORT; none for this one alone
+    #[arg(long, value_name = "NAME=URL", value_delimiter = ',')]
+    pub initial_cluster: Vec<String>,
+    /// Makes the new group's ids: what the first restore of the group prints, for the others [default: random]
+    #[arg(long, value_name = "TEXT")]
+    pub token: Option<String>,
+    /// What the revision grows by, so that no client has seen the new ones
+    #[arg(long, value_name = "NUMBER", default_value_t = clustermesh_raft::REVISION_BUMP)]
+    pub bump_revision: i64,
+}
+
+#[derive(Debug, Args)]
+pub struct AlarmArgs {
+    #[command(subcommand)]
+    pub command: AlarmCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum AlarmCommand {
+    /// Alarms that stand
+    List,
+    /// End alarms: after what raised them is mended
+    Disarm {
+        /// Only those of this replica, by name or id
+        #[arg(long, value_name = "REPLICA")]
+        member: Option<String>,
     },
 }
 

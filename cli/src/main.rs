@@ -1,5 +1,6 @@
 //! `clustermesh`, the operator's command: status, records, manifests, development certificates.
 
+mod alarm;
 mod args;
 mod connect;
 mod dev_ca;
@@ -8,7 +9,9 @@ mod manifests;
 mod member;
 mod objects;
 mod output;
+mod replicas;
 mod shell;
+mod snapshot;
 mod status;
 
 use std::process::ExitCode;
@@ -39,6 +42,8 @@ async fn run(global: &GlobalArgs, command: Command) -> anyhow::Result<()> {
         Command::Apply(args) => objects::apply(global, &args).await,
         Command::Delete(args) => objects::delete(global, &args).await,
         Command::Member(args) => member::run(global, &args).await,
+        Command::Snapshot(args) => snapshot::run(global, &args).await,
+        Command::Alarm(args) => alarm::run(global, &args).await,
         Command::DevCa(args) => dev_ca::run(&args, global.output),
         Command::Completion { shell } => shell::completion(shell),
         Command::Man { directory } => shell::man_pages(&directory),

@@ -117,7 +117,7 @@ async fn votes(client: &Client, id: u64) -> Result<bool> {
 }
 
 /// The replica of this name, or of this id in hexadecimal digits.
-async fn find(client: &Client, wanted: &str) -> Result<Member> {
+pub async fn find(client: &Client, wanted: &str) -> Result<Member> {
     let members = client.members().await?;
     let id = u64::from_str_radix(wanted, 16).ok();
     let mut named = members.iter().filter(|member| member.name == wanted);

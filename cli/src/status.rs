@@ -14,6 +14,7 @@ use crate::{
     args::{GlobalArgs, Output, StatusArgs},
     connect::connect,
     output::{self, NONE, Table},
+    replicas,
 };
 
 /// The server ends the wait itself; this much later we no longer believe that it will.
@@ -26,10 +27,26 @@ pub async fn run(global: &GlobalArgs, args: &StatusArgs) -> Result<()> {
     if args.wait {
         wait(&client, args.timeout).await?;
     }
-    let status = client.mesh_status().await?;
+    let replicas = replicas::ask(global, &client).await?;
+    let status = match client.mesh_status().await {
+        // A plain store is no cluster of a mesh.
+        Err(error) if error.is_unimplemented() => None,
+        answered => Some(answered?),
+    };
     match global.output {
-        Output::Json => output::json(&to_json(&status)),
-        Output::Table => output::print(&to_text(&status)),
+        Output::Json => {
+            let mut value = status.as_ref().map_or_else(|| json!({}), to_json);
+            if let Some(value) = value.as_object_mut() {
+                value.insert("replicas".to_owned(), replicas::to_json(&replicas).into());
+            }
+            output::json(&value)
+        }
+        Output::Table => {
+            let cluster = status.as_ref().map_or_else(String::new, to_text);
+            let replicas = indent(&replicas::table(&replicas).render());
+            let gap = if cluster.is_empty() { "" } else { "\n" };
+            output::print(&format!("{cluster}{gap}Replicas\n{replicas}"))
+        }
     }
 }
 

@@ -95,6 +95,12 @@ impl ClientError {
         }
     }
 
+    /// The server does not have this call: a plain store knows nothing of a mesh.
+    #[must_use]
+    pub fn is_unimplemented(&self) -> bool {
+        self.code() == Some(Code::Unimplemented)
+    }
+
     /// The server's history does not reach back to the wanted revision.
     #[must_use]
     pub fn is_compacted(&self) -> bool {

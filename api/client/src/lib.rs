@@ -9,6 +9,7 @@ mod connector;
 mod error;
 mod kv;
 mod lease;
+mod maintenance;
 mod members;
 mod mesh;
 mod messages;

@@ -4,7 +4,9 @@
 //! from openraft's `AsyncRuntime`, the type parameter `R`.
 
 mod backup;
+mod backup_file;
 mod batcher;
+mod check_data;
 mod compaction;
 mod config;
 mod error;
@@ -29,6 +31,8 @@ mod test_support;
 mod watch;
 pub mod wire;
 
+pub use backup_file::{BackupError, BackupFile, BackupSummary, Restore, Restored};
+pub use check_data::{CheckReport, Finding, Severity, SnapshotFound, check_data};
 pub use clustermesh_store::{Node, ReplicaId, SnapshotFile, StoreError};
 pub use config::{
     AutoCompaction, DEFAULT_QUOTA_BYTES, Data, InitialMember, MemoryData, ReplicaConfig, Start,
@@ -39,7 +43,7 @@ pub use group::AuthChanges;
 pub use membership::MemberError;
 pub use metrics::Metrics;
 pub use peer::{NoPeers, PeerHandler, Target, Transport, TransportError};
-pub use replica::{Committed, LeaseTime, Member, Replica, Status};
+pub use replica::{Committed, LeaseTime, Member, REVISION_BUMP, Replica, Status};
 pub use state_machine::Answer;
 pub use watch::{EventFilter, WatchEvents, WatchItem, WatchSpec, Watcher};
 

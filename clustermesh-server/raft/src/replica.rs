@@ -4,6 +4,10 @@ mod bootstrap;
 mod recover;
 mod start;
 
+pub use recover::REVISION_BUMP;
+pub(crate) use recover::{close, recover_state, write_empty_log, write_snapshot};
+pub(crate) use start::random_id;
+
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;

@@ -39,21 +39,26 @@ impl DataDir {
     /// # Errors
     /// [`StoreError::NotEmpty`], [`StoreError::InUse`], or [`StoreError::Io`].
     pub fn create(path: &Path, identity: Identity) -> Result<Self, StoreError> {
-        folder::create(path)?;
-        let lock = lock(path)?;
-        for found in fs::read_dir(path).map_err(StoreError::io("list", path))? {
-            let name = found.map_err(StoreError::io("list", path))?.file_name();
-            // An interrupted creation leaves a temporary identity, which says nothing yet.
-            if name != LOCK && name != "lost+found" && name != temporary(IDENTITY).as_str() {
-                return Err(StoreError::NotEmpty {
-                    path: path.to_owned(),
-                });
-            }
-        }
-        write_identity(path, &identity)?;
+        NewDataDir::prepare(path)?.finish(identity)
+    }
+
+    /// Opens the folder of whichever replica lives there, to read it: nothing in it is changed.
+    ///
+    /// # Errors
+    /// [`StoreError::Empty`], [`StoreError::InUse`], [`StoreError::Damaged`], [`StoreError::NewerFormat`], or [`StoreError::Io`].
+    pub fn open_to_read(path: &Path) -> Result<Self, StoreError> {
+        let empty = || StoreError::Empty {
+            path: path.to_owned(),
+        };
+        let lock_path = path.join(LOCK);
+        let lock = match fs::File::open(&lock_path) {
+            Ok(file) => take(file, path)?,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Err(empty()),
+            Err(error) => return Err(StoreError::io("open", lock_path)(error)),
+        };
         Ok(Self {
             path: path.to_owned(),
-            identity,
+            identity: read_identity(path)?.ok_or_else(empty)?,
             _lock: Arc::new(lock),
         })
     }
@@ -128,6 +133,62 @@ impl DataDir {
     }
 }
 
+/// A locked, empty folder that becomes a replica's once it has an identity: until then no server starts with what is put into it.
+#[derive(Debug)]
+pub struct NewDataDir {
+    path: PathBuf,
+    lock: fs::File,
+}
+
+impl NewDataDir {
+    /// Makes folder `path`, or takes it when it holds nothing but an unused lock.
+    ///
+    /// # Errors
+    /// [`StoreError::NotEmpty`], [`StoreError::InUse`], or [`StoreError::Io`].
+    pub fn prepare(path: &Path) -> Result<Self, StoreError> {
+        folder::create(path)?;
+        let lock = lock(path)?;
+        for found in fs::read_dir(path).map_err(StoreError::io("list", path))? {
+            let name = found.map_err(StoreError::io("list", path))?.file_name();
+            // An interrupted creation leaves a temporary identity, which says nothing yet.
+            if name != LOCK && name != "lost+found" && name != temporary(IDENTITY).as_str() {
+                return Err(StoreError::NotEmpty {
+                    path: path.to_owned(),
+                });
+            }
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            lock,
+        })
+    }
+
+    /// Where the log will live.
+    #[must_use]
+    pub fn log_path(&self) -> PathBuf {
+        self.path.join(LOG)
+    }
+
+    /// Where snapshots will live.
+    #[must_use]
+    pub fn snapshots_path(&self) -> PathBuf {
+        self.path.join(SNAPSHOTS)
+    }
+
+    /// Gives it to a replica, durably.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; then it is nobody's.
+    pub fn finish(self, identity: Identity) -> Result<DataDir, StoreError> {
+        write_identity(&self.path, &identity)?;
+        Ok(DataDir {
+            path: self.path,
+            identity,
+            _lock: Arc::new(self.lock),
+        })
+    }
+}
+
 fn temporary(name: &str) -> String {
     format!("{name}.tmp")
 }
@@ -153,16 +214,19 @@ fn write_identity(path: &Path, identity: &Identity) -> Result<(), StoreError> {
 fn lock(path: &Path) -> Result<fs::File, StoreError> {
     let file_path = path.join(LOCK);
     let file = fs::File::create(&file_path).map_err(StoreError::io("create", &file_path))?;
+    take(file, path)
+}
+
+/// Locks the lock file of folder `path`.
+fn take(file: fs::File, path: &Path) -> Result<fs::File, StoreError> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => Err(StoreError::InUse {
             path: path.to_owned(),
         }),
-        Err(fs::TryLockError::Error(source)) => Err(StoreError::Io {
-            action: "lock",
-            path: file_path,
-            source,
-        }),
+        Err(fs::TryLockError::Error(source)) => {
+            Err(StoreError::io("lock", path.join(LOCK))(source))
+        }
     }
 }
 
@@ -191,6 +255,11 @@ fn read_identity(path: &Path) -> Result<Option<Identity>, StoreError> {
             cluster_id: identity.cluster_id,
         })),
         Ok(_) => Err(damaged("it holds something else".into())),
+        Err(codec::CodecError::NewerFormat(found)) => Err(StoreError::NewerFormat {
+            what: "the identity",
+            found,
+            known: codec::FORMAT,
+        }),
         Err(error) => Err(damaged(error.to_string())),
     }
 }

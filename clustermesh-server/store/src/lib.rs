@@ -9,7 +9,7 @@ pub mod pb;
 mod snapshot;
 mod types;
 
-pub use data_dir::{DataDir, Identity};
+pub use data_dir::{DataDir, Identity, NewDataDir};
 pub use error::StoreError;
 pub use log::{Closed, LogStats, MAX_ENTRY_BYTES, MAX_READ_BYTES, MemoryLog, SledLog};
 pub use snapshot::{MAX_CHUNK_BYTES, SnapshotFile, SnapshotReader, SnapshotStore, SnapshotWriter};

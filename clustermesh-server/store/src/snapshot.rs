@@ -38,6 +38,7 @@ enum Place {
 #[derive(Debug, Clone)]
 pub struct SnapshotFile {
     meta: SnapshotMeta,
+    format: u32,
     content: Content,
 }
 
@@ -133,9 +134,24 @@ impl SnapshotStore {
 }
 
 impl SnapshotFile {
+    /// A snapshot in the file at `path`; what follows its last frame is not looked at.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; [`StoreError::Damaged`] or [`StoreError::NewerFormat`] by its first frame, the others are checked when they
+    /// are read.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        file::open(path.to_owned())
+    }
+
     /// What it covers.
     pub fn meta(&self) -> &SnapshotMeta {
         &self.meta
+    }
+
+    /// Format that it was written in.
+    #[must_use]
+    pub fn format(&self) -> u32 {
+        self.format
     }
 
     /// Whether it is kept in memory, where nothing blocks.

@@ -4,7 +4,8 @@ use std::{collections::BTreeMap, path::Path};
 
 use clustermesh_core::State;
 use clustermesh_store::{
-    DataDir, Identity, LogId, Membership, Node, ReplicaId, SledLog, SnapshotMeta, SnapshotStore,
+    DataDir, Identity, LogId, Membership, Node, ReplicaId, SledLog, SnapshotFile, SnapshotMeta,
+    SnapshotStore,
     StoreError, StoredMembership, Vote,
 };
 use openraft::{
@@ -24,7 +25,7 @@ use crate::{
 };
 
 /// What the revision grows by: clients of the old group have seen none so high.
-const REVISION_BUMP: i64 = 1_000_000_000;
+pub const REVISION_BUMP: i64 = 1_000_000_000;
 /// Entries read from the log at once.
 const READ_ENTRIES: u64 = 256;
 
@@ -32,13 +33,12 @@ fn storage(error: impl std::fmt::Display) -> StartError {
     StartError::Raft(error.to_string())
 }
 
-/// The state with everything that this replica knows to be committed.
-async fn recover_state<R: AsyncRuntime>(
+/// The state with everything that this replica knows to be committed: that of its newest snapshot, and what the log adds.
+pub(crate) async fn recover_state<R: AsyncRuntime>(
     log: &mut SledLog<R, Answer>,
-    snapshots: &SnapshotStore,
-) -> Result<(State, Option<LogId>), StartError> {
-    let newest = snapshots.newest()?;
-    let (state, meta) = match &newest {
+    newest: Option<&SnapshotFile>,
+) -> Result<Applied, StartError> {
+    let (state, meta) = match newest {
         Some(snapshot) => (load(snapshot)?, snapshot.meta().clone()),
         None => (State::new(), SnapshotMeta::default()),
     };
@@ -79,25 +79,25 @@ async fn recover_state<R: AsyncRuntime>(
             applied.last = Some(log_id);
         }
     }
-    Ok((applied.state, applied.last))
+    Ok(applied)
 }
 
-fn write_snapshot(
+/// The only snapshot in folder `path`, of a group of `nodes`.
+pub(crate) fn write_snapshot(
     path: &Path,
-    state: State,
+    state: &State,
     last: Option<LogId>,
-    replica_id: ReplicaId,
-    node: Node,
+    nodes: BTreeMap<ReplicaId, Node>,
 ) -> Result<(), StartError> {
-    let nodes: BTreeMap<ReplicaId, Node> = [(replica_id, node)].into();
-    let membership = Membership::new(vec![[replica_id].into()], nodes).map_err(storage)?;
+    let voters = nodes.keys().copied().collect();
+    let membership = Membership::new(vec![voters], nodes).map_err(storage)?;
     let meta = SnapshotMeta {
         last_log_id: last,
         last_membership: StoredMembership::new(last, membership),
     };
     let mut writer = SnapshotStore::folder(path)?.create(meta)?;
     let mut cursor = state.snapshot();
-    while let Some(chunk) = cursor.next_chunk(&state, SNAPSHOT_CHUNK_BYTES)? {
+    while let Some(chunk) = cursor.next_chunk(state, SNAPSHOT_CHUNK_BYTES)? {
         writer.chunk(chunk)?;
     }
     writer.finish()?;
@@ -112,6 +112,30 @@ fn rename(from: &Path, to: &Path) -> Result<(), StartError> {
             source,
         })
     })
+}
+
+/// A log of no entries: terms go on from the old ones, since the next entry must come after the last.
+pub(crate) async fn write_empty_log<R: AsyncRuntime>(
+    path: &Path,
+    last: Option<LogId>,
+    replica_id: ReplicaId,
+) -> Result<(), StartError> {
+    let mut log = SledLog::<R, Answer>::open(path)?;
+    let term = last.map_or(0, |last| last.leader_id.term);
+    log.save_vote(&Vote::new(term, replica_id))
+        .await
+        .map_err(storage)?;
+    close(log).await;
+    Ok(())
+}
+
+/// Its folder may be opened again, or moved, afterwards.
+pub(crate) async fn close<R: AsyncRuntime>(log: SledLog<R, Answer>) {
+    let closed = log.closed();
+    drop(log);
+    while !closed.is_closed() {
+        R::sleep(std::time::Duration::from_millis(1)).await;
+    }
 }
 
 impl<R: AsyncRuntime> Replica<R> {
@@ -129,20 +153,19 @@ impl<R: AsyncRuntime> Replica<R> {
         let mut data_dir = DataDir::open(path, cluster_name)?;
         let mut log = SledLog::<R, Answer>::open(&data_dir.log_path())?;
         let snapshots = SnapshotStore::folder(&data_dir.snapshots_path())?;
-        let (mut state, last) = recover_state(&mut log, &snapshots).await?;
+        let newest = snapshots.newest()?;
+        let Applied {
+            mut state, last, ..
+        } = recover_state(&mut log, newest.as_ref()).await?;
         let old = state.cluster_id();
         let (replica_id, cluster_id) = (random_id::<R>(), random_id::<R>());
         let before = state.revision();
         state.recover(cluster_id, REVISION_BUMP).map_err(storage)?;
         let revision = state.revision();
         let fresh = path.join("snapshots.new");
-        write_snapshot(&fresh, state, last, replica_id, node)?;
+        write_snapshot(&fresh, &state, last, [(replica_id, node)].into())?;
 
-        let closed = log.closed();
-        drop(log);
-        while !closed.is_closed() {
-            R::sleep(std::time::Duration::from_millis(1)).await;
-        }
+        close(log).await;
         let aside = path.join(format!("before-{old:016x}"));
         std::fs::create_dir_all(&aside).map_err(|source| StoreError::Io {
             action: "create folder",
@@ -152,17 +175,7 @@ impl<R: AsyncRuntime> Replica<R> {
         rename(&data_dir.log_path(), &aside.join("log"))?;
         rename(&data_dir.snapshots_path(), &aside.join("snapshots"))?;
         rename(&fresh, &data_dir.snapshots_path())?;
-        // Terms go on from the old ones: the next entry must come after the last.
-        let mut log = SledLog::<R, Answer>::open(&data_dir.log_path())?;
-        let term = last.map_or(0, |last| last.leader_id.term);
-        log.save_vote(&Vote::new(term, replica_id))
-            .await
-            .map_err(storage)?;
-        let closed = log.closed();
-        drop(log);
-        while !closed.is_closed() {
-            R::sleep(std::time::Duration::from_millis(1)).await;
-        }
+        write_empty_log::<R>(&data_dir.log_path(), last, replica_id).await?;
         data_dir.set_identity(Identity {
             replica_id,
             cluster_name: cluster_name.to_owned(),

@@ -41,7 +41,7 @@ struct Opened<R: AsyncRuntime> {
     kept: Kept,
 }
 
-pub(super) fn random_id<R: AsyncRuntime>() -> u64 {
+pub(crate) fn random_id<R: AsyncRuntime>() -> u64 {
     loop {
         let id = R::thread_rng().next_u64();
         if id != 0 {

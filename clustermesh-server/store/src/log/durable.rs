@@ -159,6 +159,18 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
         self.shared.closing.0.clone()
     }
 
+    /// First index of a record that was being written when the process before this one ended; opening dropped it.
+    #[must_use]
+    pub fn torn(&self) -> Option<u64> {
+        self.shared.tail.lock().torn
+    }
+
+    /// What was last written down as committed, even if the log does not reach so far.
+    #[must_use]
+    pub fn recorded_committed(&self) -> Option<LogId> {
+        self.shared.tail.lock().committed
+    }
+
     /// Everything up to here is gone.
     pub fn purged(&self) -> Option<LogId> {
         self.shared.tail.lock().purged

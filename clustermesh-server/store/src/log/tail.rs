@@ -21,6 +21,8 @@ pub(super) struct Tail {
     pub(super) begin: u64,
     entries: VecDeque<Entry>,
     pub(super) bytes: usize,
+    /// First index of a record that was cut off when the process before this one ended.
+    pub(super) torn: Option<u64>,
 }
 
 impl Tail {

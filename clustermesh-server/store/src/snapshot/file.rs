@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::{
     Content, KEPT_SNAPSHOTS, MAX_CHUNK_BYTES, Place, SnapshotFile, SnapshotStore,
-    frame::{FrameReader, FrameWriter},
+    frame::{FORMAT, FrameReader, FrameWriter},
 };
 use crate::{error::StoreError, folder as durable, types::SnapshotMeta};
 
@@ -145,7 +145,11 @@ impl SnapshotWriter {
             }
             Sink::Memory(buffer) => Content::Memory(std::mem::take(buffer).into()),
         };
-        let snapshot = SnapshotFile { meta, content };
+        let snapshot = SnapshotFile {
+            meta,
+            format: FORMAT,
+            content,
+        };
         store.add_to_memory(snapshot.clone());
         Ok(snapshot)
     }
@@ -194,15 +198,17 @@ pub(super) fn all(folder: &Path) -> Result<Vec<Result<SnapshotFile, StoreError>>
     Ok(names(folder, EXTENSION)?.into_iter().map(open).collect())
 }
 
-fn open(path: PathBuf) -> Result<SnapshotFile, StoreError> {
+pub(super) fn open(path: PathBuf) -> Result<SnapshotFile, StoreError> {
     let file = fs::File::open(&path).map_err(StoreError::io("open", &path))?;
     let bytes = file
         .metadata()
         .map_err(StoreError::io("stat", &path))?
         .len();
-    let meta = FrameReader::new(BufReader::new(file), path.clone()).header()?;
+    let mut frames = FrameReader::new(BufReader::new(file), path.clone());
+    let meta = frames.header()?;
     Ok(SnapshotFile {
         meta,
+        format: frames.format,
         content: Content::File { path, bytes },
     })
 }

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Newest format of snapshots that this release reads and writes.
-const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 1;
 /// A frame around the largest chunk, bytes.
 const MAX_FRAME_BYTES: usize = MAX_CHUNK_BYTES + 1024;
 
@@ -100,6 +100,8 @@ pub(super) struct FrameReader<S> {
     source: S,
     name: PathBuf,
     totals: Totals,
+    /// Format of the snapshot, once the header is read.
+    pub(super) format: u32,
 }
 
 impl<S: Read> FrameReader<S> {
@@ -108,6 +110,7 @@ impl<S: Read> FrameReader<S> {
             source,
             name,
             totals: Totals::default(),
+            format: 0,
         }
     }
 
@@ -162,6 +165,7 @@ impl<S: Read> FrameReader<S> {
                 known: FORMAT,
             });
         }
+        self.format = header.format;
         let last_membership = codec::stored_membership_from_pb(
             header.membership_log_id.as_ref(),
             header.membership.as_ref(),

@@ -169,6 +169,7 @@ impl Disk {
                     continue;
                 }
                 self.drop_torn(first)?;
+                tail.torn = Some(first);
                 break;
             };
             let last = entries.last().map_or(first, |entry| entry.log_id.index);
