@@ -223,6 +223,8 @@ impl ReplicaConfig {
             backoff: "50ms 100ms 200ms ...500ms".to_owned(),
             enable_pre_vote: Some(true),
             allow_log_reversion: Some(false),
+            // A leader that goes on in its old term after a restart knows less to be committed than it has answered: it would serve stale reads.
+            enable_leader_restore: Some(false),
             ..openraft::Config::default()
         }
         .validate()

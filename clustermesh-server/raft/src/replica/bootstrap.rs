@@ -90,6 +90,11 @@ impl<R: AsyncRuntime> Replica<R> {
         let raft = &self.inner.raft;
         let begun = raft.is_initialized().await.map_err(fatal)?;
         self.check_not_removed()?;
+        let alone = [self.inner.replica_id].into_iter();
+        if begun && raft.voter_ids().eq(alone) {
+            // Nobody else can lead: no need to wait for an election timeout.
+            raft.trigger().elect(false).await.map_err(fatal)?;
+        }
         match &config.start {
             _ if begun => {}
             Start::Static(members) => self.begin_with(members, config).await?,
