@@ -175,6 +175,11 @@ impl Store {
             .map_err(|error| read_status(&error))
     }
 
+    fn check_not_diverged(&self) -> Result<(), Status> {
+        let checked = self.replica.check_not_diverged();
+        checked.map_err(|error| read_status(&error))
+    }
+
     /// Events from a revision on.
     #[must_use]
     pub fn watch(&self, spec: WatchSpec) -> TokioWatcher {
@@ -187,7 +192,9 @@ impl Store {
     /// etcd's.
     pub async fn range(&self, request: &RangeRequest) -> Result<RangeResponse, Status> {
         check::check_range(request).map_err(|error| kv_status(&error))?;
-        if !request.serializable {
+        if request.serializable {
+            self.check_not_diverged()?;
+        } else {
             self.linearize().await?;
         }
         let (response, revision) = self.read(|state| {
@@ -247,7 +254,9 @@ impl Store {
         check::check_txn(&request).map_err(|error| kv_status(&error))?;
         check_size(&request)?;
         if is_read_only(&request) {
-            if !is_serializable(&request) {
+            if is_serializable(&request) {
+                self.check_not_diverged()?;
+            } else {
                 self.linearize().await?;
             }
             let (response, revision) = self.read(|state| {
@@ -598,6 +607,8 @@ pub(crate) fn read_status(error: &ReadError) -> Status {
         ReadError::NoQuorum => Status::unavailable("etcdserver: request timed out"),
         ReadError::QueueFull { .. } => too_many_requests(),
         ReadError::Stopped => Status::unavailable("etcdserver: server stopped"),
+        // Another replica can serve: clients go there.
+        ReadError::Diverged => Status::unavailable(format!("clustermesh: {error}")),
     }
 }
 

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use clustermesh_core::limits::FEATURE_LEVEL;
 use clustermesh_store::{Identity, MemoryLog, Node, SnapshotStore};
 use parking_lot::Mutex;
 
@@ -65,6 +66,12 @@ pub(crate) const BOOTSTRAP_POLL: Duration = Duration::from_millis(200);
 pub(crate) const LEAVE_DELAY: Duration = Duration::from_millis(1000);
 /// How often the leader looks after its members.
 pub(crate) const MEMBERS_POLL: Duration = Duration::from_millis(250);
+/// How often the replicas' data is compared.
+const COMPARE_INTERVAL: Duration = Duration::from_secs(600);
+/// A replica hashes its data within this.
+pub(crate) const COMPARE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Wait before a comparison that found nobody, or no leader, is tried again.
+pub(crate) const COMPARE_RETRY_PAUSE: Duration = Duration::from_secs(1);
 /// How long a stopped replica waits for its log to close, ms.
 pub(crate) const CLOSE_TIMEOUT_MS: u64 = 5000;
 
@@ -176,6 +183,10 @@ pub struct ReplicaConfig {
     pub auto_compaction: AutoCompaction,
     /// While this replica leads, live and historic data stay below so many bytes; 0 for no limit.
     pub quota_bytes: u64,
+    /// How often the leader compares the replicas' data, which each also does when it starts.
+    pub compare_every: Duration,
+    /// Kinds of entry that this replica knows; less than the build's own only to act as an older release.
+    pub feature_level: u32,
     /// Wall clock, ms since 1970, for the time in log entries.
     pub wall_clock_unix_ms: Arc<dyn Fn() -> i64 + Send + Sync>,
 }
@@ -196,6 +207,8 @@ impl ReplicaConfig {
             snapshot_log_bytes: 64 << 20,
             auto_compaction: AutoCompaction::default(),
             quota_bytes: DEFAULT_QUOTA_BYTES,
+            compare_every: COMPARE_INTERVAL,
+            feature_level: FEATURE_LEVEL,
             wall_clock_unix_ms: Arc::new(wall_clock),
         }
     }

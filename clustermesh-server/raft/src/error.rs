@@ -63,7 +63,7 @@ impl ReadError {
             Self::NotLeader { .. } => Reason::NotLeader,
             Self::NoQuorum => Reason::NoQuorum,
             Self::QueueFull { .. } => Reason::Busy,
-            Self::Stopped => Reason::NotReady,
+            Self::Stopped | Self::Diverged => Reason::NotReady,
         };
         refuse(reason, self.to_string())
     }
@@ -90,6 +90,11 @@ pub enum ReadError {
     /// The replica has stopped.
     #[error("the replica has stopped")]
     Stopped,
+    /// The group found that this replica's data differs from the others': see the CORRUPT alarm.
+    #[error(
+        "this replica's data differs from its group's; remove it from the group (clustermesh member remove), empty its data folder and let it join again"
+    )]
+    Diverged,
 }
 
 /// Why a watch ended.

@@ -2,7 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use clustermesh_core::State;
+use clustermesh_core::{State, pb::AlarmKind};
+use clustermesh_store::ReplicaId;
 use openraft::async_runtime::{AsyncRuntime, Watch, WatchReceiver, WatchSender};
 use parking_lot::Mutex;
 
@@ -11,17 +12,21 @@ pub(crate) struct GroupView<R: AsyncRuntime> {
     feature_level: AtomicU32,
     auth_enabled: AtomicBool,
     auth_version: AtomicU64,
+    own: ReplicaId,
+    accused: AtomicBool,
     auth_changes: Mutex<<R::Watch as Watch>::Sender<u64>>,
     auth_changes_seen: <R::Watch as Watch>::Receiver<u64>,
 }
 
 impl<R: AsyncRuntime> GroupView<R> {
-    pub(crate) fn new(state: &State) -> Self {
+    pub(crate) fn new(state: &State, own: ReplicaId) -> Self {
         let (auth_changes, auth_changes_seen) = R::Watch::channel(0);
         let view = Self {
             feature_level: AtomicU32::new(0),
             auth_enabled: AtomicBool::new(false),
             auth_version: AtomicU64::new(0),
+            own,
+            accused: AtomicBool::new(false),
             auth_changes: Mutex::new(auth_changes),
             auth_changes_seen,
         };
@@ -40,6 +45,10 @@ impl<R: AsyncRuntime> GroupView<R> {
             .store(state.feature_level(), Ordering::Release);
         self.auth_enabled
             .store(state.auth().is_enabled(), Ordering::Release);
+        let accused = state
+            .alarms()
+            .any(|alarm| alarm.kind() == AlarmKind::Corrupt && alarm.member_id == self.own);
+        self.accused.store(accused, Ordering::Release);
         if auth_changed {
             let version = self.auth_version.fetch_add(1, Ordering::AcqRel) + 1;
             self.auth_changes.lock().send_if_modified(|changes| {
@@ -51,6 +60,11 @@ impl<R: AsyncRuntime> GroupView<R> {
 
     pub(crate) fn feature_level(&self) -> u32 {
         self.feature_level.load(Ordering::Acquire)
+    }
+
+    /// Whether the group holds that this replica's data is not its own.
+    pub(crate) fn is_accused(&self) -> bool {
+        self.accused.load(Ordering::Acquire)
     }
 
     pub(crate) fn is_auth_enabled(&self) -> bool {

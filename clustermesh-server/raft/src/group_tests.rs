@@ -2,16 +2,27 @@
 
 mod network;
 
-use std::{collections::BTreeSet, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
-use clustermesh_core::Outcome;
+use bytes::Bytes;
+use clustermesh_core::{
+    KvError, Outcome,
+    limits::FEATURE_LEVEL,
+    pb::{AlarmKind, MemberAlarm},
+};
 use clustermesh_store::{Node, ReplicaId};
+use openraft::async_runtime::WatchReceiver;
+use parking_lot::Mutex;
 
 use self::network::MemoryNetwork;
 use crate::{
-    Data, InitialMember, MemberError, MemoryData, PeerHandler, ProposeError, Replica,
-    ReplicaConfig, Start, StartError, Target,
-    test_support::{R, config, grant, put, value},
+    AsideError, Data, InitialMember, MemberError, MemoryData, PeerHandler, ProposeError, ReadError,
+    Replica, ReplicaConfig, Start, StartError, Target, WatchEnd,
+    test_support::{R, config, everything, grant, put, value},
     wire::{CallRequest, Header, Hello, ReadIndex, call_request::Call, call_response, refusal},
 };
 
@@ -276,41 +287,231 @@ async fn a_follower_that_was_cut_off_does_not_disturb_the_leader() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "fails: the log of a group of three in memory is not purged; the cause is not found yet"]
 async fn a_replica_that_lags_behind_the_log_gets_a_snapshot() {
     let small = |config: &mut ReplicaConfig| config.snapshot_log_bytes = 20_000;
     let group = Group::three_with(small).await;
     let leader = group.leader(&[0, 1, 2]).await;
-    let replica = &group.replicas[leader];
-    let purged = async {
-        use openraft::async_runtime::WatchReceiver;
-        let mut n = 0;
-        while replica
-            .inner
-            .raft
-            .metrics()
-            .borrow_watched()
-            .purged
-            .is_none()
-        {
-            let write = put(&format!("k{}", n % 20), vec![b'x'; 500], 0);
-            replica.propose(write).await.unwrap();
-            n += 1;
-        }
-    };
-    tokio::time::timeout(PATIENCE, purged).await.unwrap();
+    fill_until_purged(&group.replicas[leader], 0).await;
     // The log no longer begins where an empty replica does.
     let mut joins = replica_config("d", &MemoryData::default(), Start::Join(vec![url("a")]));
     small(&mut joins);
     let joined = start(&group.network, joins).await.unwrap();
     joined.linearize().await.unwrap();
     assert!(joined.status().snapshot_index > 0);
-    assert_eq!(value(&joined, "k0").unwrap(), vec![b'x'; 500]);
+    assert_eq!(value(&joined, "k0").unwrap(), vec![b'x'; 15_000]);
     let committed = joined.propose(put("more", "v", 0)).await.unwrap();
     assert!(matches!(committed.outcome, Ok(Outcome::Put(_))));
     assert_eq!(value(&joined, "more").unwrap(), "v");
     joined.shutdown().await;
     group.shutdown().await;
+}
+
+fn purged(replica: &Replica<R>) -> u64 {
+    let metrics = replica.inner.raft.metrics();
+    let purged = metrics.borrow_watched().purged;
+    purged.map_or(0, |purged| purged.index)
+}
+
+/// Writes 600 KB, in 40 keys over and over, until the log begins after `index`.
+async fn fill_until_purged(replica: &Replica<R>, index: u64) {
+    let filling = async {
+        let mut n = 0;
+        while purged(replica) <= index {
+            let write = put(&format!("k{}", n % 40), vec![b'x'; 15_000], 0);
+            replica.propose(write).await.unwrap();
+            n += 1;
+        }
+    };
+    tokio::time::timeout(PATIENCE, filling)
+        .await
+        .expect("the log is purged");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_that_was_away_takes_a_snapshot_that_goes_on_where_it_broke() {
+    let small = |config: &mut ReplicaConfig| config.snapshot_log_bytes = 200_000;
+    let group = Group::three_with(small).await;
+    let leader = group.leader(&[0, 1, 2]).await;
+    let away = group.others(leader)[0];
+    group.network.cut(&url(group.names[away]));
+    let last = group.replicas[away].status().last_log_index;
+    fill_until_purged(&group.replicas[leader], last + 1).await;
+    // Every stream of a snapshot breaks after its beginning and one chunk, of three.
+    group.network.break_snapshots_after(Some(2));
+    group.network.heal(&url(group.names[away]));
+    wait("a snapshot taken in pieces", || {
+        let index = group.replicas[away].status().snapshot_index;
+        (index > last).then_some(())
+    })
+    .await;
+    let streams = group.network.snapshot_streams();
+    assert!(streams > 1, "{streams} streams");
+    group.network.break_snapshots_after(None);
+    group.replicas[away].linearize().await.unwrap();
+    assert_eq!(
+        value(&group.replicas[away], "k0").unwrap(),
+        vec![b'x'; 15_000]
+    );
+    group.same_state(&[0, 1, 2]).await;
+    let revision = group.replicas[leader].read(|state| state.revision());
+    let mut hashes = BTreeSet::new();
+    for replica in &group.replicas {
+        replica.linearize().await.unwrap();
+        let (hash, _) = replica.hash_kv(revision).await.unwrap().unwrap();
+        hashes.insert((hash.hash, hash.compact_revision));
+    }
+    assert_eq!(hashes.len(), 1, "{hashes:?}");
+    group.shutdown().await;
+}
+
+/// A change that only this replica makes, as a fault in memory would.
+fn damage(replica: &Replica<R>) {
+    let change = clustermesh_core::pb::Batch::new(
+        clustermesh_core::pb::Leader::default(),
+        vec![put("nobody wrote this", "x", 0)],
+    );
+    let mut applied = replica.shared().applied.write();
+    applied.state.apply(&change, 1).unwrap();
+}
+
+async fn one_is_taken_out_of_service(group: &Group, damaged: usize) {
+    damage(&group.replicas[damaged]);
+    let others = group.others(damaged);
+    let healthy = &group.replicas[others[0]];
+    healthy.propose(put("goes on", "v", 0)).await.unwrap();
+    let accused = group.replicas[damaged].id();
+    let failure = wait("a verdict", || group.replicas[damaged].status().failure).await;
+    assert!(failure.contains("differs from its group's"), "{failure}");
+    assert_eq!(
+        group.replicas[damaged].linearize().await,
+        Err(ReadError::Diverged)
+    );
+    let mut watcher = group.replicas[damaged].watch(everything(1));
+    let watched = tokio::time::timeout(PATIENCE, watcher.next()).await;
+    assert!(matches!(watched, Ok(Err(WatchEnd::Stopped))));
+    group.leader(&others).await;
+    for other in &others {
+        let replica = &group.replicas[*other];
+        replica.linearize().await.unwrap();
+        let alarms: Vec<_> = replica.read(|state| state.alarms().collect());
+        let named = |alarm: &MemberAlarm| (alarm.member_id, alarm.kind());
+        assert_eq!(
+            alarms.iter().map(named).collect::<Vec<_>>(),
+            [(accused, AlarmKind::Corrupt)]
+        );
+        assert_eq!(replica.status().failure, None);
+    }
+    // As in etcd: nothing is written while the alarm stands. It goes with the replica.
+    let replica = &group.replicas[others[0]];
+    let refused = replica.propose(put("k", "v", 0)).await.unwrap();
+    assert_eq!(refused.outcome, Err(KvError::Corrupt));
+    replica.remove_member(accused).await.unwrap();
+    let taken = replica.propose(put("k", "v", 0)).await.unwrap();
+    assert!(taken.outcome.is_ok(), "{taken:?}");
+}
+
+fn compares_often(config: &mut ReplicaConfig) {
+    config.compare_every = Duration::from_millis(200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_whose_data_differs_is_taken_out_of_service() {
+    let group = Group::three_with(compares_often).await;
+    let leader = group.leader(&[0, 1, 2]).await;
+    group.replicas[leader]
+        .propose(put("k", "v", 0))
+        .await
+        .unwrap();
+    group.same_state(&[0, 1, 2]).await;
+    let damaged = group.others(leader)[0];
+    one_is_taken_out_of_service(&group, damaged).await;
+    group.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_data_differs_hands_over_and_is_taken_out_of_service() {
+    let group = Group::three_with(compares_often).await;
+    let leader = group.leader(&[0, 1, 2]).await;
+    group.same_state(&[0, 1, 2]).await;
+    one_is_taken_out_of_service(&group, leader).await;
+    group.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_feature_level_rises_once_every_replica_knows_it() {
+    let old = |config: &mut ReplicaConfig| config.feature_level = 0;
+    let mut group = Group::three_with(old).await;
+    for upgraded in 0..3 {
+        for replica in &group.replicas {
+            assert_eq!(replica.read(|state| state.feature_level()), 0);
+        }
+        group.replicas[upgraded].shutdown().await;
+        let (name, data) = (group.names[upgraded], &group.data[upgraded]);
+        let config = replica_config(name, data, Start::Existing);
+        group.replicas[upgraded] = start(&group.network, config).await.unwrap();
+    }
+    wait("the new feature level", || {
+        group
+            .replicas
+            .iter()
+            .all(|replica| replica.read(|state| state.feature_level()) == FEATURE_LEVEL)
+            .then_some(())
+    })
+    .await;
+    // A replica of the old release may not join any more.
+    let mut joins = replica_config("d", &MemoryData::default(), Start::Join(vec![url("a")]));
+    joins.feature_level = 0;
+    joins.start_timeout = Duration::from_millis(100);
+    let refused = start(&group.network, joins).await.err().unwrap();
+    assert!(refused.to_string().contains("upgrade it"), "{refused}");
+    group.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_process_tells_another_ones_arrives_with_its_name() {
+    let network = MemoryNetwork::default();
+    let names = ["a", "b"];
+    let mut starting = Vec::new();
+    let heard = Arc::new(Mutex::new(Vec::new()));
+    for name in names {
+        let config = replica_config(name, &MemoryData::default(), first_members(&names));
+        let handler = PeerHandler::default();
+        if name == "b" {
+            let heard = heard.clone();
+            handler.on_aside(move |from, message| {
+                heard.lock().push((from, message));
+                Err("no more".to_owned())
+            });
+        }
+        network.listen(&config.node.peer_url, handler.clone());
+        let transport = network.transport(&config.node.peer_url);
+        starting.push(tokio::spawn(async move {
+            Replica::<R>::start_with(config, transport, &handler)
+                .await
+                .unwrap()
+        }));
+    }
+    let mut replicas = Vec::new();
+    for replica in starting {
+        replicas.push(replica.await.unwrap());
+    }
+    let told = replicas[0]
+        .tell(replicas[1].id(), Bytes::from_static(b"hear"), PATIENCE)
+        .await;
+    let answer = told.unwrap_err().to_string();
+    assert!(answer.contains("no more"), "{answer}");
+    assert_eq!(
+        *heard.lock(),
+        [(replicas[0].id(), Bytes::from_static(b"hear"))]
+    );
+    // Nobody listens there.
+    let told = replicas[1]
+        .tell(replicas[0].id(), Bytes::new(), PATIENCE)
+        .await;
+    assert!(matches!(told, Err(AsideError::Refused(_))), "{told:?}");
+    for replica in replicas {
+        replica.shutdown().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

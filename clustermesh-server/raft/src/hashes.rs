@@ -88,6 +88,34 @@ async fn finish<R: AsyncRuntime>(
     R::spawn_blocking(run).await.map_err(|_| ReadError::Stopped)
 }
 
+/// The hash of all changes up to `revision` (0: the newest), and the newest revision.
+pub(crate) async fn hash_kv<R: AsyncRuntime>(
+    shared: &Arc<Shared<R>>,
+    revision: i64,
+) -> Result<Result<(KvHash, i64), KvError>, ReadError> {
+    // A compaction that was answered counts, even while its hash is being taken.
+    let mut running = shared.hashes.running_seen.clone();
+    let _gone = running.wait_until(|running| *running == 0).await;
+    for _ in 0..MAX_HASH_ATTEMPTS {
+        let (kept, cursor, newest) = {
+            let state = &shared.applied.read().state;
+            let kept = shared.hashes.kept.at(revision);
+            (kept, state.hash_kv(revision), state.revision())
+        };
+        if let Some(hash) = kept {
+            return Ok(Ok((hash, newest)));
+        }
+        let cursor = match cursor {
+            Ok(cursor) => cursor,
+            Err(error) => return Ok(Err(error)),
+        };
+        if let Ok(hash) = finish(shared, cursor).await? {
+            return Ok(Ok((hash, newest)));
+        }
+    }
+    Err(ReadError::Stopped)
+}
+
 impl<R: AsyncRuntime> Replica<R> {
     /// etcd's hash of all changes up to `revision` (0: the newest), as applied here, with the newest revision. Writers are not kept waiting.
     ///
@@ -97,24 +125,7 @@ impl<R: AsyncRuntime> Replica<R> {
         &self,
         revision: i64,
     ) -> Result<Result<(KvHash, i64), KvError>, ReadError> {
-        let shared = self.shared();
-        // A compaction that was answered counts, even while its hash is being taken.
-        let mut running = shared.hashes.running_seen.clone();
-        let _gone = running.wait_until(|running| *running == 0).await;
-        for _ in 0..MAX_HASH_ATTEMPTS {
-            if let Some(hash) = shared.hashes.kept.at(revision) {
-                return Ok(Ok((hash, self.read(|state| state.revision()))));
-            }
-            let (cursor, newest) = self.read(|state| (state.hash_kv(revision), state.revision()));
-            let cursor = match cursor {
-                Ok(cursor) => cursor,
-                Err(error) => return Ok(Err(error)),
-            };
-            if let Ok(hash) = finish(shared, cursor).await? {
-                return Ok(Ok((hash, newest)));
-            }
-        }
-        Err(ReadError::Stopped)
+        hash_kv(self.shared(), revision).await
     }
 
     /// Hashes that the newest compactions left: comparable between replicas that compacted at the same revisions.

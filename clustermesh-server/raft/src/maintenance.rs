@@ -25,35 +25,30 @@ pub(crate) async fn take_snapshots<R: AsyncRuntime>(
     stop: Stop<R>,
 ) {
     let mut metrics = raft.metrics();
-    let mut taken = metrics.borrow_watched().snapshot;
-    let mut asked = false;
+    let mut newest = metrics.borrow_watched().snapshot;
+    // Snapshots that had ended when one was asked for.
+    let mut asked = None;
     loop {
-        // Bytes of log fall when a snapshot is done.
-        if progress.borrow_watched().log_bytes >= snapshot_log_bytes && !asked {
+        let now = *progress.borrow_and_update();
+        // The same snapshot again would tell openraft nothing, so the end of building counts, not what openraft says of it.
+        if asked.is_some_and(|before| now.snapshots > before) {
+            asked = None;
+        }
+        if now.log_bytes >= snapshot_log_bytes && asked.is_none() {
+            asked = Some(now.snapshots);
             if raft.trigger().snapshot().await.is_err() {
                 return;
             }
-            asked = true;
         }
-        let heard = if asked {
-            stop.or(async { metrics.changed().await.is_ok() }).await
-        } else {
-            stop.or(async {
-                match R::select2(progress.changed(), metrics.changed()).await {
-                    Select2::First(heard) => heard.is_ok(),
-                    Select2::Second(heard) => heard.is_ok(),
-                }
-            })
-            .await
-        };
-        if heard != Some(true) {
-            return;
-        }
-        let newest = metrics.borrow_watched().snapshot;
-        if newest > taken {
-            taken = newest;
-            asked = false;
+        let snapshot = metrics.borrow_and_update().snapshot;
+        if snapshot > newest {
+            newest = snapshot;
             purge(&raft, &snapshots).await;
+        }
+        let heard = stop.or(R::select2(progress.changed(), metrics.changed()));
+        match heard.await {
+            Some(Select2::First(Ok(())) | Select2::Second(Ok(()))) => {}
+            _ => return,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use clustermesh_core::{pb, pb::proposal::Command};
 use clustermesh_store::{Node, ReplicaId, wire};
 use openraft::{
     ChangeMembers, Raft,
@@ -17,14 +18,18 @@ use rand::Rng;
 
 use crate::{
     Types,
-    config::{CAUGHT_UP_ENTRIES, MAX_LEARNERS, MAX_MEMBERS, MEMBERS_POLL, ROUTE_RETRY_PAUSE},
+    batcher::Proposer,
+    config::{
+        CAUGHT_UP_ENTRIES, MAX_LEARNERS, MAX_MEMBERS, MEMBERS_POLL, READ_INDEX_TIMEOUT,
+        ROUTE_RETRY_PAUSE,
+    },
     forward::Router,
     peer::{CallError, refuse, target},
     reads::Readers,
     state_machine::{Shared, StateMachine},
     task::Stop,
     wire::{
-        MemberChange, MemberUpdate, Refusal, call_request::Call, call_response::Answer,
+        Hello, MemberChange, MemberUpdate, Refusal, call_request::Call, call_response::Answer,
         member_change::Change, refusal::Reason,
     },
 };
@@ -109,6 +114,9 @@ pub(crate) struct Members<R: AsyncRuntime> {
     pub(crate) router: Arc<Router<R>>,
     pub(crate) shared: Arc<Shared<R>>,
     pub(crate) readers: Readers<R>,
+    pub(crate) proposer: Proposer<R>,
+    /// Kinds of entry that this replica knows.
+    pub(crate) feature_level: u32,
     pub(crate) timeout: Duration,
     /// A voter that did not answer for this long counts as down.
     pub(crate) silence: Duration,
@@ -120,6 +128,8 @@ impl<R: AsyncRuntime> Clone for Members<R> {
             router: self.router.clone(),
             shared: self.shared.clone(),
             readers: self.readers.clone(),
+            proposer: self.proposer.clone(),
+            feature_level: self.feature_level,
             timeout: self.timeout,
             silence: self.silence,
         }
@@ -131,7 +141,7 @@ impl<R: AsyncRuntime> Members<R> {
         &self.router.raft
     }
 
-    fn nodes(&self) -> (BTreeMap<ReplicaId, Node>, BTreeSet<ReplicaId>) {
+    pub(crate) fn nodes(&self) -> (BTreeMap<ReplicaId, Node>, BTreeSet<ReplicaId>) {
         let metrics = self.raft().server_metrics();
         let membership = metrics.borrow_watched().membership_config.clone();
         let nodes = membership
@@ -360,6 +370,70 @@ impl<R: AsyncRuntime> Members<R> {
         }
     }
 
+    /// If this replica leads, the voter that has most of the log takes over. Whether another replica leads, or will.
+    pub(crate) async fn hand_over(&self) -> bool {
+        let own = self.router.own;
+        let next = {
+            let metrics = self.raft().metrics();
+            let metrics = metrics.borrow_watched();
+            if !metrics.state.is_leader() {
+                return true;
+            }
+            let voters: BTreeSet<ReplicaId> = metrics.membership_config.voter_ids().collect();
+            metrics.replication.as_ref().and_then(|replication| {
+                replication
+                    .iter()
+                    .filter(|(id, _)| **id != own && voters.contains(id))
+                    .max_by_key(|(_, matched)| matched.as_ref().map(|matched| matched.index))
+                    .map(|(id, _)| *id)
+            })
+        };
+        let Some(next) = next else {
+            return false;
+        };
+        match self.change(Change::TransferLeader(next)).await {
+            Ok(_) => true,
+            Err(error) => {
+                tracing::warn!(%error, "leadership was not handed over");
+                false
+            }
+        }
+    }
+
+    /// Once all members know more kinds of entry than the group uses, it may use them.
+    async fn raise_feature_level(&self, nodes: &BTreeMap<ReplicaId, Node>) {
+        let mut known = self.feature_level;
+        if self.shared.group.feature_level() >= known {
+            return;
+        }
+        for (id, node) in nodes.iter().filter(|(id, _)| **id != self.router.own) {
+            let hello = Call::Hello(Hello {});
+            let links = &self.router.links;
+            match links
+                .call(&target(*id, node), hello, READ_INDEX_TIMEOUT)
+                .await
+            {
+                Ok(Answer::Hello(answer)) => known = known.min(answer.feature_level),
+                // It may be one that knows less.
+                _ => return,
+            }
+        }
+        let before = self.shared.group.feature_level();
+        if known <= before {
+            return;
+        }
+        let level = pb::FeatureLevel { level: known };
+        let proposal = pb::Proposal::system(Command::FeatureLevel(level));
+        match self.proposer.propose_as_leader(proposal).await {
+            Ok(_) => tracing::info!(
+                before,
+                now = known,
+                "all replicas know more: the group's feature level rises"
+            ),
+            Err(error) => tracing::debug!(%error, "the feature level rises a little later"),
+        }
+    }
+
     /// The id of a replica that joins: of the member added for its address that never started, else of a new one.
     pub(crate) async fn join(&self, node: Node) -> Result<ReplicaId, MemberError> {
         // What was just added may not be applied here yet.
@@ -388,6 +462,7 @@ impl<R: AsyncRuntime> Members<R> {
     /// What the leader does by itself: learners that caught up vote, and what they replace goes.
     async fn look_after(&self) {
         let (nodes, voters) = self.nodes();
+        self.raise_feature_level(&nodes).await;
         for (id, node) in &nodes {
             let votes = voters.contains(id);
             let done = if node.join_as_voter && !votes {

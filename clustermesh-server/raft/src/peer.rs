@@ -128,6 +128,20 @@ pub(crate) fn refuse(reason: Reason, message: impl Into<String>) -> Refusal {
     }
 }
 
+/// Why a message to another replica's process did not arrive.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AsideError {
+    /// The group has no such replica.
+    #[error("no replica of the group has this id")]
+    Unknown,
+    /// The other process does not take it.
+    #[error("refused: {0}")]
+    Refused(String),
+    /// It may have arrived or not.
+    #[error("{0}")]
+    Failed(String),
+}
+
 /// The sending end: knows who speaks, and hears when the group has removed this replica.
 pub(crate) struct Links<R: AsyncRuntime> {
     transport: Arc<dyn Transport>,

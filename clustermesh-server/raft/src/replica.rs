@@ -8,7 +8,10 @@ pub use recover::REVISION_BUMP;
 pub(crate) use recover::{close, recover_state, write_empty_log, write_snapshot};
 pub(crate) use start::random_id;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use clustermesh_core::{KvError, Outcome, State, pb};
@@ -28,7 +31,7 @@ use crate::{
     group::AuthChanges,
     membership::MemberError,
     metrics::Metrics,
-    peer::Bound,
+    peer::{AsideError, Bound, CallError, target},
     reads::Readers,
     state_machine::{Shared, StateMachine},
     task::Stopper,
@@ -214,7 +217,19 @@ impl<R: AsyncRuntime> Replica<R> {
     /// # Errors
     /// [`ReadError`].
     pub async fn linearize(&self) -> Result<(), ReadError> {
+        self.check_not_diverged()?;
         self.inner.readers.linearize().await
+    }
+
+    /// Whether what is applied here may be served.
+    ///
+    /// # Errors
+    /// [`ReadError::Diverged`]: the group found other data here than elsewhere.
+    pub fn check_not_diverged(&self) -> Result<(), ReadError> {
+        if self.inner.shared.diverged.load(Ordering::Acquire) {
+            return Err(ReadError::Diverged);
+        }
+        Ok(())
     }
 
     /// Reads the state as applied here. Keep it short: apply waits meanwhile.
@@ -340,25 +355,29 @@ impl<R: AsyncRuntime> Replica<R> {
 
     /// Before a planned stop: if this replica leads, another voter that has the whole log takes over.
     pub async fn resign(&self) {
-        let receiver = self.inner.raft.metrics();
-        let next = {
-            let metrics = receiver.borrow_watched();
-            if !metrics.state.is_leader() {
-                return;
-            }
-            let voters: Vec<ReplicaId> = metrics.membership_config.voter_ids().collect();
-            metrics.replication.as_ref().and_then(|replication| {
-                replication
-                    .iter()
-                    .filter(|(id, _)| **id != self.inner.replica_id && voters.contains(id))
-                    .max_by_key(|(_, matched)| matched.as_ref().map(|matched| matched.index))
-                    .map(|(id, _)| *id)
-            })
-        };
-        if let Some(next) = next
-            && let Err(error) = self.transfer_leader(next).await
-        {
-            tracing::warn!(%error, "leadership was not handed over, the others elect a leader");
+        let _handed_over_or_logged = self.inner.bound.members.hand_over().await;
+    }
+
+    /// Tells the process of another replica something that is not for the log; see [`PeerHandler::on_aside`](crate::PeerHandler::on_aside).
+    ///
+    /// # Errors
+    /// [`AsideError`].
+    pub async fn tell(
+        &self,
+        to: ReplicaId,
+        message: Bytes,
+        timeout: Duration,
+    ) -> Result<(), AsideError> {
+        let inner = &self.inner;
+        let (nodes, _) = inner.bound.members.nodes();
+        let node = nodes.get(&to).ok_or(AsideError::Unknown)?;
+        let call = Call::Aside(wire::Aside { message });
+        let target = target(to, node);
+        match inner.bound.links.call(&target, call, timeout).await {
+            Ok(PeerAnswer::Done(_)) => Ok(()),
+            Ok(_) => Err(AsideError::Failed("an answer of another kind".into())),
+            Err(CallError::Refused(refusal)) => Err(AsideError::Refused(refusal.message)),
+            Err(error) => Err(AsideError::Failed(error.to_string())),
         }
     }
 
@@ -394,6 +413,8 @@ impl<R: AsyncRuntime> Replica<R> {
         let failure = if self.inner.bound.links.is_removed() {
             let id = self.inner.replica_id;
             Some(StartError::Removed { id }.to_string())
+        } else if let Err(error) = self.check_not_diverged() {
+            Some(error.to_string())
         } else {
             metrics.running_state.err().map(|error| error.to_string())
         };

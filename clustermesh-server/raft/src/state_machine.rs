@@ -1,6 +1,12 @@
 //! Applies log entries to the state, and takes and installs its snapshots.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use clustermesh_core::{
     ApplyError, ProposalResult, SnapshotLoader, State, limits::BATCH_FORMAT, pb,
@@ -78,6 +84,29 @@ pub(crate) struct Shared<R: AsyncRuntime> {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) group: GroupView<R>,
     pub(crate) hashes: Hashes<R>,
+    /// The group found other data here than elsewhere: nothing is read from it any more.
+    pub(crate) diverged: AtomicBool,
+    pub(crate) progress: Mutex<<R::Watch as Watch>::Sender<Progress>>,
+}
+
+impl<R: AsyncRuntime> Shared<R> {
+    fn report(&self) {
+        let metrics = &self.metrics;
+        let snapshots = [&metrics.snapshots_total, &metrics.snapshot_failures_total];
+        let snapshots = snapshots.map(|count| count.load(Ordering::Relaxed));
+        // One after the other: apply and a snapshot's end may come at once, and the newer word must be the last.
+        let sender = self.progress.lock();
+        let progress = {
+            let applied = self.applied.read();
+            Progress {
+                next_index: applied.last.map_or(0, |last| last.index + 1),
+                log_bytes: applied.log_bytes,
+                snapshots: snapshots.into_iter().sum(),
+            }
+        };
+        // Nobody listens once the replica is stopping.
+        sender.send_if_different(progress);
+    }
 }
 
 /// What observers of apply wait for.
@@ -85,7 +114,10 @@ pub(crate) struct Shared<R: AsyncRuntime> {
 pub(crate) struct Progress {
     /// One past the last applied index.
     pub(crate) next_index: u64,
+    /// Bytes of entries that no snapshot holds.
     pub(crate) log_bytes: u64,
+    /// Snapshots taken or failed since the start.
+    pub(crate) snapshots: u64,
 }
 
 pub(crate) struct StateMachine<R: AsyncRuntime> {
@@ -94,7 +126,6 @@ pub(crate) struct StateMachine<R: AsyncRuntime> {
     /// The newest snapshot that is valid.
     current: Arc<Mutex<Option<SnapshotFile>>>,
     hub: <R::Mpsc as Mpsc>::Sender<Publication>,
-    progress: Mutex<<R::Watch as Watch>::Sender<Progress>>,
 }
 
 /// Reads a snapshot into a state.
@@ -116,9 +147,8 @@ pub(crate) fn remove_gone(
     let before = applied.membership.nodes().map(|(id, _)| *id);
     let proposals: Vec<_> = before
         .filter(gone)
-        .map(|member_id| pb::Proposal {
-            command: Some(Command::MemberRemoved(pb::MemberRemoved { member_id })),
-            ..pb::Proposal::default()
+        .map(|member_id| {
+            pb::Proposal::system(Command::MemberRemoved(pb::MemberRemoved { member_id }))
         })
         .collect();
     if proposals.is_empty() {
@@ -149,13 +179,15 @@ impl<R: AsyncRuntime> StateMachine<R> {
         };
         let applied = Applied::new(state, meta);
         let shared = Arc::new(Shared {
-            group: GroupView::new(&applied.state),
+            group: GroupView::new(&applied.state, own),
+            diverged: AtomicBool::new(false),
             hashes: Hashes::new(snapshots.is_memory()),
             applied: RwLock::new(applied),
             leases: LeaseKeeper::new(),
             pending: Arc::new(Pending::new(own, first_request_id)),
             contact: Contact::new(),
             metrics,
+            progress: Mutex::new(progress),
         });
         let current = Arc::new(Mutex::new(current));
         Ok(Self {
@@ -163,7 +195,6 @@ impl<R: AsyncRuntime> StateMachine<R> {
             snapshots,
             current,
             hub,
-            progress: Mutex::new(progress),
         })
     }
 
@@ -229,18 +260,6 @@ impl<R: AsyncRuntime> StateMachine<R> {
         Ok((answer, publication))
     }
 
-    fn report(&self) {
-        let progress = {
-            let applied = self.shared.applied.read();
-            Progress {
-                next_index: applied.last.map_or(0, |last| last.index + 1),
-                log_bytes: applied.log_bytes,
-            }
-        };
-        // Nobody listens once the replica is stopping.
-        self.progress.lock().send_if_different(progress);
-    }
-
     async fn publish(&self, publication: Publication) -> Result<(), io::Error> {
         self.hub
             .send(publication)
@@ -271,7 +290,7 @@ impl<R: AsyncRuntime> RaftStateMachine<Types<R>> for StateMachine<R> {
             if let Some(publication) = publication {
                 self.publish(publication).await?;
             }
-            self.report();
+            self.shared.report();
             answer_forwarded(forwarded, &answer, entry.log_id());
             if let Some(responder) = responder {
                 responder.send(answer);
@@ -314,7 +333,7 @@ impl<R: AsyncRuntime> RaftStateMachine<Types<R>> for StateMachine<R> {
         };
         *self.current.lock() = Some(snapshot);
         self.publish(Publication::Replaced { sequence }).await?;
-        self.report();
+        self.shared.report();
         Ok(())
     }
 
@@ -407,12 +426,14 @@ impl<R: AsyncRuntime> RaftSnapshotBuilder<Types<R>> for SnapshotBuilder<R> {
                 let mut applied = self.shared.applied.write();
                 applied.log_bytes = applied.log_bytes.saturating_sub(log_bytes);
                 drop(applied);
-                add(&self.shared.metrics.snapshots_total, 1);
                 *self.current.lock() = Some(snapshot.clone());
+                add(&self.shared.metrics.snapshots_total, 1);
+                self.shared.report();
                 Ok(with_meta::<R>(snapshot))
             }
             Err(error) => {
                 add(&self.shared.metrics.snapshot_failures_total, 1);
+                self.shared.report();
                 Err(error.into())
             }
         }

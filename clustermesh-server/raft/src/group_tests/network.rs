@@ -21,6 +21,9 @@ pub(super) struct MemoryNetwork(Arc<Mutex<Inner>>);
 struct Inner {
     listeners: BTreeMap<String, PeerHandler<R>>,
     cut: BTreeSet<String>,
+    /// Parts of a snapshot that one stream carries.
+    snapshot_parts: Option<usize>,
+    snapshot_streams: usize,
 }
 
 impl MemoryNetwork {
@@ -34,6 +37,15 @@ impl MemoryNetwork {
 
     pub(super) fn heal(&self, url: &str) {
         self.0.lock().cut.remove(url);
+    }
+
+    /// Ends each stream of a snapshot after so many parts.
+    pub(super) fn break_snapshots_after(&self, parts: Option<usize>) {
+        self.0.lock().snapshot_parts = parts;
+    }
+
+    pub(super) fn snapshot_streams(&self) -> usize {
+        self.0.lock().snapshot_streams
     }
 
     pub(super) fn transport(&self, from: &str) -> Arc<dyn Transport> {
@@ -123,6 +135,12 @@ impl Transport for MemoryTransport {
         let this = self.clone();
         Box::pin(async move {
             let handler = this.reach(&target.peer_url)?;
+            let carried = {
+                let mut inner = this.network.0.lock();
+                inner.snapshot_streams += 1;
+                inner.snapshot_parts
+            };
+            let parts = parts.take(carried.unwrap_or(usize::MAX)).boxed();
             let response = handler.install_snapshot(parts).await;
             this.deliver(&target.peer_url, response)
         })

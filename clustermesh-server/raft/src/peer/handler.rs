@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
+use bytes::Bytes;
 use clustermesh_store::{Node, ReplicaId, wire};
 use futures_util::{
     FutureExt, StreamExt,
@@ -21,15 +22,17 @@ use super::{
 use crate::{
     Types,
     batcher::Proposer,
+    divergence,
     identity::IdentityKeeper,
     membership::Members,
     reads::Readers,
     state_machine::{Shared, StateMachine},
     wire::{
-        AppendRequest, AppendResponse, CallRequest, CallResponse, Done, ForwardAnswer, Header,
-        HelloAnswer, JoinAnswer, LeaseTime, LeaseTimeAnswer, MemberChangeAnswer, ReadIndexAnswer,
-        Refusal, SnapshotAnswer, SnapshotOffsetAnswer, SnapshotPart, TransferLeader,
-        append_response, call_request::Call, call_response::Answer, refusal::Reason,
+        AppendRequest, AppendResponse, CallRequest, CallResponse, Compare, CompareAnswer, Done,
+        ForwardAnswer, Header, HelloAnswer, JoinAnswer, LeaseTime, LeaseTimeAnswer,
+        MemberChangeAnswer, ReadIndexAnswer, Refusal, SnapshotAnswer, SnapshotOffsetAnswer,
+        SnapshotPart, TransferLeader, append_response, call_request::Call, call_response::Answer,
+        refusal::Reason,
     },
 };
 
@@ -38,6 +41,9 @@ pub(crate) struct Bound<R: AsyncRuntime> {
     pub(crate) own: ReplicaId,
     pub(crate) cluster_name: String,
     pub(crate) node: Node,
+    /// Kinds of entry that this replica knows.
+    pub(crate) feature_level: u32,
+    pub(crate) asides: Asides,
     pub(crate) raft: Raft<Types<R>, StateMachine<R>>,
     pub(crate) shared: Arc<Shared<R>>,
     pub(crate) proposer: Proposer<R>,
@@ -48,15 +54,23 @@ pub(crate) struct Bound<R: AsyncRuntime> {
     pub(crate) incoming: Incoming,
 }
 
+/// Takes what the process of another replica says; an error is its answer.
+type AsideListener = dyn Fn(ReplicaId, Bytes) -> Result<(), String> + Send + Sync;
+
+/// Where messages for the process go, once it listens.
+pub(crate) type Asides = Arc<Mutex<Option<Arc<AsideListener>>>>;
+
 /// What other replicas send goes in here; clones serve the same replica. It refuses until the replica runs, and after it has ended.
 pub struct PeerHandler<R: AsyncRuntime> {
     slot: Arc<Mutex<Weak<Bound<R>>>>,
+    asides: Asides,
 }
 
 impl<R: AsyncRuntime> Clone for PeerHandler<R> {
     fn clone(&self) -> Self {
         Self {
             slot: self.slot.clone(),
+            asides: self.asides.clone(),
         }
     }
 }
@@ -65,6 +79,7 @@ impl<R: AsyncRuntime> Default for PeerHandler<R> {
     fn default() -> Self {
         Self {
             slot: Arc::new(Mutex::new(Weak::new())),
+            asides: Asides::default(),
         }
     }
 }
@@ -93,6 +108,18 @@ fn stopped(error: impl std::fmt::Display) -> Refusal {
 impl<R: AsyncRuntime> PeerHandler<R> {
     pub(crate) fn bind(&self, bound: &Arc<Bound<R>>) {
         *self.slot.lock() = Arc::downgrade(bound);
+    }
+
+    pub(crate) fn asides(&self) -> Asides {
+        self.asides.clone()
+    }
+
+    /// Hands `listener` what the processes of other replicas say with [`Replica::tell`](crate::Replica::tell): who, and what. It must not block.
+    pub fn on_aside(
+        &self,
+        listener: impl Fn(ReplicaId, Bytes) -> Result<(), String> + Send + Sync + 'static,
+    ) {
+        *self.asides.lock() = Some(Arc::new(listener));
     }
 
     fn bound(&self) -> Result<Arc<Bound<R>>, Refusal> {
@@ -246,7 +273,20 @@ impl<R: AsyncRuntime> Bound<R> {
                     .map_err(|error| error.refusal())?;
                 Ok(Answer::MemberChange(MemberChangeAnswer { id, index }))
             }
+            Call::Compare(asked) => self.compare(&asked).await.map(Answer::Compare),
+            Call::Aside(aside) => {
+                let listener = self.asides.lock().clone().ok_or_else(not_ready)?;
+                listener(from, aside.message).map_err(invalid)?;
+                Ok(Answer::Done(Done {}))
+            }
             Call::Join(join) => {
+                let used = self.shared.group.feature_level();
+                if join.feature_level < used {
+                    return Err(invalid(format_args!(
+                        "the group uses feature level {used}, and the replica that joins knows {} only: upgrade it first",
+                        join.feature_level
+                    )));
+                }
                 let node = join
                     .node
                     .as_ref()
@@ -265,6 +305,15 @@ impl<R: AsyncRuntime> Bound<R> {
         }
     }
 
+    async fn compare(&self, asked: &Compare) -> Result<CompareAnswer, Refusal> {
+        let applied = self.readers.wait_applied(asked.index).await;
+        applied.map_err(|error| error.refusal())?;
+        divergence::answer(&self.shared, asked.revision)
+            .await
+            .map_err(|error| error.refusal())?
+            .map_err(invalid)
+    }
+
     async fn hello(&self) -> Result<HelloAnswer, Refusal> {
         let initialized = self.raft.is_initialized().await.map_err(stopped)?;
         let metrics = self.raft.server_metrics();
@@ -275,6 +324,7 @@ impl<R: AsyncRuntime> Bound<R> {
             cluster_name: self.cluster_name.clone(),
             node: Some(wire::node_to_pb(&self.node)),
             initialized,
+            feature_level: self.feature_level,
             membership: Some(wire::membership_to_pb(membership.membership())),
         })
     }

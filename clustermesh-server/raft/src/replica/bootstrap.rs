@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use clustermesh_core::{KvError, limits::FEATURE_LEVEL, pb, pb::proposal::Command};
+use clustermesh_core::{KvError, pb, pb::proposal::Command};
 use clustermesh_store::{Node, ReplicaId, wire as stored};
 use openraft::async_runtime::{AsyncRuntime, Instant};
 
@@ -46,6 +46,7 @@ pub(super) async fn ask_to_join<R: AsyncRuntime>(
                 header: Some(Header::default()),
                 call: Some(Call::Join(Join {
                     node: Some(stored::node_to_pb(&node)),
+                    feature_level: config.feature_level,
                 })),
             };
             let answered =
@@ -238,6 +239,12 @@ impl<R: AsyncRuntime> Replica<R> {
                 member.peer_url, member.name
             ));
         }
+        if !answer.initialized && answer.feature_level != config.feature_level {
+            return refused(format!(
+                "{} is of another release, with feature level {} where this one has {}; a new group begins with replicas of one release",
+                member.peer_url, answer.feature_level, config.feature_level
+            ));
+        }
         let Some(membership) = answer.membership.as_ref().filter(|_| answer.initialized) else {
             return Ok(());
         };
@@ -272,7 +279,7 @@ impl<R: AsyncRuntime> Replica<R> {
                 Err(error) => tracing::debug!(%error, "not up to date yet"),
             }
             if self.inner.router.leads() && self.read(|state| state.cluster_id()) == 0 {
-                self.name_group().await?;
+                self.name_group(config.feature_level).await?;
                 continue;
             }
             R::sleep(ROUTE_RETRY_PAUSE).await;
@@ -284,18 +291,16 @@ impl<R: AsyncRuntime> Replica<R> {
             identity.set(cluster_id)?;
         }
         tracing::debug!(cluster = config.cluster_name, "up to date");
-        self.raise_feature_level().await
+        self.raise_feature_level(config.feature_level).await
     }
 
     /// A group of one replica can do what that one can.
-    async fn raise_feature_level(&self) -> Result<(), StartError> {
+    async fn raise_feature_level(&self, known: u32) -> Result<(), StartError> {
         let level = self.read(|state| state.feature_level());
-        if level >= FEATURE_LEVEL || self.status().members.len() > 1 {
+        if level >= known || self.status().members.len() > 1 {
             return Ok(());
         }
-        let command = Command::FeatureLevel(pb::FeatureLevel {
-            level: FEATURE_LEVEL,
-        });
+        let command = Command::FeatureLevel(pb::FeatureLevel { level: known });
         self.propose(pb::Proposal::system(command))
             .await
             .map_err(|error| StartError::Bootstrap(error.to_string()))?;
@@ -311,11 +316,11 @@ impl<R: AsyncRuntime> Replica<R> {
     }
 
     /// The group's id is its first committed entry.
-    async fn name_group(&self) -> Result<(), StartError> {
+    async fn name_group(&self, feature_level: u32) -> Result<(), StartError> {
         self.choose_cluster_id()?;
         let command = Command::Bootstrap(pb::Bootstrap {
             cluster_id: self.inner.bound.identity.cluster_id(),
-            feature_level: FEATURE_LEVEL,
+            feature_level,
         });
         let refused = |reason: String| StartError::Bootstrap(reason);
         match self.propose(pb::Proposal::system(command)).await {

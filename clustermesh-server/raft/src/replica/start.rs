@@ -18,6 +18,7 @@ use crate::{
     config::{
         Data, MAX_HUB_QUEUE_ENTRIES, MAX_WATCHER_QUEUE_ITEMS, MemoryData, ReplicaConfig, Start,
     },
+    divergence::{Comparer, stand_aside},
     error::StartError,
     forward::Router,
     identity::{IdentityKeeper, Kept},
@@ -225,6 +226,8 @@ impl<R: AsyncRuntime> Replica<R> {
             router: router.clone(),
             shared: shared.clone(),
             readers: readers.clone(),
+            proposer: proposer.clone(),
+            feature_level: config.feature_level,
             timeout,
             silence: 2 * config.election_timeout,
         };
@@ -232,6 +235,8 @@ impl<R: AsyncRuntime> Replica<R> {
             own: replica_id,
             cluster_name: config.cluster_name.clone(),
             node: config.node.clone(),
+            feature_level: config.feature_level,
+            asides: handler.asides(),
             raft: raft.clone(),
             shared: shared.clone(),
             proposer: proposer.clone(),
@@ -274,6 +279,21 @@ impl<R: AsyncRuntime> Replica<R> {
             stop.clone(),
         ));
         spawn::<R>(members.clone().run(stop.clone()));
+        spawn::<R>(stand_aside(
+            shared.clone(),
+            router.progress.clone(),
+            hub.clone(),
+            members.clone(),
+            stop.clone(),
+        ));
+        let comparer = Comparer {
+            router: router.clone(),
+            shared: shared.clone(),
+            members: members.clone(),
+            proposer: proposer.clone(),
+            every: config.compare_every,
+        };
+        spawn::<R>(comparer.run(stop.clone()));
         if matches!(config.start, Start::Static(_) | Start::Join(_)) {
             spawn::<R>(members.publish(config.node.clone(), stop));
         }

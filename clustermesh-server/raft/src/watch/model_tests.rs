@@ -7,6 +7,7 @@ use clustermesh_api::etcd::rpc::{PutRequest, RequestOp, TxnRequest, request_op};
 use clustermesh_core::{State, limits::BATCH_FORMAT, pb, pb::proposal::Command};
 use clustermesh_store::StoredMembership;
 use futures_util::FutureExt;
+use openraft::async_runtime::{AsyncRuntime, Watch};
 use parking_lot::RwLock;
 use proptest::prelude::*;
 
@@ -14,7 +15,7 @@ use super::*;
 use crate::{
     lease::LeaseKeeper,
     metrics::Metrics,
-    state_machine::{Applied, Shared},
+    state_machine::{Applied, Progress, Shared},
     test_support::R,
 };
 
@@ -174,14 +175,17 @@ proptest! {
         let metrics = Arc::new(Metrics::default());
         let applied =
             Applied { state: State::new(), last: None, membership: StoredMembership::default(), sequence: 0, log_bytes: 0 };
+        let (progress, _) = <R as AsyncRuntime>::Watch::channel(Progress::default());
         let shared = Arc::new(Shared::<R> {
-            group: crate::group::GroupView::new(&State::new()),
+            group: crate::group::GroupView::new(&State::new(), 1),
             hashes: crate::hashes::Hashes::new(true),
             applied: RwLock::new(applied),
             leases: LeaseKeeper::new(),
             pending: Arc::new(crate::forward::Pending::new(1, 1)),
             contact: crate::peer::Contact::new(),
             metrics: metrics.clone(),
+            diverged: std::sync::atomic::AtomicBool::new(false),
+            progress: parking_lot::Mutex::new(progress),
         });
         let hub = Arc::new(Hub::new(metrics, 1, MAX_QUEUE_ITEMS));
         let mut pending = VecDeque::new();

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     future::poll_fn,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::Poll,
 };
 
@@ -83,6 +83,9 @@ impl<R: AsyncRuntime> Watcher<R> {
     /// [`WatchEnd`]: nothing more will come.
     pub async fn next(&mut self) -> Result<WatchItem, WatchEnd> {
         loop {
+            if self.shared.diverged.load(Ordering::Acquire) {
+                return Err(WatchEnd::Stopped);
+            }
             if let Some(item) = self.ready.pop_front() {
                 self.note(&item);
                 return Ok(item);
