@@ -1,7 +1,7 @@
 //! From flags to a connection.
 
-use anyhow::{Result, bail};
-use clustermesh_client::{Client, ClientConfig, TlsPaths};
+use anyhow::{Error, Result, anyhow, bail};
+use clustermesh_client::{Client, ClientConfig, ClientError, TlsPaths};
 
 use crate::args::GlobalArgs;
 
@@ -46,5 +46,45 @@ pub async fn connect(global: &GlobalArgs) -> Result<Client> {
             "give --ca, --cert and --key, or set CLUSTERMESH_CA, CLUSTERMESH_CERT and CLUSTERMESH_KEY"
         );
     }
-    Ok(Client::connect(&config).await?)
+    Client::connect(&config).await.map_err(with_remedy)
+}
+
+/// What the operator can look at when no server takes the connection.
+fn with_remedy(error: ClientError) -> Error {
+    let text = error.to_string();
+    let remedy = match &error {
+        ClientError::Connect(_) if text.contains("invalid peer certificate") => {
+            "--ca must name the CA of the server's certificate, which must be for the endpoint's host or --server-name"
+        }
+        ClientError::Connect(_) if text.contains("received fatal alert") => {
+            "the server does not take the certificate of --cert: its own CA must have signed it"
+        }
+        ClientError::Connect(_) => {
+            "is clustermesh-server running there? --endpoint or CLUSTERMESH_ENDPOINT says where"
+        }
+        _ => return error.into(),
+    };
+    anyhow!("{text}; {remedy}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_connection_comes_with_what_to_look_at() {
+        for (reason, flag) in [
+            ("Connection refused (os error 111)", "--endpoint"),
+            ("invalid peer certificate: UnknownIssuer", "--ca"),
+            ("received fatal alert: UnknownCA", "--cert"),
+        ] {
+            let error = with_remedy(ClientError::Connect(format!("https://s1:2379: {reason}")));
+            let text = format!("{error:#}");
+            assert!(
+                text.starts_with(&format!("cannot connect: https://s1:2379: {reason}; "))
+                    && text.contains(flag),
+                "{text}"
+            );
+        }
+    }
 }

@@ -47,12 +47,12 @@ pub enum ManifestError {
         found: String,
     },
     /// Fields of the wrong type, or missing ones.
-    #[error("{object}: {source}")]
+    #[error("{object}: {reason}")]
     Shape {
         /// Kind, namespace and name.
         object: String,
         /// What was expected.
-        source: serde_json::Error,
+        reason: serde_json::Error,
     },
     /// Fields that the kind does not have.
     #[error("{object}: unknown field {field}")]
@@ -163,7 +163,7 @@ fn read_object<Spec: DeserializeOwned + Default>(
         unknown.get_or_insert_with(|| path.to_string());
     });
     match (read, unknown) {
-        (Err(source), _) => Err(ManifestError::Shape { object, source }),
+        (Err(reason), _) => Err(ManifestError::Shape { object, reason }),
         (Ok(_), Some(field)) => Err(ManifestError::UnknownField { object, field }),
         (Ok(read), None) => Ok(read),
     }
