@@ -29,7 +29,7 @@ use crate::session;
 use crate::shared::{Parts, Shared};
 use crate::state::{NodeFacts, StateFiles};
 use crate::stream::Follower;
-use crate::{netlink, probe};
+use crate::{netlink, privileges, probe};
 
 /// The underlay is compared with what the kernel's state is made for this often; a change that two looks in a row
 /// have found is followed.
@@ -46,6 +46,7 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 /// # Errors
 /// What makes a start impossible, with object and remedy.
 pub async fn run(config: Config) -> anyhow::Result<()> {
+    privileges::require()?;
     install_crypto_provider();
     let files = Arc::new(StateFiles::open(&config.state_dir)?);
     let handle = netlink::connect()?;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::config::Config;
 use crate::local_client::connect;
 use crate::state::StateFiles;
-use crate::{host, netlink};
+use crate::{host, netlink, privileges};
 
 /// How the status is printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -188,6 +188,7 @@ pub async fn flows(config: &Config) -> anyhow::Result<()> {
 /// # Errors
 /// An agent runs, or the kernel refused something.
 pub async fn uninstall(config: &Config) -> anyhow::Result<()> {
+    privileges::require()?;
     let _lock = StateFiles::open(&config.state_dir)?;
     Datapath::uninstall(&config.datapath())?;
     let handle = netlink::connect()?;

@@ -12,6 +12,37 @@ use clustermesh_client::{ClientConfig, TlsPaths};
 use clustermesh_node_core::probes::{INTERVAL_MS_DEFAULT, INTERVAL_MS_MIN};
 use serde::Deserialize;
 
+/// The configuration as the command's help shows it: the least first, then what has a default.
+pub const HELP: &str = r#"A small configuration:
+  node = "w1"                  # CN of the certificate
+  cluster = "c1"               # OU of the certificate
+
+  [server]
+  endpoints = ["https://s1.example.net:2379"]
+
+  [server.tls]
+  ca = "ca.crt"
+  cert = "w1.crt"              # `clustermesh dev-ca issue node w1 --cluster c1` makes one
+  key = "w1.key"
+
+Settings that may stand above [server], with their defaults:
+  state_dir = "/var/lib/clustermesh/node"
+  run_dir = "/run/clustermesh" # of the socket agent.sock
+  bpffs = "/sys/fs/bpf"
+  cgroup = "/sys/fs/cgroup"    # (or unified below it) whose sockets are balanced; "" = none
+  attach_mode = "auto"         # or "tcx", "clsact"
+  routing = "tunnel"           # or "direct"
+  underlay_devices = []        # none: the device of the default route
+  underlay_addresses = []      # none: the first global one of each family on them
+  mtu = 0                      # of pods, bytes; 0: the underlay's less the tunnel's headers
+  admin = "127.0.0.1:9964"     # metrics and health
+  probe_interval_ms = 1000
+  session_ttl_seconds = 15     # silent for so long, the node is stale
+  log_format = "text"          # or "json"
+
+  [labels]                     # of the node; none
+
+Exit codes: 0 ended in order, 1 failed, 64 bad configuration."#;
 /// Where the agent looks for its configuration.
 pub const DEFAULT_CONFIG: &str = "/etc/clustermesh/node.toml";
 /// Name of the socket in the run folder.
@@ -174,8 +205,12 @@ impl Config {
     /// # Errors
     /// It cannot be read, is not TOML of this shape, or a value cannot work; the error names file and key.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+        let text = std::fs::read_to_string(path).with_context(|| {
+            format!(
+                "cannot read the configuration {}, which --config names",
+                path.display()
+            )
+        })?;
         Self::parse(&text).with_context(|| format!("in {}", path.display()))
     }
 
@@ -259,6 +294,20 @@ mod tests {
         assert_eq!(config.session_ttl_seconds, 15);
         assert_eq!(config.socket(), Path::new("/run/clustermesh/agent.sock"));
         assert_eq!(config.routing, Routing::Tunnel);
+    }
+
+    #[test]
+    fn the_help_shows_a_configuration_that_works_and_the_real_defaults() {
+        let (least, rest) = HELP.split_once("\n\nSettings").unwrap();
+        let least = least.split_once('\n').unwrap().1;
+        let defaults = rest.split_once('\n').unwrap().1;
+        let defaults = defaults.split_once("\n\nExit").unwrap().0;
+        let (settings, labels) = defaults.split_once("\n\n").unwrap();
+        let written = Config::parse(&format!("{settings}\n{least}\n{labels}")).unwrap();
+        let mut implied = Config::parse(least).unwrap();
+        // It depends on the machine.
+        implied.cgroup.clone_from(&written.cgroup);
+        assert_eq!(format!("{written:?}"), format!("{implied:?}"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod local_api;
 pub mod local_client;
 pub mod metrics;
 pub mod netlink;
+pub mod privileges;
 pub mod probe;
 pub mod reconcile;
 pub mod session;

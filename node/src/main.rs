@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use clustermesh_node::config::{Config, DEFAULT_CONFIG};
+use clustermesh_node::config::{Config, DEFAULT_CONFIG, HELP};
 use clustermesh_node::{agent, command};
 use clustermesh_process::logging;
 
 /// The Clustermesh node agent: keeps the kernel's state equal to the mesh's records.
 #[derive(Parser)]
-#[command(name = "clustermesh-node", version)]
+#[command(name = "clustermesh-node", version, after_help = HELP)]
 struct Arguments {
     /// Configuration file.
     #[arg(long, global = true, default_value = DEFAULT_CONFIG, env = "CLUSTERMESH_NODE_CONFIG")]
