@@ -20,6 +20,8 @@ pub use replica::ReplicaSection;
 
 /// Endpoints given for one peer.
 pub const MAX_ENDPOINTS_PER_PEER: usize = 16;
+/// `auth_token_ttl_seconds`.
+const AUTH_TOKEN_TTL_SECONDS: std::ops::RangeInclusive<u32> = 1..=86_400;
 /// The configuration file has at most so many bytes.
 pub const MAX_CONFIG_FILE_BYTES: u64 = 1 << 20;
 
@@ -35,6 +37,9 @@ pub struct Config {
     /// gRPC and HTTP over mutual TLS.
     #[serde(default = "default_listen_client")]
     pub listen_client: SocketAddr,
+    /// The client port once more, in clear and without certificates: every process of this machine has an operator's
+    /// rights there. Loopback only; absent: none.
+    pub listen_client_clear: Option<SocketAddr>,
     /// Metrics and health in clear; loopback only.
     #[serde(default = "default_listen_admin")]
     pub listen_admin: SocketAddr,
@@ -51,6 +56,9 @@ pub struct Config {
     /// Live and historic data stay below so many bytes: past it writes are refused and the NOSPACE alarm stands. 0 for no limit.
     #[serde(default = "default_quota_bytes")]
     pub quota_bytes: u64,
+    /// A user's token ends after so long without use, in seconds.
+    #[serde(default = "default_auth_token_ttl_seconds")]
+    pub auth_token_ttl_seconds: u32,
     /// Automatic compaction of history.
     #[serde(default)]
     pub compaction: CompactionConfig,
@@ -215,6 +223,11 @@ fn default_quota_bytes() -> u64 {
     clustermesh_raft::DEFAULT_QUOTA_BYTES
 }
 
+/// etcd's `--auth-token-ttl`.
+fn default_auth_token_ttl_seconds() -> u32 {
+    300
+}
+
 fn default_drain_seconds() -> u64 {
     10
 }
@@ -326,12 +339,15 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), (String, String)> {
-        if !self.listen_admin.ip().is_loopback() {
+        self.check_clear_ports()?;
+        if !AUTH_TOKEN_TTL_SECONDS.contains(&self.auth_token_ttl_seconds) {
             return Err(fault(
-                "listen_admin",
+                "auth_token_ttl_seconds",
                 format!(
-                    "{} is not loopback; metrics and health are in clear there (the client port serves them over TLS)",
-                    self.listen_admin
+                    "{} is outside {} to {}",
+                    self.auth_token_ttl_seconds,
+                    AUTH_TOKEN_TTL_SECONDS.start(),
+                    AUTH_TOKEN_TTL_SECONDS.end()
                 ),
             ));
         }
@@ -354,6 +370,27 @@ impl Config {
             None => {}
         }
         self.check_peers()
+    }
+
+    fn check_clear_ports(&self) -> Result<(), (String, String)> {
+        if !self.listen_admin.ip().is_loopback() {
+            return Err(fault(
+                "listen_admin",
+                format!(
+                    "{} is not loopback; metrics and health are in clear there (the client port serves them over TLS)",
+                    self.listen_admin
+                ),
+            ));
+        }
+        match self.listen_client_clear {
+            Some(address) if !address.ip().is_loopback() => Err(fault(
+                "listen_client_clear",
+                format!(
+                    "{address} is not loopback; calls there are in clear and need no certificate (listen_client takes those from elsewhere, over TLS)"
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     fn check_peers(&self) -> Result<(), (String, String)> {

@@ -20,7 +20,7 @@ use clustermesh_api::etcd::rpc::kv_server::KvServer;
 use clustermesh_api::etcd::rpc::lease_server::LeaseServer;
 use clustermesh_api::etcd::rpc::maintenance_server::MaintenanceServer;
 use clustermesh_api::etcd::rpc::watch_server::WatchServer;
-use clustermesh_api::limits::MAX_GRPC_RECV_BYTES;
+use clustermesh_api::limits::MAX_VALUE_BYTES;
 use clustermesh_process::Drain;
 use tonic::codec::CompressionEncoding;
 use tonic::service::RoutesBuilder;
@@ -29,6 +29,9 @@ use crate::metrics::Metrics;
 use crate::store::Store;
 
 use answers::AnswerBudget;
+
+/// A message of a client has at most so many bytes: etcd's limit of a request, with room for what surrounds it.
+const MAX_MESSAGE_BYTES: usize = MAX_VALUE_BYTES + (512 << 10);
 
 /// Whether a client asks for an error instead of a replica that hears of nothing.
 #[must_use]
@@ -49,7 +52,7 @@ pub fn add_services(
     routes
         .add_service(
             KvServer::new(kv::KvService::new(store.clone(), answers.clone()))
-                .max_decoding_message_size(MAX_GRPC_RECV_BYTES)
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(usize::MAX),
         )
         .add_service(
@@ -58,29 +61,37 @@ pub fn add_services(
                 metrics.watch.clone(),
                 drain.clone(),
             ))
-            .max_decoding_message_size(MAX_GRPC_RECV_BYTES)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(usize::MAX)
             // Only for clients that take it, as peers do; the others get what etcd sends.
             .send_compressed(CompressionEncoding::Zstd),
         )
-        .add_service(LeaseServer::new(lease::LeaseService::new(
-            store.clone(),
-            drain.clone(),
-        )))
-        .add_service(AuthServer::new(auth::AuthService::new(store.clone())))
-        .add_service(ClusterServer::new(cluster::ClusterService::new(
-            store.clone(),
-        )))
-        .add_service(MaintenanceServer::new(
-            maintenance::MaintenanceService::new(store.clone(), answers.clone()),
-        ))
+        .add_service(
+            LeaseServer::new(lease::LeaseService::new(store.clone(), drain.clone()))
+                .max_decoding_message_size(MAX_MESSAGE_BYTES),
+        )
+        .add_service(
+            AuthServer::new(auth::AuthService::new(store.clone()))
+                .max_decoding_message_size(MAX_MESSAGE_BYTES),
+        )
+        .add_service(
+            ClusterServer::new(cluster::ClusterService::new(store.clone()))
+                .max_decoding_message_size(MAX_MESSAGE_BYTES),
+        )
+        .add_service(
+            MaintenanceServer::new(maintenance::MaintenanceService::new(
+                store.clone(),
+                answers.clone(),
+            ))
+            .max_decoding_message_size(MAX_MESSAGE_BYTES),
+        )
         .add_service(
             LockServer::new(lock::LockService::new(store.clone(), drain.clone()))
-                .max_decoding_message_size(MAX_GRPC_RECV_BYTES),
+                .max_decoding_message_size(MAX_MESSAGE_BYTES),
         )
         .add_service(
             ElectionServer::new(election::ElectionService::new(store.clone(), drain.clone()))
-                .max_decoding_message_size(MAX_GRPC_RECV_BYTES),
+                .max_decoding_message_size(MAX_MESSAGE_BYTES),
         );
 }
 

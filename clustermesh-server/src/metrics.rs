@@ -11,6 +11,10 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 
 use crate::etcd::answers::AnswerMetrics;
+use crate::serve::handled::HandledCounters;
+
+/// Of the metrics that are this server's own.
+const PREFIX: &str = "clustermesh_server";
 
 /// Everything that the server counts; clones share the numbers.
 #[derive(Debug, Clone, Default)]
@@ -38,6 +42,8 @@ pub struct ServeMetrics {
     pub connections_refused: Counter,
     /// TLS handshakes that failed.
     pub handshakes_failed: Counter,
+    /// gRPC calls by method and outcome.
+    pub handled: HandledCounters,
 }
 
 /// Watches and agents' streams.
@@ -123,7 +129,14 @@ impl Metrics {
     #[must_use]
     pub fn registered() -> (Self, Registry) {
         let metrics = Self::default();
-        let mut registry = Registry::with_prefix("clustermesh_server");
+        let mut all = Registry::default();
+        // Dashboards for any gRPC server know it by this name.
+        all.register(
+            "grpc_server_handled",
+            "gRPC calls by method and outcome",
+            metrics.serve.handled.clone(),
+        );
+        let registry = all.sub_registry_with_prefix(PREFIX);
         metrics
             .serve
             .register(registry.sub_registry_with_prefix("client_port"));
@@ -142,7 +155,7 @@ impl Metrics {
         metrics
             .controllers
             .register(registry.sub_registry_with_prefix("controllers"));
-        (metrics, registry)
+        (metrics, all)
     }
 }
 
@@ -153,7 +166,9 @@ impl Metrics {
         registry: &mut Registry,
         replica: Arc<clustermesh_raft::Metrics>,
     ) {
-        registry.register_collector(Box::new(ReplicaCollector(replica)));
+        registry
+            .sub_registry_with_prefix(PREFIX)
+            .register_collector(Box::new(ReplicaCollector(replica)));
     }
 }
 

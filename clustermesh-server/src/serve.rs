@@ -1,5 +1,6 @@
-//! The client port: accept loop, mutual TLS, HTTP/1.1 and HTTP/2, gRPC services beside plain HTTP pages.
+//! The client port: accept loop, mutual TLS (in clear where asked for), HTTP/1.1 and HTTP/2, gRPC services beside plain HTTP pages.
 
+pub mod handled;
 mod preface;
 
 use std::convert::Infallible;
@@ -7,12 +8,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context;
+use bytes::Bytes;
 use clustermesh_process::{Drain, PeerIdentity, ServerTls};
-use http::{Request, Response};
+use http::{Request, Response, StatusCode, header};
+use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
@@ -21,6 +26,7 @@ use tonic::service::Routes;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
+use self::handled::Handled;
 use crate::auth::Caller;
 use crate::config::LimitsConfig;
 use crate::etcd::answers::hold_until_sent;
@@ -32,7 +38,7 @@ use crate::store::Store;
 
 /// A client must have finished its TLS handshake by then.
 pub const TLS_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// After the handshake the first bytes of HTTP must have come by then; a client may be quiet after them.
+/// After the TLS handshake the first bytes of HTTP must have come by then; a client may be quiet after them.
 pub const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A quiet connection is pinged this often.
 pub const HTTP2_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -49,6 +55,8 @@ const ACCEPT_ERROR_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct ClientPort {
     listener: TcpListener,
+    /// On loopback, without certificates.
+    clear: Option<TcpListener>,
     shared: Arc<Shared>,
 }
 
@@ -62,6 +70,7 @@ struct Shared {
     cluster: Option<String>,
     limits: LimitsConfig,
     metrics: ServeMetrics,
+    handled: Handled,
 }
 
 /// What a [`ClientPort`] is made of.
@@ -86,14 +95,28 @@ pub struct ClientPortParts {
 }
 
 impl ClientPort {
-    /// Binds `address`.
+    /// Binds `address`, and `clear` for calls without TLS.
     ///
     /// # Errors
-    /// When the address is taken or not of this machine.
-    pub async fn bind(address: SocketAddr, parts: ClientPortParts) -> std::io::Result<Self> {
+    /// When an address is taken or not of this machine.
+    pub async fn bind(
+        address: SocketAddr,
+        clear: Option<SocketAddr>,
+        parts: ClientPortParts,
+    ) -> anyhow::Result<Self> {
+        let bind = async |key: &str, address: SocketAddr| {
+            TcpListener::bind(address)
+                .await
+                .with_context(|| format!("{key} {address}"))
+        };
         Ok(Self {
-            listener: TcpListener::bind(address).await?,
+            listener: bind("listen_client", address).await?,
+            clear: match clear {
+                Some(address) => Some(bind("listen_client_clear", address).await?),
+                None => None,
+            },
             shared: Arc::new(Shared {
+                handled: Handled::new(&parts.metrics.handled)?,
                 tls: parts.tls,
                 routes: parts.routes.prepare(),
                 gateway: parts.gateway,
@@ -114,13 +137,48 @@ impl ClientPort {
         self.listener.local_addr()
     }
 
+    /// The bound address for calls in clear.
+    ///
+    /// # Errors
+    /// When the socket cannot say.
+    pub fn clear_addr(&self) -> std::io::Result<Option<SocketAddr>> {
+        self.clear.as_ref().map(TcpListener::local_addr).transpose()
+    }
+
     /// Accepts until the drain begins; connections then finish their calls.
     pub async fn serve(self, drain: Drain) {
-        let slots = Arc::new(Semaphore::new(self.shared.limits.max_connections));
+        let acceptor = Acceptor {
+            slots: Arc::new(Semaphore::new(self.shared.limits.max_connections)),
+            shared: self.shared,
+            drain,
+        };
+        let clear = async {
+            if let Some(listener) = &self.clear {
+                acceptor.run(listener, Security::Clear).await;
+            }
+        };
+        tokio::join!(acceptor.run(&self.listener, Security::Tls), clear);
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Security {
+    Tls,
+    Clear,
+}
+
+struct Acceptor {
+    shared: Arc<Shared>,
+    slots: Arc<Semaphore>,
+    drain: Drain,
+}
+
+impl Acceptor {
+    async fn run(&self, listener: &TcpListener, security: Security) {
         loop {
             let accepted = tokio::select! {
-                accepted = self.listener.accept() => accepted,
-                () = drain.draining() => return,
+                accepted = listener.accept() => accepted,
+                () = self.drain.draining() => return,
             };
             let (stream, remote) = match accepted {
                 Ok(accepted) => accepted,
@@ -130,16 +188,26 @@ impl ClientPort {
                     continue;
                 }
             };
-            let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+            let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else {
                 self.shared.metrics.connections_refused.inc();
                 debug!(%remote, "connection limit reached");
                 continue;
             };
+            // Small messages (events, acknowledgements) must not wait for more.
+            if let Err(error) = stream.set_nodelay(true) {
+                debug!(%remote, %error, "TCP_NODELAY");
+            }
             let shared = Arc::clone(&self.shared);
-            let drain = drain.clone();
+            let drain = self.drain.clone();
             tokio::spawn(async move {
                 shared.metrics.connections.inc();
-                serve_connection(&shared, stream, remote, &drain).await;
+                match security {
+                    Security::Tls => serve_tls(&shared, stream, remote, &drain).await,
+                    Security::Clear => {
+                        let caller = Arc::new(Caller::local());
+                        serve_http(&shared, stream, remote, caller, security, &drain).await;
+                    }
+                }
                 shared.metrics.connections.dec();
                 drop(slot);
             });
@@ -147,16 +215,7 @@ impl ClientPort {
     }
 }
 
-async fn serve_connection(
-    shared: &Arc<Shared>,
-    stream: TcpStream,
-    remote: SocketAddr,
-    drain: &Drain,
-) {
-    // Small messages (events, acknowledgements) must not wait for more.
-    if let Err(error) = stream.set_nodelay(true) {
-        debug!(%remote, %error, "TCP_NODELAY");
-    }
+async fn serve_tls(shared: &Arc<Shared>, stream: TcpStream, remote: SocketAddr, drain: &Drain) {
     let handshake = TlsAcceptor::from(shared.tls.config()).accept(stream);
     let tls = match tokio::time::timeout(TLS_HANDSHAKE_TIMEOUT, handshake).await {
         Ok(Ok(tls)) => tls,
@@ -172,14 +231,32 @@ async fn serve_connection(
         }
     };
     let caller = Arc::new(caller(shared, &tls, remote));
+    serve_http(shared, tls, remote, caller, Security::Tls, drain).await;
+}
+
+async fn serve_http<S>(
+    shared: &Arc<Shared>,
+    stream: S,
+    remote: SocketAddr,
+    caller: Arc<Caller>,
+    security: Security,
+    drain: &Drain,
+) where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let service = service_fn(|request: Request<Incoming>| {
         let shared = Arc::clone(shared);
         let caller = Arc::clone(&caller);
-        async move { Ok::<_, Infallible>(answer(&shared, caller, request).await) }
+        async move {
+            if security == Security::Clear && request.headers().contains_key(header::ORIGIN) {
+                return Ok(from_a_page());
+            }
+            Ok::<_, Infallible>(answer(&shared, caller, request).await)
+        }
     });
     let builder = builder(&shared.limits);
-    let (tls, preface) = preface::counted(tls);
-    let connection = builder.serve_connection(TokioIo::new(tls), service);
+    let (stream, preface) = preface::counted(stream);
+    let connection = builder.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let late = async {
         tokio::time::sleep(PREFACE_TIMEOUT).await;
@@ -191,7 +268,7 @@ async fn serve_connection(
         outcome = connection.as_mut() => outcome,
         () = late => {
             shared.metrics.handshakes_failed.inc();
-            debug!(%remote, "no HTTP after the TLS handshake");
+            debug!(%remote, "no HTTP on the connection");
             return;
         }
         () = drain.draining() => {
@@ -205,6 +282,15 @@ async fn serve_connection(
     if let Err(error) = outcome {
         debug!(%remote, %error, "connection ended");
     }
+}
+
+/// Any page that a browser of this machine shows could reach the port in clear: what browsers send, they mark.
+fn from_a_page() -> Response<Body> {
+    let mut response = Response::new(Body::new(Full::new(Bytes::from_static(
+        b"calls from web pages are not taken in clear; use listen_client\n",
+    ))));
+    *response.status_mut() = StatusCode::FORBIDDEN;
+    response
 }
 
 fn builder(limits: &LimitsConfig) -> auto::Builder<TokioExecutor> {
@@ -262,9 +348,14 @@ async fn answer(
     {
         return status.into_http();
     }
+    let call = shared.handled.counted(request.uri().path());
     request.extensions_mut().insert(caller);
-    match shared.routes.clone().oneshot(request.map(Body::new)).await {
+    let response = match shared.routes.clone().oneshot(request.map(Body::new)).await {
         Ok(response) => hold_until_sent(response),
         Err(never) => match never {},
+    };
+    match call {
+        Some(call) => call.follow(response),
+        None => response,
     }
 }

@@ -17,7 +17,7 @@ use clustermesh_process::{
 use clustermesh_raft::{AutoCompaction, Data, Node, PeerHandler, Replica, ReplicaConfig};
 use tokio::task::JoinSet;
 use tonic::service::{Routes, RoutesBuilder};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::agents::registry::Registry;
 use crate::agents::session::NodeSessionService;
@@ -41,6 +41,7 @@ use crate::store::{Store, TokioReplica};
 pub struct Server {
     store: Store,
     client_address: SocketAddr,
+    clear_address: Option<SocketAddr>,
     admin_address: SocketAddr,
     /// Ends the port of the other replicas.
     peer_port: Option<tokio::task::AbortHandle>,
@@ -79,7 +80,7 @@ impl Server {
         let mut tasks = JoinSet::new();
 
         let (replica, peer_port) = start_replica(config).await?;
-        let store = Store::new(replica);
+        let store = Store::new(replica, config.auth_token_ttl_seconds);
         drop(store_token);
         metrics.register_replica(&mut registry, store.replica().metrics());
 
@@ -139,6 +140,7 @@ impl Server {
         }
         let port = ClientPort::bind(
             config.listen_client,
+            config.listen_client_clear,
             ClientPortParts {
                 tls,
                 routes: routes.routes(),
@@ -150,15 +152,19 @@ impl Server {
                 metrics: metrics.serve.clone(),
             },
         )
-        .await
-        .with_context(|| format!("listen_client {}", config.listen_client))?;
+        .await?;
         let client_address = port.local_addr()?;
+        let clear_address = port.clear_addr()?;
+        if let Some(address) = clear_address {
+            warn!(%address, "listen_client_clear: every process of this machine may read and write everything");
+        }
         tasks.spawn(port.serve(drain));
         drop(records_token);
         info!(client = %client_address, admin = %admin_address, cluster_id = store.cluster_id(), "server is ready");
         Ok(Self {
             store,
             client_address,
+            clear_address,
             admin_address,
             peer_port,
             trigger,
@@ -171,6 +177,12 @@ impl Server {
     #[must_use]
     pub fn client_address(&self) -> SocketAddr {
         self.client_address
+    }
+
+    /// Address of the client port in clear.
+    #[must_use]
+    pub fn clear_address(&self) -> Option<SocketAddr> {
+        self.clear_address
     }
 
     /// Address of metrics and health.

@@ -61,15 +61,15 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
-    /// Over a started replica, which has its cluster id by then.
+    /// Over a started replica, which has its cluster id by then; users' tokens end after so long without use.
     #[must_use]
-    pub fn new(replica: TokioReplica) -> Self {
+    pub fn new(replica: TokioReplica, auth_token_ttl_seconds: u32) -> Self {
         let status = replica.status();
         let shared = Shared {
             cluster_id: status.cluster_id,
             member_id: status.replica_id,
             term: AtomicU64::new(status.term),
-            token_uses: TokenUses::default(),
+            token_uses: TokenUses::new(auth_token_ttl_seconds),
         };
         Self {
             replica,
@@ -105,6 +105,12 @@ impl Store {
             revision,
             raft_term: self.shared.term.load(Ordering::Relaxed),
         }
+    }
+
+    /// The header of what is about replicas: etcd's has no revision there.
+    #[must_use]
+    pub fn group_header(&self) -> ResponseHeader {
+        self.header(0)
     }
 
     /// Newest applied revision.
@@ -497,7 +503,7 @@ impl Store {
         }
         let members = self.members();
         Ok(MemberListResponse {
-            header: Some(self.header(self.revision())),
+            header: Some(self.group_header()),
             members,
         })
     }

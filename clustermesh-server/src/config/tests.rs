@@ -84,6 +84,16 @@ fn impossible_values_are_refused_with_their_key() {
             "listen_admin = \"0.0.0.0:9962\"\n[cluster]",
             "listen_admin",
         ),
+        (
+            "[cluster]",
+            "listen_client_clear = \"192.0.2.1:2379\"\n[cluster]",
+            "listen_client_clear",
+        ),
+        (
+            "[cluster]",
+            "auth_token_ttl_seconds = 0\n[cluster]",
+            "auth_token_ttl_seconds",
+        ),
         ("[tls]", "[log]\nformat = \"xml\"\n[tls]", "log.format"),
     ] {
         let error = refused(from, to);

@@ -25,7 +25,7 @@ impl ClusterService {
     }
 
     fn header(&self) -> Option<ResponseHeader> {
-        Some(self.store.header(self.store.revision()))
+        Some(self.store.group_header())
     }
 
     fn members(&self) -> Vec<Member> {

@@ -93,9 +93,10 @@ impl Election for ElectionService {
             rev: contender.revision,
             lease: contender.lease,
         };
-        let mut header = contender.header;
+        // etcd answers with it even when a value is announced after it.
+        let header = contender.header;
         if contender.before.is_some_and(|kv| kv.value != value) {
-            header = this.announce(leader.clone(), value).await?;
+            this.announce(leader.clone(), value).await?;
         }
         recipe::wait_for_turn(&this.store, &name, contender.revision, &this.drain).await?;
         withdrawal.disarm();

@@ -120,9 +120,8 @@ impl Maintenance for MaintenanceService {
             return Ok(Response::new(MoveLeaderResponse::default()));
         }
         match self.store.replica().transfer_leader(target).await {
-            Ok(()) => Ok(Response::new(MoveLeaderResponse {
-                header: Some(self.store.header(self.store.revision())),
-            })),
+            // etcd sends no header here.
+            Ok(()) => Ok(Response::new(MoveLeaderResponse::default())),
             Err(MemberError::NotFound) => Err(Status::failed_precondition(
                 "etcdserver: bad leader transferee",
             )),

@@ -1,6 +1,8 @@
 //! What plain HTTP clients see on the client port: pages, and etcd's JSON gateway.
 
-use tokio::io::AsyncReadExt;
+use clustermesh_client::{Client, ClientConfig};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use crate::support::{Cluster, Pki, http, http_get, http_open, put, soon};
 
@@ -55,6 +57,39 @@ async fn version_health_and_metrics_share_the_port() {
     ] {
         assert!(metrics.contains(name), "{name}: {metrics}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_port_in_clear_is_there_when_asked_for_and_not_for_web_pages() {
+    let pki = Pki::new();
+    let plain = Cluster::start(&pki, 1, &[]).await;
+    assert_eq!(plain.server().clear_address(), None);
+    let cluster = Cluster::start_with(&pki, 1, &[], "listen_client_clear = \"127.0.0.1:0\"").await;
+    let address = cluster.server().clear_address().unwrap();
+    let client = Client::new(&ClientConfig {
+        endpoints: vec![format!("http://{address}")],
+        tls: None,
+        server_name: None,
+    })
+    .unwrap();
+    client.put(put("foo", "in clear")).await.unwrap();
+    let seen = cluster.operator(&pki).get("foo").await.unwrap().unwrap();
+    assert_eq!(&seen.value[..], b"in clear");
+    let ask = async |headers: &str| {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request =
+            format!("GET /version HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{headers}\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        soon("an answer", stream.read_to_string(&mut answer))
+            .await
+            .unwrap();
+        answer
+    };
+    let version = ask("").await;
+    assert!(version.contains("etcdserver"), "{version}");
+    let refused = ask("Origin: http://evil.example\r\n").await;
+    assert!(refused.starts_with("HTTP/1.1 403"), "{refused}");
 }
 
 fn body(answer: &str) -> serde_json::Value {

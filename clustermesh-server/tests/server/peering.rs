@@ -298,7 +298,8 @@ async fn after_a_compaction_only_what_changed_is_read_again() {
     let changed = at_b.get(format!("{COPY}4")).await.unwrap().unwrap();
     assert!(String::from_utf8_lossy(&changed.value).contains("65601"));
     assert_eq!(status.refused_records.values().sum::<u64>(), 1);
-    let metrics = http_get(b.address(), &pki.issue("node", "c2", "n1"), "/metrics").await;
+    let operator = pki.issue("operator", "c2", "admin-c2");
+    let metrics = http_get(b.address(), &operator, "/metrics").await;
     let line = metrics
         .lines()
         .find(|line| line.contains("listing_values_read_total{"))

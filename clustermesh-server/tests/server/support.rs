@@ -87,12 +87,19 @@ pub struct Cluster {
     peers: Vec<(String, u16)>,
     /// `settle_seconds` of the configuration.
     pub settle_seconds: u32,
+    /// Further top-level keys of the configuration.
+    pub extra: &'static str,
     server: Option<Server>,
 }
 
 impl Cluster {
     /// Starts `c<id>`.
     pub async fn start(pki: &Pki, id: u32, peers: &[&Cluster]) -> Self {
+        Self::start_with(pki, id, peers, "").await
+    }
+
+    /// With further top-level keys in the configuration.
+    pub async fn start_with(pki: &Pki, id: u32, peers: &[&Cluster], extra: &'static str) -> Self {
         let mut cluster = Self {
             name: format!("c{id}"),
             id,
@@ -103,6 +110,7 @@ impl Cluster {
                 .map(|peer| (peer.name.clone(), peer.port))
                 .collect(),
             settle_seconds: 0,
+            extra,
             server: None,
         };
         cluster.restart(pki).await;
@@ -116,6 +124,7 @@ impl Cluster {
             id,
             port,
             settle_seconds,
+            extra,
             ..
         } = self;
         let server = pki.issue("server", name, "server");
@@ -126,7 +135,7 @@ impl Cluster {
             )
         };
         let mut text = format!(
-            "data_dir = \"data\"\nlisten_client = \"127.0.0.1:{port}\"\nlisten_admin = \"127.0.0.1:0\"\ndrain_seconds = 5\n\
+            "data_dir = \"data\"\nlisten_client = \"127.0.0.1:{port}\"\nlisten_admin = \"127.0.0.1:0\"\ndrain_seconds = 5\n{extra}\n\
              [cluster]\nname = \"{name}\"\nid = {id}\nsettle_seconds = {settle_seconds}\npod_cidr_v4 = \"10.{id}.0.0/16\"\npod_cidr_v6 = \"fd00:{id}::/48\"\n\
              service_cidr_v4 = \"10.10{id}.0.0/16\"\n[tls]\n{}",
             paths(&server)
@@ -315,23 +324,31 @@ pub async fn http_open(
     body: &str,
 ) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
     use tokio::io::AsyncWriteExt;
-    let config = clustermesh_process::ClientTls::load(tls.clone())
-        .unwrap()
-        .config();
-    let mut config = (*config).clone();
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let name = address.ip();
-    let mut tls = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config))
-        .connect(rustls_name(name), stream)
-        .await
-        .unwrap();
+    let mut tls = tls_stream(address, tls, b"http/1.1").await;
     let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     );
     tls.write_all(request.as_bytes()).await.unwrap();
     tls
+}
+
+/// A connection after its handshake, for `protocol` (ALPN).
+pub async fn tls_stream(
+    address: SocketAddr,
+    tls: &TlsPaths,
+    protocol: &[u8],
+) -> tokio_rustls::client::TlsStream<tokio::net::TcpStream> {
+    let config = clustermesh_process::ClientTls::load(tls.clone())
+        .unwrap()
+        .config();
+    let mut config = (*config).clone();
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    tokio_rustls::TlsConnector::from(std::sync::Arc::new(config))
+        .connect(rustls_name(address.ip()), stream)
+        .await
+        .unwrap()
 }
 
 fn rustls_name(address: std::net::IpAddr) -> tokio_rustls::rustls::pki_types::ServerName<'static> {

@@ -1,4 +1,4 @@
-//! `Maintenance.Downgrade`: says what etcd says to a wrong target, and refuses the right one, because there is no older format to go back to.
+//! `Maintenance.Downgrade`: validates a target as etcd does, and refuses to go there, because there is no older format to go back to.
 
 use clustermesh_api::etcd::rpc::downgrade_request::DowngradeAction;
 use clustermesh_api::etcd::rpc::{DowngradeRequest, DowngradeResponse};
@@ -10,7 +10,7 @@ use crate::version::ETCD_CLUSTER_VERSION;
 /// Answers one request.
 ///
 /// # Errors
-/// etcd's for a target that is no version or not one minor below; `FailedPrecondition` for one that is.
+/// etcd's for a target that is no version or not one minor below; `FailedPrecondition` when going there is to begin.
 pub(super) fn answer(
     store: &Store,
     request: &DowngradeRequest,
@@ -22,6 +22,9 @@ pub(super) fn answer(
         return Ok(response(store));
     }
     check(&request.version)?;
+    if action == DowngradeAction::Validate {
+        return Ok(response(store));
+    }
     Err(Status::failed_precondition(format!(
         "clustermesh: the stored format does not depend on the etcd version; go back by starting an older clustermesh-server, not by a downgrade to {}",
         request.version

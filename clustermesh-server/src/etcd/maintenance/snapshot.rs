@@ -37,7 +37,6 @@ pub(super) async fn stream(
     let content = file
         .bytes()
         .map_err(|error| Status::internal(format!("clustermesh: {error}")))?;
-    let header = store.header(store.revision());
     let (sender, receiver) = mpsc::channel(QUEUE_MESSAGES);
     tokio::task::spawn_blocking(move || {
         let mut pieces = Pieces::new(content, size);
@@ -48,7 +47,8 @@ pub(super) async fn stream(
             let last = !matches!(piece, Ok(Some(_)));
             let message = match piece {
                 Ok(Some((blob, remaining_bytes))) => Ok(SnapshotResponse {
-                    header: Some(header),
+                    // etcd sends none here.
+                    header: None,
                     remaining_bytes,
                     blob,
                     version: ETCD_CLUSTER_VERSION.to_owned(),

@@ -1,6 +1,6 @@
 //! The watches of one gRPC stream: requests in, acknowledgements, events and progress out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -34,6 +34,8 @@ const PROGRESS_NOTIFY_INTERVAL: Duration = Duration::from_secs(600);
 const LEADER_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Watches of all streams of this server.
 const MAX_WATCHES: i64 = 262_144;
+/// Below so many watches of a stream, ended ones are not looked for.
+const LOOK_FOR_ENDED_WATCHES_MIN: usize = 64;
 /// Id in responses that belong to no watch or to all.
 const NO_WATCH_ID: i64 = -1;
 /// A fragment has at most so many bytes of events (etcd's default request limit and 512 KiB).
@@ -49,6 +51,10 @@ pub(super) struct WatchStream {
     metrics: WatchMetrics,
     responses: Responses,
     watches: BTreeMap<i64, ActiveWatch>,
+    /// Ids of watches that ended by themselves: taken, as in etcd, until the client cancels them.
+    ended: BTreeSet<i64>,
+    /// Number of watches at which ended ones are looked for: seldom enough to cost little per watch.
+    look_for_ended_at: usize,
     next_id: i64,
     /// Rung by watches when they have passed a revision.
     passed: Arc<Notify>,
@@ -92,6 +98,8 @@ impl WatchStream {
             metrics,
             responses,
             watches: BTreeMap::new(),
+            ended: BTreeSet::new(),
+            look_for_ended_at: LOOK_FOR_ENDED_WATCHES_MIN,
             next_id: 0,
             passed: Arc::new(Notify::new()),
             progress_wanted: None,
@@ -168,8 +176,11 @@ impl WatchStream {
         if !matches!(range_end.as_ref(), [] | [0]) && key >= range_end {
             return self.refuse("mvcc: watcher range is empty".to_owned()).await;
         }
-        // A watch whose history was compacted has ended by itself.
-        self.watches.retain(|_, watch| !watch.task.is_finished());
+        if self.watches.len() >= self.look_for_ended_at {
+            self.put_ended_aside();
+            self.look_for_ended_at =
+                (2 * self.watches.len()).clamp(LOOK_FOR_ENDED_WATCHES_MIN, MAX_WATCHES_PER_STREAM);
+        }
         if self.watches.len() >= MAX_WATCHES_PER_STREAM {
             let reason = format!(
                 "clustermesh: {MAX_WATCHES_PER_STREAM} watches on one stream; open another stream"
@@ -183,13 +194,13 @@ impl WatchStream {
         }
         let id = match request.watch_id {
             0 => {
-                while self.watches.contains_key(&self.next_id) {
+                while self.is_taken(self.next_id) {
                     self.next_id += 1;
                 }
                 self.next_id += 1;
                 self.next_id - 1
             }
-            wanted if self.watches.contains_key(&wanted) => {
+            wanted if self.is_taken(wanted) => {
                 return self
                     .refuse("mvcc: duplicate watch ID provided on the WatchStream".to_owned())
                     .await;
@@ -246,13 +257,29 @@ impl WatchStream {
         Ok(())
     }
 
+    /// A watch whose history was compacted, or that is not permitted any more, has ended by itself.
+    fn put_ended_aside(&mut self) {
+        let ended = self
+            .watches
+            .extract_if(.., |_, watch| watch.task.is_finished());
+        self.ended.extend(ended.map(|(id, _)| id));
+        while self.ended.len() > MAX_WATCHES_PER_STREAM {
+            self.ended.pop_first();
+        }
+    }
+
+    fn is_taken(&self, id: i64) -> bool {
+        self.watches.contains_key(&id) || self.ended.contains(&id)
+    }
+
     async fn cancel(&mut self, id: i64) -> Result<(), Gone> {
-        let Some(mut watch) = self.watches.remove(&id) else {
+        if let Some(mut watch) = self.watches.remove(&id) {
+            watch.task.abort();
+            // After the answer no event of this watch may follow.
+            let _ = (&mut watch.task).await;
+        } else if !self.ended.remove(&id) {
             return Ok(());
-        };
-        watch.task.abort();
-        // After the answer no event of this watch may follow.
-        let _ = (&mut watch.task).await;
+        }
         self.send(WatchResponse {
             watch_id: id,
             canceled: true,
@@ -268,7 +295,7 @@ impl WatchStream {
         let Some(wanted) = self.progress_wanted else {
             return Ok(());
         };
-        self.watches.retain(|_, watch| !watch.task.is_finished());
+        self.put_ended_aside();
         let reached = self
             .watches
             .values()
