@@ -47,9 +47,10 @@ power: ## Power cuts under the Raft log on a FUSE disk (CUTS=1000 SEED=1)
 	@cargo build --locked -p clustermesh-power
 	@$(CARGO_TARGET_DIR)/debug/clustermesh-power cuts --cuts $(or $(CUTS),1000) --seed $(or $(SEED),1)
 
-judges: setup ## The test suites of etcd's clients, against etcd itself: what ours must come to
-	@integration/peers/judge.sh 1 integration/peers/judged-1.table
-	@integration/peers/judge.sh 3 integration/peers/judged-3.table
+WHOSE ?= ours
+judges: setup build ## The test suites of etcd's clients, against ours (WHOSE=etcd: what etcd itself comes to)
+	@integration/peers/judge.sh $(WHOSE) 1 integration/peers/judged-$(WHOSE)-1.table
+	@integration/peers/judge.sh $(WHOSE) 3 integration/peers/judged-$(WHOSE)-3.table
 
 demo: setup build ## The main job on one machine, as a table (KEEP=1 leaves the lab running)
 	@$(CARGO_TARGET_DIR)/debug/clustermesh-demo $(if $(filter 1,$(KEEP)),--keep)

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# Runs the test suites of etcd's clients, unmodified, against a group of etcd in a network namespace of its own (the
-# suites want localhost:2379), and prints one line for each test: outcome, suite, test. Root.
+# Runs the test suites of etcd's clients, unmodified, against a group in a network namespace of its own (the suites want
+# localhost:2379, in clear), and prints one line for each test: outcome, suite, test. Root.
 #
-# Usage: judge.sh REPLICAS [TABLE]; with a table: fails when the outcome is another one.
+# Usage: judge.sh etcd|ours REPLICAS [TABLE]; with a table: fails when the outcome is another one, UPDATE=1 writes it.
 set -euo pipefail
+table=${3:+$(realpath -m "$3")}
 cd "$(dirname "$0")"
-replicas=${1:?REPLICAS is 1 or 3}
-table=${2:-}
+whose=${1:?etcd or ours}
+replicas=${2:?REPLICAS is 1 or 3}
 
 cache=${CLUSTERMESH_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/clustermesh/peers}
+programs=${CARGO_TARGET_DIR:-$HOME/.cache/clustermesh/target}/debug
+if [ "$whose" = ours ] && [ ! -x "$programs/clustermesh-server" ]; then
+    echo "$programs/clustermesh-server is missing: run 'make build'" >&2
+    exit 2
+fi
 etcd=$(./build.sh)
 mapfile -t suites < <(./suites.sh)
 folder=$(mktemp -d)
@@ -34,26 +40,67 @@ stop() {
 
 ctl() { inside "$etcd/etcdctl" --command-timeout=2s "$@" >/dev/null 2>&1; }
 
-# A group without any key, whose first member leads. The names are those that the Python suite looks for, also in the
-# list of processes; a token must not live longer than the Rust suite waits.
+start_etcd() {
+    local number=$1 address=127.0.0.$(($1 + 1)) other cluster=
+    for ((other = 0; other < replicas; other++)); do
+        cluster+=${cluster:+,}pifpaf$other=http://127.0.0.$((other + 1)):2380
+    done
+    ip netns exec "$netns" "$etcd/etcd" --name "pifpaf$number" --log-level error --unsafe-no-fsync \
+        --data-dir "$folder/member-$number" --auth-token-ttl 2 \
+        --listen-client-urls "http://$address:2379" --advertise-client-urls "http://$address:2379" \
+        --listen-peer-urls "http://$address:2380" --initial-advertise-peer-urls "http://$address:2380" \
+        --initial-cluster "$cluster" >"$folder/log-$number" 2>&1 &
+}
+
+start_ours() {
+    local number=$1 address=127.0.0.$(($1 + 1)) other cluster=
+    for ((other = 0; other < replicas; other++)); do
+        cluster+=${cluster:+, }\"pifpaf$other=https://127.0.0.$((other + 1)):2380\"
+    done
+    cat >"$folder/server-$number.toml" <<CONFIG
+data_dir = "$folder/member-$number"
+listen_client = "$address:12379"
+listen_client_clear = "$address:2379"
+listen_admin = "$address:9962"
+auth_token_ttl_seconds = 2
+[tls]
+ca = "$folder/pki/ca.crt"
+cert = "$folder/pki/judged/server.crt"
+key = "$folder/pki/judged/server.key"
+[compaction]
+retention_seconds = 0
+[replica]
+name = "pifpaf$number"
+listen_peer = "$address:2380"
+client_urls = ["http://$address:2379"]
+initial_cluster = [$cluster]
+CONFIG
+    # The Python suite looks for etcd's option in the list of processes.
+    ip netns exec "$netns" bash -c 'exec -a "clustermesh-server --name $2" "$0" --config "$1"' \
+        "$programs/clustermesh-server" "$folder/server-$number.toml" "pifpaf$number" >"$folder/log-$number" 2>&1 &
+}
+
+certificates() {
+    local number sans=()
+    for ((number = 0; number < replicas; number++)); do sans+=(--san "127.0.0.$((number + 1))"); done
+    "$programs/clustermesh" dev-ca init --dir "$folder/pki" >/dev/null
+    "$programs/clustermesh" dev-ca issue server server --cluster judged --dir "$folder/pki" \
+        --out "$folder/pki/judged" "${sans[@]}" >/dev/null
+}
+
+# A group without any key, whose first member leads. The names are those that the Python suite looks for; a token must
+# not live longer than the Rust suite waits.
 start() {
-    local number address attempt cluster=
+    local number attempt
     rm -rf "$folder"/member-*
     for ((number = 0; number < replicas; number++)); do
-        cluster+=${cluster:+,}pifpaf$number=http://127.0.0.$((number + 1)):2380
-    done
-    for ((number = 0; number < replicas; number++)); do
-        address=127.0.0.$((number + 1))
-        ip netns exec "$netns" "$etcd/etcd" --name "pifpaf$number" --log-level error --unsafe-no-fsync \
-            --data-dir "$folder/member-$number" --auth-token-ttl 2 \
-            --listen-client-urls "http://$address:2379" --advertise-client-urls "http://$address:2379" \
-            --listen-peer-urls "http://$address:2380" --initial-advertise-peer-urls "http://$address:2380" \
-            --initial-cluster "$cluster" >"$folder/log-$number" 2>&1 &
+        "start_$whose" "$number"
         pids+=($!)
     done
     for ((attempt = 0; ; attempt++)); do
         ctl endpoint health --cluster && break
         [ "$attempt" -lt 30 ] || { cat "$folder"/log-* >&2; exit 1; }
+        sleep 0.2
     done
     # Columns: endpoint, id, …, whether it leads.
     first=$(inside "$etcd/etcdctl" endpoint status | awk -F', ' '$9 == "false" { print $2 }')
@@ -68,6 +115,7 @@ rust_suite() {
         sed -nE "s/^test ([a-z_0-9:]+) \.\.\. (ok|FAILED|ignored).*/\2 etcd-client \1/p"
 }
 
+[ "$whose" = etcd ] || certificates
 results=$folder/results
 {
     start
@@ -90,8 +138,10 @@ sed -e 's/^PASSED/ok/' -e 's/^ERROR/FAILED/' "$results.raw" >"$results"
 # A test that was ignored first and run then counts as run.
 awk '{ key = $2 " " $3 } { if (!(key in best) || best[key] == "ignored" || $1 == "FAILED") best[key] = $1 } END { for (key in best) print best[key], key }' \
     "$results" | LC_ALL=C sort -k2,2 -k3,3 >"$results.table"
-if [ -n "$table" ]; then
-    diff -u "$table" "$results.table" || { echo "the results are not those of $table" >&2; exit 1; }
-else
+if [ -z "$table" ]; then
     cat "$results.table"
+elif [ -n "${UPDATE:-}" ]; then
+    cp "$results.table" "$table"
+else
+    diff -u "$table" "$results.table" || { echo "the results are not those of $table; where they are right, UPDATE=1 writes them" >&2; exit 1; }
 fi

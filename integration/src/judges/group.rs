@@ -174,7 +174,8 @@ impl Group {
         let pki = Pki::make(programs, &folder.join("pki"), &addresses).await?;
         let mut members = Vec::new();
         for (number, address) in (1..).zip(addresses) {
-            let name = format!("{}-{number}", kind.name());
+            // Of one length: tables are as wide as the names in them.
+            let name = format!("member-{number}");
             let folder = folder.join(&name);
             std::fs::create_dir_all(&folder)?;
             members.push(Member {
@@ -292,18 +293,14 @@ impl Group {
         }
     }
 
-    fn initial_cluster(&self) -> Vec<(String, String)> {
-        let pair = |member: &Member| (member.name.clone(), member.peer_url());
+    /// `NAME=URL` of every replica, which both take.
+    fn initial_cluster(&self) -> Vec<String> {
+        let pair = |member: &Member| format!("{}={}", member.name, member.peer_url());
         self.members.iter().map(pair).collect()
     }
 
     fn etcd_command(&self, member: &Member) -> Command {
         let (cert, key) = self.pki.pair("server");
-        let initial: Vec<String> = self
-            .initial_cluster()
-            .into_iter()
-            .map(|(name, url)| format!("{name}={url}"))
-            .collect();
         let mut command = Command::new(self.programs.etcd());
         command
             .args(["--name", &member.name, "--log-level", "warn"])
@@ -311,7 +308,7 @@ impl Group {
             .args(["--advertise-client-urls", &member.endpoint()])
             .args(["--listen-peer-urls", &member.peer_url()])
             .args(["--initial-advertise-peer-urls", &member.peer_url()])
-            .args(["--initial-cluster", &initial.join(",")])
+            .args(["--initial-cluster", &self.initial_cluster().join(",")])
             .args(["--client-cert-auth", "--peer-client-cert-auth"])
             .arg("--data-dir")
             .arg(member.folder.join("data"));
@@ -337,13 +334,14 @@ impl Group {
             member.folder.join("data"),
             address = member.address,
         );
-        if self.members.len() > 1 {
-            anyhow::bail!("groups of our server are not there yet");
-        }
         write!(
             config,
-            "\n[tls]\nca = {:?}\ncert = {cert:?}\nkey = {key:?}\n\n[compaction]\nretention_seconds = 0\n",
+            "\n[tls]\nca = {:?}\ncert = {cert:?}\nkey = {key:?}\n\n[compaction]\nretention_seconds = 0\n\n\
+             [replica]\nname = {:?}\nlisten_peer = \"{}:2380\"\ninitial_cluster = {:?}\n",
             self.pki.authority(),
+            member.name,
+            member.address,
+            self.initial_cluster(),
         )?;
         let path = member.folder.join("server.toml");
         std::fs::write(&path, config).with_context(|| path.display().to_string())?;

@@ -1,10 +1,13 @@
 //! Random operations over few keys, leases and revisions, so that they meet each other; one in ten is wrong somehow.
 
+mod access;
+mod queue;
 mod txn;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
+use clustermesh_api::etcd::election::LeaderKey;
 use clustermesh_api::etcd::rpc::TxnRequest;
 use clustermesh_api::etcd::rpc::watch_create_request::FilterType;
 use clustermesh_api::etcd::rpc::{
@@ -15,7 +18,9 @@ use clustermesh_api::etcd::rpc::{
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt};
 
+use super::access::AccessOp;
 use super::perform::Answer;
+use super::queue::QueueOp;
 use super::watching::{Lane, UNKNOWN_WATCH, WatchOp};
 
 /// Keys that operations are about.
@@ -41,6 +46,7 @@ const STEPS_PER_HASH: usize = 60;
 #[derive(Clone, Debug)]
 pub enum Op {
     Range(RangeRequest),
+    RangeStream(RangeRequest),
     Put(PutRequest),
     DeleteRange(DeleteRangeRequest),
     Txn(TxnRequest),
@@ -52,23 +58,38 @@ pub enum Op {
     LeaseLeases(LeaseLeasesRequest),
     HashKv(HashKvRequest),
     Watch(WatchOp),
+    Queue(QueueOp),
+    Access(AccessOp),
+    /// With this user's token, or with none.
+    As {
+        user: Option<&'static str>,
+        op: Box<Op>,
+    },
 }
 
 impl Op {
     /// Whether it leaves both servers as they were.
     #[must_use]
-    pub const fn only_reads(&self) -> bool {
-        matches!(
-            self,
-            Self::Range(_) | Self::LeaseTimeToLive(_) | Self::LeaseLeases(_) | Self::HashKv(_)
-        )
+    pub fn only_reads(&self) -> bool {
+        match self {
+            Self::Range(_)
+            | Self::RangeStream(_)
+            | Self::LeaseTimeToLive(_)
+            | Self::LeaseLeases(_)
+            | Self::HashKv(_)
+            | Self::Queue(QueueOp::Leader(_)) => true,
+            Self::Access(op) => op.only_reads(),
+            Self::As { op, .. } => op.only_reads(),
+            _ => false,
+        }
     }
 
     /// Name in reports.
     #[must_use]
-    pub const fn name(&self) -> &'static str {
+    pub fn name(&self) -> &'static str {
         match self {
             Self::Range(_) => "range",
+            Self::RangeStream(_) => "range-stream",
             Self::Put(_) => "put",
             Self::DeleteRange(_) => "delete-range",
             Self::Txn(_) => "txn",
@@ -82,6 +103,9 @@ impl Op {
             Self::Watch(WatchOp::Create(..)) => "watch-create",
             Self::Watch(WatchOp::Cancel(..)) => "watch-cancel",
             Self::Watch(WatchOp::Barrier { .. }) => "watch-events",
+            Self::Queue(op) => op.name(),
+            Self::Access(op) => op.name(),
+            Self::As { op, .. } => op.name(),
         }
     }
 }
@@ -97,6 +121,13 @@ pub struct Generator {
     past_watches: usize,
     next_value: u64,
     queued: VecDeque<Op>,
+    contenders_have_leases: bool,
+    /// Whether ranges end after their beginning.
+    no_backward_ranges: bool,
+    /// Lease of who has a lock or an office, or had it last.
+    holders: BTreeMap<&'static [u8], i64>,
+    /// By the office: who was elected.
+    leaders: BTreeMap<Bytes, LeaderKey>,
 }
 
 impl Generator {
@@ -110,6 +141,10 @@ impl Generator {
             past_watches: 0,
             next_value: 0,
             queued: VecDeque::new(),
+            contenders_have_leases: false,
+            no_backward_ranges: false,
+            holders: BTreeMap::new(),
+            leaders: BTreeMap::new(),
         }
     }
 
@@ -125,19 +160,22 @@ impl Generator {
             return self.barrier();
         }
         match self.rng.random_range(0..100) {
-            0..30 => Op::Range(self.range()),
-            30..52 => Op::Put(self.put()),
-            52..60 => Op::DeleteRange(self.delete_range()),
-            60..76 => Op::Txn(self.txn()),
-            76..78 => self.compact(),
-            78..82 => Op::LeaseGrant(self.lease_grant()),
-            82..84 => Op::LeaseRevoke(LeaseRevokeRequest { id: self.lease() }),
-            84..86 => Op::LeaseKeepAlive(LeaseKeepAliveRequest { id: self.lease() }),
-            86..89 => Op::LeaseTimeToLive(LeaseTimeToLiveRequest {
+            0..25 => Op::Range(self.range()),
+            25..28 => Op::RangeStream(self.streamed_range()),
+            28..47 => Op::Put(self.put()),
+            47..54 => Op::DeleteRange(self.delete_range()),
+            54..68 => Op::Txn(self.txn()),
+            68..70 => self.compact(),
+            70..74 => Op::LeaseGrant(self.lease_grant()),
+            74..76 => Op::LeaseRevoke(LeaseRevokeRequest { id: self.lease() }),
+            76..78 => Op::LeaseKeepAlive(LeaseKeepAliveRequest { id: self.lease() }),
+            78..81 => Op::LeaseTimeToLive(LeaseTimeToLiveRequest {
                 id: self.lease(),
                 keys: self.chance(0.7),
             }),
-            89..91 => Op::LeaseLeases(LeaseLeasesRequest {}),
+            81..83 => Op::LeaseLeases(LeaseLeasesRequest {}),
+            83..86 => self.queue(),
+            86..91 => Op::Access(self.access()),
             _ => self.watch(),
         }
     }
@@ -146,7 +184,7 @@ impl Generator {
     pub fn last_ops(&mut self) -> Vec<Op> {
         let hash = |revision| Op::HashKv(HashKvRequest { revision });
         let middle = i64::midpoint(self.compacted.max(1), self.revision);
-        vec![
+        let mut ops = vec![
             Op::Watch(WatchOp::Barrier {
                 revision: self.revision,
                 last: true,
@@ -171,7 +209,9 @@ impl Generator {
             Op::LeaseGrant(LeaseGrantRequest { ttl: 0, id: 9_001 }),
             Op::LeaseGrant(LeaseGrantRequest { ttl: 1, id: 9_002 }),
             Op::LeaseGrant(LeaseGrantRequest { ttl: -7, id: 9_003 }),
-        ]
+        ];
+        ops.extend(self.checked_ops());
+        ops
     }
 
     /// Takes in etcd's answer.
@@ -179,6 +219,9 @@ impl Generator {
         self.revision = self.revision.max(answer.revision());
         if let (Op::Compact(request), true) = (op, answer.is_ok()) {
             self.compacted = request.revision;
+        }
+        if let Some(leader) = answer.leader() {
+            self.leaders.insert(leader.name.clone(), leader.clone());
         }
         // When one of the future lane is cancelled, what it got by then is a matter of speed.
         if let Op::Watch(WatchOp::Create(lane, _)) = op
@@ -211,6 +254,10 @@ impl Generator {
             90..95 => [&key[..], b"\0"].concat().into(),
             _ => key.clone(),
         };
+        let ends_before = !matches!(end.as_ref(), [] | [0]) && end <= key;
+        if self.no_backward_ranges && ends_before {
+            return (key, Bytes::new());
+        }
         (key, end)
     }
 
@@ -271,6 +318,22 @@ impl Generator {
             max_mod_revision: self.bound_revision(),
             min_create_revision: self.bound_revision(),
             max_create_revision: self.bound_revision(),
+        }
+    }
+
+    /// Mostly one that can be streamed.
+    fn streamed_range(&mut self) -> RangeRequest {
+        let range = self.range();
+        if self.chance(0.1) {
+            return range;
+        }
+        RangeRequest {
+            sort_order: 0,
+            min_mod_revision: 0,
+            max_mod_revision: 0,
+            min_create_revision: 0,
+            max_create_revision: 0,
+            ..range
         }
     }
 

@@ -1,19 +1,23 @@
 //! One server: performs an operation and gives the answer in a form that can be compared.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use anyhow::Result;
+use clustermesh_api::etcd::election::LeaderKey;
+use clustermesh_api::etcd::rpc::auth_client::AuthClient;
 use clustermesh_api::etcd::rpc::kv_client::KvClient;
 use clustermesh_api::etcd::rpc::lease_client::LeaseClient;
 use clustermesh_api::etcd::rpc::maintenance_client::MaintenanceClient;
 use clustermesh_api::etcd::rpc::{
     LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesResponse, LeaseTimeToLiveResponse,
-    ResponseHeader,
+    RangeRequest, RangeResponse, ResponseHeader,
 };
 use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 
 use super::generate::Op;
+use super::queue::Queue;
 use super::watching::Watching;
 use crate::judges::group::Group;
 
@@ -39,6 +43,8 @@ pub enum Answer {
         revision: i64,
         /// The watch that the answer says to run from now on.
         watch: Option<i64>,
+        /// Who was elected.
+        leader: Option<LeaderKey>,
     },
     /// An error.
     Err {
@@ -80,6 +86,22 @@ impl Answer {
             text,
             revision,
             watch: None,
+            leader: None,
+        }
+    }
+
+    pub(super) fn with_leader(mut self, elected: Option<LeaderKey>) -> Self {
+        if let Self::Ok { leader, .. } = &mut self {
+            *leader = elected;
+        }
+        self
+    }
+
+    /// Who was elected by this answer.
+    pub const fn leader(&self) -> Option<&LeaderKey> {
+        match self {
+            Self::Ok { leader, .. } => leader.as_ref(),
+            Self::Err { .. } => None,
         }
     }
 
@@ -119,7 +141,7 @@ impl Answer {
         }
     }
 
-    fn of<T: Comparable>(answer: Result<tonic::Response<T>, Status>) -> Self {
+    pub(super) fn of<T: Comparable>(answer: Result<tonic::Response<T>, Status>) -> Self {
         match answer {
             Ok(response) => {
                 let mut message = response.into_inner();
@@ -156,15 +178,15 @@ pub(super) fn set_ids_aside(header: &mut Option<ResponseHeader>) -> i64 {
 }
 
 /// A response with a header.
-trait Comparable: fmt::Debug {
+pub(super) trait Comparable: fmt::Debug {
     fn header_mut(&mut self) -> &mut Option<ResponseHeader>;
     /// Removes what depends on the time or on the order of a hash map.
     fn settle(&mut self) {}
 }
 
 macro_rules! comparable {
-    ($($name:ident),*) => {$(
-        impl Comparable for clustermesh_api::etcd::rpc::$name {
+    ($package:ident: $($name:ident),*) => {$(
+        impl Comparable for clustermesh_api::etcd::$package::$name {
             fn header_mut(&mut self) -> &mut Option<ResponseHeader> {
                 &mut self.header
             }
@@ -172,7 +194,31 @@ macro_rules! comparable {
     )*};
 }
 
+comparable!(lock: LockResponse, UnlockResponse);
 comparable!(
+    election: CampaignResponse,
+    ProclaimResponse,
+    LeaderResponse,
+    ResignResponse
+);
+comparable!(
+    rpc: AuthEnableResponse,
+    AuthDisableResponse,
+    AuthStatusResponse,
+    AuthenticateResponse,
+    AuthUserAddResponse,
+    AuthUserGetResponse,
+    AuthUserListResponse,
+    AuthUserDeleteResponse,
+    AuthUserChangePasswordResponse,
+    AuthUserGrantRoleResponse,
+    AuthUserRevokeRoleResponse,
+    AuthRoleAddResponse,
+    AuthRoleGetResponse,
+    AuthRoleListResponse,
+    AuthRoleDeleteResponse,
+    AuthRoleGrantPermissionResponse,
+    AuthRoleRevokePermissionResponse,
     RangeResponse,
     PutResponse,
     DeleteRangeResponse,
@@ -208,12 +254,34 @@ impl Comparable for LeaseLeasesResponse {
     }
 }
 
+/// Tokens of users, by name.
+#[derive(Default)]
+pub(super) struct Tokens(BTreeMap<String, String>);
+
+impl Tokens {
+    pub(super) fn keep(&mut self, user: &str, token: String) {
+        self.0.insert(user.to_owned(), token);
+    }
+
+    /// A request with the token of `user`, where there is one.
+    pub(super) fn asked_by<T>(&self, user: Option<&str>, message: T) -> Result<Request<T>> {
+        let mut request = Request::new(message);
+        if let Some(token) = user.and_then(|user| self.0.get(user)) {
+            request.metadata_mut().insert("token", token.parse()?);
+        }
+        Ok(request)
+    }
+}
+
 /// Connections to one server.
 pub struct Side {
     kv: KvClient<Channel>,
     lease: LeaseClient<Channel>,
     maintenance: MaintenanceClient<Channel>,
+    auth: AuthClient<Channel>,
+    queue: Queue,
     watching: Watching,
+    tokens: Tokens,
 }
 
 impl Side {
@@ -227,28 +295,66 @@ impl Side {
             watching: Watching::start(channel.clone(), kv.clone()).await?,
             kv,
             lease: LeaseClient::new(channel.clone()),
+            auth: AuthClient::new(channel.clone()),
+            queue: Queue::new(channel.clone()),
             maintenance: MaintenanceClient::new(channel),
+            tokens: Tokens::default(),
         })
     }
 
     /// Performs an operation. An error of the server is an answer.
     pub async fn perform(&mut self, op: &Op) -> Result<Answer> {
+        match op {
+            Op::As { user, op } => self.perform_as(*user, op).await,
+            op => self.perform_as(None, op).await,
+        }
+    }
+
+    async fn perform_as(&mut self, user: Option<&str>, op: &Op) -> Result<Answer> {
+        macro_rules! ask {
+            ($client:ident.$method:ident($request:expr)) => {{
+                let request = self.tokens.asked_by(user, $request)?;
+                Answer::of(self.$client.$method(request).await)
+            }};
+        }
         Ok(match op {
-            Op::Range(request) => Answer::of(self.kv.range(request.clone()).await),
-            Op::Put(request) => Answer::of(self.kv.put(request.clone()).await),
-            Op::DeleteRange(request) => Answer::of(self.kv.delete_range(request.clone()).await),
-            Op::Txn(request) => Answer::of(self.kv.txn(request.clone()).await),
-            Op::Compact(request) => Answer::of(self.kv.compact(*request).await),
-            Op::LeaseGrant(request) => Answer::of(self.lease.lease_grant(*request).await),
-            Op::LeaseRevoke(request) => Answer::of(self.lease.lease_revoke(*request).await),
-            Op::LeaseKeepAlive(request) => Answer::of(self.keep_alive(*request).await),
-            Op::LeaseTimeToLive(request) => {
-                Answer::of(self.lease.lease_time_to_live(*request).await)
+            Op::Range(request) => ask!(kv.range(request.clone())),
+            Op::RangeStream(request) => {
+                let request = self.tokens.asked_by(user, request.clone())?;
+                Answer::of(self.range_stream(request).await)
             }
-            Op::LeaseLeases(request) => Answer::of(self.lease.lease_leases(*request).await),
-            Op::HashKv(request) => Answer::of(self.maintenance.hash_kv(*request).await),
+            Op::Put(request) => ask!(kv.put(request.clone())),
+            Op::DeleteRange(request) => ask!(kv.delete_range(request.clone())),
+            Op::Txn(request) => ask!(kv.txn(request.clone())),
+            Op::Compact(request) => ask!(kv.compact(*request)),
+            Op::LeaseGrant(request) => ask!(lease.lease_grant(*request)),
+            Op::LeaseRevoke(request) => ask!(lease.lease_revoke(*request)),
+            Op::LeaseKeepAlive(request) => Answer::of(self.keep_alive(*request).await),
+            Op::LeaseTimeToLive(request) => ask!(lease.lease_time_to_live(*request)),
+            Op::LeaseLeases(request) => ask!(lease.lease_leases(*request)),
+            Op::HashKv(request) => ask!(maintenance.hash_kv(*request)),
             Op::Watch(op) => self.watching.perform(op).await?,
+            Op::Queue(op) => self.queue.perform(op).await?,
+            Op::Access(op) => op.perform(&mut self.auth, &mut self.tokens, user).await?,
+            Op::As { .. } => anyhow::bail!("one user asks, not two"),
         })
+    }
+
+    /// All messages as one answer: how keys are cut into messages is the server's affair.
+    async fn range_stream(
+        &mut self,
+        request: Request<RangeRequest>,
+    ) -> Result<tonic::Response<RangeResponse>, Status> {
+        let mut answers = self.kv.range_stream(request).await?.into_inner();
+        let mut whole = RangeResponse::default();
+        while let Some(answer) = answers.message().await? {
+            let part = answer.range_response.unwrap_or_default();
+            let mut kvs = std::mem::take(&mut whole.kvs);
+            kvs.extend(part.kvs);
+            // The last one has all the rest.
+            whole = RangeResponse { kvs, ..part };
+        }
+        Ok(tonic::Response::new(whole))
     }
 
     async fn keep_alive(

@@ -1,5 +1,6 @@
 //! What was compared, and what differed.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -10,6 +11,8 @@ use super::perform::Answer;
 const DIFFERENCES_KEPT: usize = 20;
 /// Lines of an operation or answer that are shown.
 const SHOWN_LINES: usize = 60;
+/// Of a line so many characters are shown: values can be large.
+const SHOWN_CHARACTERS: usize = 160;
 
 /// One operation that was answered differently.
 #[derive(Clone, Debug)]
@@ -116,7 +119,7 @@ impl fmt::Display for Difference {
         writeln!(f, "\nseed {}, step {}:", self.seed, self.step)?;
         writeln!(f, "{}", head(&self.op))?;
         for line in &self.lines {
-            writeln!(f, "{line}")?;
+            writeln!(f, "{}", shortened(line))?;
         }
         writeln!(f, "again: make differential SEED={}", self.seed)
     }
@@ -130,11 +133,18 @@ fn without_digits(text: &str) -> String {
 }
 
 fn head(text: &str) -> String {
-    let mut lines: Vec<&str> = text.lines().take(SHOWN_LINES).collect();
+    let mut lines: Vec<_> = text.lines().take(SHOWN_LINES).map(shortened).collect();
     if text.lines().count() > SHOWN_LINES {
-        lines.push("…");
+        lines.push("…".into());
     }
     lines.join("\n")
+}
+
+fn shortened(line: &str) -> Cow<'_, str> {
+    match line.char_indices().nth(SHOWN_CHARACTERS) {
+        None => line.into(),
+        Some((end, _)) => format!("{}… ({} bytes)", &line[..end], line.len()).into(),
+    }
 }
 
 /// Both texts without their common first and last lines, marked with whose each line is.
@@ -174,6 +184,17 @@ fn unequal_lines(etcd: &str, ours: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn large_values_are_cut() {
+        let line = format!("value: b\"{}\"", "x".repeat(20_000));
+        let short = shortened(&line);
+        assert!(
+            short.len() < 200 && short.ends_with("(20009 bytes)"),
+            "{short}"
+        );
+        assert_eq!(shortened("short"), "short");
+    }
 
     #[test]
     fn only_what_differs_is_shown_with_whose_it_is() {

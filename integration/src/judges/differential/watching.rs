@@ -80,6 +80,8 @@ pub struct Watching {
     sequences: Sequences,
     /// Watches that the server must end by itself.
     doomed: BTreeSet<i64>,
+    /// Watches that take responses in fragments.
+    fragmented: BTreeSet<(Lane, i64)>,
 }
 
 struct Stream {
@@ -140,6 +142,7 @@ impl Watching {
             streams,
             sequences: Sequences::new(),
             doomed: BTreeSet::new(),
+            fragmented: BTreeSet::new(),
         })
     }
 
@@ -168,6 +171,12 @@ impl Watching {
             let revision = set_ids_aside(&mut response.header);
             let running = (!response.canceled).then_some(response.watch_id);
             let text = format!("{response:#?}");
+            let watch = (lane, response.watch_id);
+            if create.fragment {
+                self.fragmented.insert(watch);
+            } else {
+                self.fragmented.remove(&watch);
+            }
             if lane == Lane::Compacted {
                 self.doomed.extend(running);
             }
@@ -176,6 +185,7 @@ impl Watching {
                 revision,
                 // A doomed one ends by itself.
                 watch: running.filter(|_| lane != Lane::Compacted),
+                leader: None,
             });
         }
     }
@@ -280,7 +290,11 @@ impl Watching {
         if is_progress(&response) {
             return;
         }
-        let sequence = self.sequences.entry((lane, response.watch_id)).or_default();
+        let watch = (lane, response.watch_id);
+        let sequence = self.sequences.entry(watch).or_default();
+        if response.fragment && !self.fragmented.contains(&watch) {
+            sequence.push("a fragment that was not asked for".to_owned());
+        }
         if response.watch_id != SENTINEL_WATCH {
             let newest = response.header.as_ref().map_or(0, |header| header.revision);
             for event in &response.events {
