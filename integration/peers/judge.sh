@@ -67,8 +67,6 @@ auth_token_ttl_seconds = 2
 ca = "$folder/pki/ca.crt"
 cert = "$folder/pki/judged/server.crt"
 key = "$folder/pki/judged/server.key"
-[compaction]
-retention_seconds = 0
 [replica]
 name = "pifpaf$number"
 listen_peer = "$address:2380"
