@@ -65,6 +65,18 @@ impl Underlay {
                 "there is no default route: name the devices that lead to other nodes in underlay_devices",
             )?);
         }
+        let facts = device_facts(handle).await?;
+        let of = |device: u32| facts.iter().find(|facts| facts.index == device);
+        if let Some(bare) = devices
+            .iter()
+            .filter_map(|device| of(*device))
+            .find(|facts| !facts.has_ethernet_header)
+        {
+            bail!(
+                "the underlay device {} has no Ethernet header, which the kernel programs need: name another one in underlay_devices",
+                bare.name
+            );
+        }
         let mut addresses = Vec::new();
         let mut egress = [None, None];
         for device in &devices {
@@ -94,13 +106,9 @@ impl Underlay {
             bail!("the underlay devices have no global address");
         }
         addresses.sort_by_key(IpAddr::is_ipv6);
-        let mtus = device_mtus(handle).await?;
         let path = |device: Option<u32>, tunnel: u32| {
             device.map(|device| {
-                let mtu = mtus
-                    .iter()
-                    .find(|(index, _)| *index == device)
-                    .map_or(1500, |(_, mtu)| *mtu);
+                let mtu = of(device).map_or(1500, |facts| facts.mtu);
                 let overhead = match config.routing {
                     Routing::Tunnel => tunnel,
                     Routing::Direct => 0,
@@ -146,9 +154,18 @@ impl Underlay {
     }
 }
 
-async fn device_mtus(handle: &Handle) -> anyhow::Result<Vec<(u32, u32)>> {
+/// What the underlay asks of a device.
+struct DeviceFacts {
+    index: u32,
+    name: String,
+    /// Largest packet, bytes.
+    mtu: u32,
+    has_ethernet_header: bool,
+}
+
+async fn device_facts(handle: &Handle) -> anyhow::Result<Vec<DeviceFacts>> {
     use futures_util::TryStreamExt as _;
-    use rtnetlink::packet_route::link::LinkAttribute;
+    use rtnetlink::packet_route::link::{LinkAttribute, LinkLayerType};
 
     let messages: Vec<_> = handle
         .link()
@@ -158,12 +175,25 @@ async fn device_mtus(handle: &Handle) -> anyhow::Result<Vec<(u32, u32)>> {
         .await
         .context("list interfaces")?;
     Ok(messages
-        .iter()
-        .filter_map(|message| {
-            message.attributes.iter().find_map(|a| match a {
-                LinkAttribute::Mtu(mtu) => Some((message.header.index, *mtu)),
-                _ => None,
-            })
+        .into_iter()
+        .map(|message| {
+            let mut facts = DeviceFacts {
+                index: message.header.index,
+                name: String::new(),
+                mtu: 1500,
+                has_ethernet_header: matches!(
+                    message.header.link_layer_type,
+                    LinkLayerType::Ether | LinkLayerType::Loopback
+                ),
+            };
+            for attribute in message.attributes {
+                match attribute {
+                    LinkAttribute::IfName(name) => facts.name = name,
+                    LinkAttribute::Mtu(mtu) => facts.mtu = mtu,
+                    _ => {}
+                }
+            }
+            facts
         })
         .collect())
 }

@@ -373,3 +373,20 @@ fn a_changed_underlay_is_followed_and_one_that_cannot_be_used_is_reported() {
     let index = show.split(':').next().unwrap();
     assert_eq!(links, [format!("from_network-{index}")]);
 }
+
+#[test]
+fn an_underlay_device_without_an_ethernet_header_is_refused_by_name() {
+    let machine = Machine::new();
+    let host = machine.host.clone();
+    ip(&format!("-n {host} link delete u0"));
+    ip(&format!("-n {host} tuntap add dev u0 mode tun"));
+    ip(&format!("-n {host} addr add 192.0.2.7/24 dev u0"));
+    ip(&format!("-n {host} link set u0 up"));
+    let output = machine.node(&[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        said.contains("u0 has no Ethernet header") && said.contains("underlay_devices"),
+        "{said}"
+    );
+}
