@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use clustermesh_integration::lab::cluster::Cluster;
 use clustermesh_integration::lab::process::Process;
+use clustermesh_integration::lab::store::gone;
 use clustermesh_integration::lab::{AttachMode, Lab, LabConfig};
 use clustermesh_integration::scenario::{NAMESPACE, until, workload};
 use nix::sys::signal::Signal;
@@ -21,29 +21,8 @@ const ECHO_MS_MAX: f64 = 2_000.0;
 /// Port of the servers.
 const PORT: u16 = 8080;
 
-/// When every record was made, by key. A record that was deleted and written again differs.
-async fn made(cluster: &Cluster, prefixes: &[&str]) -> BTreeMap<String, i64> {
-    let store = cluster.store().unwrap();
-    let mut made = BTreeMap::new();
-    for prefix in prefixes {
-        for record in store.list(prefix).await.unwrap() {
-            let key = String::from_utf8_lossy(&record.key).into_owned();
-            made.insert(key, record.create_revision);
-        }
-    }
-    made
-}
-
 fn socket_address(address: &str, port: u16) -> String {
     SocketAddr::new(address.parse().unwrap(), port).to_string()
-}
-
-fn gone(before: &BTreeMap<String, i64>, after: &BTreeMap<String, i64>) -> Vec<String> {
-    before
-        .iter()
-        .filter(|(key, made)| after.get(*key) != Some(*made))
-        .map(|(key, _)| key.clone())
-        .collect()
 }
 
 async fn finish_stream(stream: Process, what: &str) {
@@ -117,8 +96,8 @@ async fn agent_and_server_are_away(attach_mode: AttachMode, signal: Signal) {
     .unwrap();
     let own = ["cilium/state/", "clustermesh.io/"];
     let copies = ["cilium/cache/"];
-    let own_before = made(lab.cluster(0), &own).await;
-    let copies_before = made(lab.cluster(1), &copies).await;
+    let own_before = lab.cluster(0).store().unwrap().made(&own).await.unwrap();
+    let copies_before = lab.cluster(1).store().unwrap().made(&copies).await.unwrap();
     assert!(own_before.len() > 10 && copies_before.len() > 10);
 
     // Established and new flows, from and to the node whose agent goes, both families, in and between clusters.
@@ -154,7 +133,7 @@ async fn agent_and_server_are_away(attach_mode: AttachMode, signal: Signal) {
     a.stop_server(signal).await.unwrap();
     // What is proved is that traffic runs that long without them.
     tokio::time::sleep(AWAY).await;
-    let copies_away = made(lab.cluster(1), &copies).await;
+    let copies_away = lab.cluster(1).store().unwrap().made(&copies).await.unwrap();
     assert_eq!(gone(&copies_before, &copies_away), Vec::<String>::new());
     let a = lab.cluster_mut(0);
     a.restart_server().await.unwrap();
@@ -167,15 +146,15 @@ async fn agent_and_server_are_away(attach_mode: AttachMode, signal: Signal) {
     })
     .await
     .unwrap();
-    let own_stale = made(a, &own).await;
+    let own_stale = a.store().unwrap().made(&own).await.unwrap();
     assert_eq!(gone(&own_before, &own_stale), Vec::<String>::new());
     let a = lab.cluster_mut(0);
     a.node_mut(0).start_agent().await.unwrap();
     for cluster in lab.clusters() {
         cluster.wait_converged(CONVERGED_SECONDS_MAX).await.unwrap();
     }
-    let own_after = made(lab.cluster(0), &own).await;
-    let copies_after = made(lab.cluster(1), &copies).await;
+    let own_after = lab.cluster(0).store().unwrap().made(&own).await.unwrap();
+    let copies_after = lab.cluster(1).store().unwrap().made(&copies).await.unwrap();
     assert_eq!(gone(&own_before, &own_after), Vec::<String>::new());
     assert_eq!(gone(&copies_before, &copies_after), Vec::<String>::new());
     for (stream, what) in streams {

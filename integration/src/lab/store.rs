@@ -1,5 +1,6 @@
 //! A cluster's store, read and written with the operator's certificate over etcd's API.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::PathBuf;
 
@@ -20,6 +21,19 @@ const LISTED_KEYS_MAX: usize = 100_000;
 pub struct Store {
     netns: PathBuf,
     config: ClientConfig,
+}
+
+/// Revisions at which records were made, by key.
+pub type Made = BTreeMap<String, i64>;
+
+/// Keys of what was deleted in between, also of what has been written again since.
+#[must_use]
+pub fn gone(before: &Made, after: &Made) -> Vec<String> {
+    before
+        .iter()
+        .filter(|(key, made)| after.get(*key) != Some(*made))
+        .map(|(key, _)| key.clone())
+        .collect()
 }
 
 impl Cluster {
@@ -114,6 +128,21 @@ impl Store {
                 .kvs)
         })
         .await
+    }
+
+    /// When each record below the prefixes was made, by key: one that was deleted and written again differs.
+    ///
+    /// # Errors
+    /// As [`Self::list`].
+    pub async fn made(&self, prefixes: &[&str]) -> Result<Made> {
+        let mut made = Made::new();
+        for prefix in prefixes {
+            for record in self.list(prefix).await? {
+                let key = String::from_utf8_lossy(&record.key).into_owned();
+                made.insert(key, record.create_revision);
+            }
+        }
+        Ok(made)
     }
 
     /// Makes calls with a client that lives in the cluster's network as long as they run.
