@@ -1,11 +1,11 @@
 //! The server's configuration file: TOML, unknown keys refused, checked once as a whole.
 
+mod compaction;
 mod replica;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use clustermesh_api::IdentitySplit;
 use clustermesh_api::identity_split::NumberingError;
@@ -16,6 +16,7 @@ use clustermesh_process::TlsPaths;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use serde::Deserialize;
 
+pub use compaction::{CompactionConfig, CompactionMode, Retention};
 pub use replica::ReplicaSection;
 
 /// Endpoints given for one peer.
@@ -146,30 +147,6 @@ impl Default for LimitsConfig {
         Self {
             max_connections: 16_384,
             max_streams_per_connection: 1_024,
-        }
-    }
-}
-
-/// `[compaction]`.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct CompactionConfig {
-    /// History is kept so long, in seconds; 0 turns automatic compaction off.
-    pub retention_seconds: u64,
-}
-
-impl CompactionConfig {
-    /// Age at which history goes; `None`: never by itself.
-    #[must_use]
-    pub fn retention(&self) -> Option<Duration> {
-        (self.retention_seconds > 0).then(|| Duration::from_secs(self.retention_seconds))
-    }
-}
-
-impl Default for CompactionConfig {
-    fn default() -> Self {
-        Self {
-            retention_seconds: 3_600,
         }
     }
 }
@@ -356,6 +333,7 @@ impl Config {
             .parse::<clustermesh_process::LogFormat>()
             .map_err(|error| fault("log.format", error.to_string()))?;
         self.limits.check()?;
+        self.compaction.policy()?;
         if let Some(replica) = &self.replica {
             replica.check()?;
         }

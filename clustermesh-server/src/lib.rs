@@ -2,6 +2,7 @@
 
 pub mod agents;
 pub mod auth;
+pub mod check_data;
 pub mod config;
 pub mod controllers;
 pub mod etcd;

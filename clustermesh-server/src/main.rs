@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use clustermesh_process::{
     EXIT_BAD_CONFIGURATION, LogFormat, logging, notify_ready, notify_stopping, shutdown_signal,
 };
+use clustermesh_server::check_data::{self, Form};
 use clustermesh_server::config::Config;
 use clustermesh_server::server::Server;
 use tracing::{error, warn};
@@ -15,6 +16,7 @@ const EXAMPLES: &str = "\
 Examples:
   clustermesh-server --config /etc/clustermesh/server.toml
   clustermesh-server --config server.toml --check-config
+  clustermesh-server check-data --config /etc/clustermesh/server.toml
 
 A small configuration:
   data_dir = \"/var/lib/clustermesh/server\"
@@ -52,12 +54,47 @@ A replica that joins a running group, as learner first:
 Environment:
   CLUSTERMESH_LOG   log filter, for example \"info\" or \"clustermesh_server=debug\"
 
-Exit codes: 0 ended in order, 1 failed, 64 bad configuration.";
+Exit codes: 0 ended in order, 1 failed or check-data found errors, 64 bad configuration.";
 
 /// Control plane of one cluster: replicated store with etcd's API, node sessions, peering.
 #[derive(Debug, Parser)]
-#[command(name = "clustermesh-server", version, about, after_help = EXAMPLES)]
+#[command(
+    name = "clustermesh-server",
+    version,
+    about,
+    after_help = EXAMPLES,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: Option<RunArguments>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Look through the data folder of a server that is not running: log, vote, snapshots, identity. Nothing in it is
+    /// changed; the log is copied to TMPDIR, and the state is read into memory once.
+    CheckData(CheckDataArguments),
+}
+
+#[derive(Debug, Args)]
+struct CheckDataArguments {
+    /// Configuration file of the server: the folder must also be of its cluster.
+    #[arg(long, value_name = "FILE", required_unless_present = "data_dir")]
+    config: Option<PathBuf>,
+    /// The data folder.
+    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    data_dir: Option<PathBuf>,
+    /// Form of the report.
+    #[arg(short, long, value_enum, default_value_t = Form::Text)]
+    output: Form,
+}
+
+#[derive(Debug, Args)]
+struct RunArguments {
     /// Configuration file (TOML).
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
@@ -72,8 +109,63 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let config = match load(&arguments) {
+    match Arguments::parse() {
+        Arguments {
+            command: Some(Command::CheckData(arguments)),
+            ..
+        } => check(&arguments),
+        Arguments {
+            run: Some(arguments),
+            ..
+        } => serve(&arguments),
+        // clap asks for one of them.
+        _ => ExitCode::from(EXIT_BAD_CONFIGURATION),
+    }
+}
+
+fn check(arguments: &CheckDataArguments) -> ExitCode {
+    let failed = |code: u8, reason: &dyn std::fmt::Display| {
+        eprintln!("clustermesh-server: {reason:#}");
+        ExitCode::from(code)
+    };
+    let mut cluster_name = None;
+    let data_dir = match (&arguments.config, &arguments.data_dir) {
+        (Some(path), _) => match Config::load(path) {
+            Ok(config) => {
+                cluster_name = Some(
+                    config
+                        .cluster
+                        .map_or_else(String::new, |cluster| cluster.name),
+                );
+                config.data_dir
+            }
+            Err(error) => return failed(EXIT_BAD_CONFIGURATION, &error),
+        },
+        (None, Some(data_dir)) => data_dir.clone(),
+        (None, None) => return failed(EXIT_BAD_CONFIGURATION, &"give --config or --data-dir"),
+    };
+    let report = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| runtime.block_on(check_data::run(&data_dir, cluster_name.as_deref())));
+    let report = match report {
+        Ok(report) => report,
+        Err(error) => return failed(1, &error),
+    };
+    match arguments.output {
+        Form::Text => print!("{}", check_data::to_text(&data_dir, &report)),
+        Form::Json => println!("{:#}", check_data::to_json(&data_dir, &report)),
+    }
+    if report.is_good() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn serve(arguments: &RunArguments) -> ExitCode {
+    let config = match load(arguments) {
         Ok(config) => config,
         Err(reason) => {
             eprintln!("clustermesh-server: {reason}");
@@ -103,7 +195,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn load(arguments: &Arguments) -> Result<Config, String> {
+fn load(arguments: &RunArguments) -> Result<Config, String> {
     let config = Config::load(&arguments.config).map_err(|error| error.to_string())?;
     let format: LogFormat = config
         .log

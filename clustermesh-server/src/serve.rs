@@ -221,7 +221,7 @@ async fn serve_tls(shared: &Arc<Shared>, stream: TcpStream, remote: SocketAddr, 
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
             shared.metrics.handshakes_failed.inc();
-            debug!(%remote, %error, "TLS handshake");
+            shared.tls.refused("client port", &remote, &error);
             return;
         }
         Err(_) => {

@@ -14,7 +14,7 @@ use clustermesh_process::{
     AdminPages, AdminServer, ClientTls, Drain, DrainEnd, DrainTrigger, Readiness, ServerTls, drain,
     install_crypto_provider,
 };
-use clustermesh_raft::{AutoCompaction, Data, Node, PeerHandler, Replica, ReplicaConfig};
+use clustermesh_raft::{Data, Node, PeerHandler, Replica, ReplicaConfig};
 use tokio::task::JoinSet;
 use tonic::service::{Routes, RoutesBuilder};
 use tracing::{info, warn};
@@ -259,10 +259,10 @@ async fn start_replica(
     let name = cluster.as_deref().unwrap_or("");
     let mut replica = ReplicaConfig::new(Data::Folder(config.data_dir.clone()), name);
     replica.node = own_node(config);
-    replica.auto_compaction = match config.compaction.retention() {
-        Some(keep) => AutoCompaction::Age { keep },
-        None => AutoCompaction::Off,
-    };
+    replica.auto_compaction = config
+        .compaction
+        .policy()
+        .map_err(|(key, reason)| anyhow::anyhow!("{key}: {reason}"))?;
     replica.quota_bytes = config.quota_bytes;
     let context = || format!("data_dir {}", config.data_dir.display());
     let Some(section) = &config.replica else {

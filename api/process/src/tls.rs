@@ -1,5 +1,9 @@
 //! TLS material from PEM files, read again when the files change, without a restart.
 
+mod refusals;
+
+use std::fmt::Display;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -8,7 +12,10 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use refusals::Refusals;
 
 /// Files are looked at for changes at most this often.
 pub const RELOAD_CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -44,6 +51,18 @@ pub enum TlsError {
         cert: String,
         /// What rustls says.
         source: rustls::Error,
+    },
+    /// The own certificate is of no use at this time.
+    #[error(
+        "certificate {path} is valid from {not_before} to {not_after}, which is not now: issue it anew, or set the clock"
+    )]
+    NotValidNow {
+        /// The certificate file.
+        path: String,
+        /// When it begins to be valid.
+        not_before: String,
+        /// When it ends.
+        not_after: String,
     },
     /// The CA file cannot verify clients.
     #[error("client verification with {ca}: {reason}")]
@@ -83,6 +102,11 @@ impl ServerTls {
     pub fn config(&self) -> Arc<ServerConfig> {
         self.0.current(RELOAD_CHECK_INTERVAL)
     }
+
+    /// Tells the operator of a handshake with `remote` that failed for a certificate; many of them are one line.
+    pub fn refused(&self, place: &str, remote: &dyn Display, error: &io::Error) {
+        self.0.refusals.tell(place, remote, error);
+    }
 }
 
 impl ClientTls {
@@ -99,6 +123,11 @@ impl ClientTls {
     pub fn config(&self) -> Arc<ClientConfig> {
         self.0.current(RELOAD_CHECK_INTERVAL)
     }
+
+    /// Tells the operator of a handshake with `remote` that failed for a certificate; many of them are one line.
+    pub fn refused(&self, place: &str, remote: &dyn Display, error: &io::Error) {
+        self.0.refusals.tell(place, remote, error);
+    }
 }
 
 type Build<T> = fn(&TlsPaths) -> Result<T, TlsError>;
@@ -109,6 +138,7 @@ struct Reloading<T> {
     paths: TlsPaths,
     build: Build<T>,
     state: Mutex<Loaded<T>>,
+    refusals: Refusals,
 }
 
 #[derive(Debug)]
@@ -116,6 +146,8 @@ struct Loaded<T> {
     config: Arc<T>,
     stamp: Stamp,
     checked: Instant,
+    /// Why the files as they are now are not used; told once.
+    refused: Option<String>,
 }
 
 impl<T> Reloading<T> {
@@ -123,6 +155,10 @@ impl<T> Reloading<T> {
         // The stamp first: a change during the read is then seen as a change later.
         let stamp = stamp(&paths);
         let config = Arc::new(build(&paths)?);
+        // The clock may be what is wrong, and the other side decides.
+        if let Err(error) = check_valid_now(&paths) {
+            error!(%error, "the other side will not accept our certificate");
+        }
         Ok(Self {
             paths,
             build,
@@ -130,7 +166,9 @@ impl<T> Reloading<T> {
                 config,
                 stamp,
                 checked: Instant::now(),
+                refused: None,
             }),
+            refusals: Refusals::default(),
         })
     }
 
@@ -141,20 +179,45 @@ impl<T> Reloading<T> {
             let now = stamp(&self.paths);
             if now != state.stamp {
                 // Certificate and key are replaced one after the other: a mismatch is retried, the old pair serves on.
-                match (self.build)(&self.paths) {
+                let built = check_valid_now(&self.paths).and_then(|()| (self.build)(&self.paths));
+                match built {
                     Ok(config) => {
                         info!(cert = %self.paths.cert.display(), "TLS material read again");
                         state.config = Arc::new(config);
                         state.stamp = now;
+                        state.refused = None;
                     }
                     Err(error) => {
-                        warn!(%error, "changed TLS material cannot be used, keeping the old")
+                        let reason = error.to_string();
+                        if state.refused.as_ref() != Some(&reason) {
+                            warn!(%error, "changed TLS material cannot be used, keeping the old");
+                            state.refused = Some(reason);
+                        }
                     }
                 }
             }
         }
         Arc::clone(&state.config)
     }
+}
+
+/// A new certificate that is expired or of tomorrow must not replace one that works.
+fn check_valid_now(paths: &TlsPaths) -> Result<(), TlsError> {
+    let chain = chain(&paths.cert)?;
+    let Some(leaf) = chain.first() else {
+        return Ok(());
+    };
+    let (_, leaf) = X509Certificate::from_der(leaf)
+        .map_err(|error| file("certificate file", &paths.cert, error))?;
+    let validity = leaf.validity();
+    if validity.is_valid() {
+        return Ok(());
+    }
+    Err(TlsError::NotValidNow {
+        path: paths.cert.display().to_string(),
+        not_before: validity.not_before.to_string(),
+        not_after: validity.not_after.to_string(),
+    })
 }
 
 fn stamp(paths: &TlsPaths) -> Stamp {

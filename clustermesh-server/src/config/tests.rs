@@ -44,8 +44,10 @@ fn a_small_file_gets_the_defaults() {
     assert_eq!(config.tls.ca, PathBuf::from("ca.pem"));
     assert_eq!(config.tls.cert, PathBuf::from("/etc/cert.pem"));
     assert_eq!(
-        config.compaction.retention(),
-        Some(Duration::from_secs(3_600))
+        config.compaction.policy(),
+        Ok(clustermesh_raft::AutoCompaction::Age {
+            keep: std::time::Duration::from_secs(3_600)
+        })
     );
     assert_eq!(config.cluster.as_ref().unwrap().max_connected_clusters, 255);
     let peer = config.peer_tls_paths(&config.peers[0]);

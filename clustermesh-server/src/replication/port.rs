@@ -95,7 +95,8 @@ impl PeerPort {
             let (tls, cluster, routes) =
                 (self.tls.clone(), self.cluster.clone(), self.routes.clone());
             connections.spawn(async move {
-                if let Err(reason) = serve_one(stream, &tls, cluster.as_deref(), routes).await {
+                let served = serve_one(stream, remote, &tls, cluster.as_deref(), routes).await;
+                if let Err(reason) = served {
                     debug!(%remote, reason, "connection of a replica ended");
                 }
                 drop(place);
@@ -106,6 +107,7 @@ impl PeerPort {
 
 async fn serve_one(
     stream: TcpStream,
+    remote: SocketAddr,
     tls: &ServerTls,
     cluster: Option<&str>,
     routes: Routes,
@@ -117,6 +119,7 @@ async fn serve_one(
     let stream = tokio::time::timeout(TLS_HANDSHAKE_TIMEOUT, handshake)
         .await
         .map_err(|_| "TLS handshake timed out".to_owned())?
+        .inspect_err(|error| tls.refused("peer port", &remote, error))
         .map_err(|error| format!("TLS handshake: {error}"))?;
     let certificate = stream
         .get_ref()

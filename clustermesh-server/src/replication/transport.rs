@@ -250,11 +250,16 @@ impl tower::Service<Uri> for Dial {
 
     fn call(&mut self, _: Uri) -> Self::Future {
         let (host, port, name) = (self.host.clone(), self.port, self.name.clone());
-        let connector = TlsConnector::from(self.tls.config());
+        let tls = self.tls.clone();
         Box::pin(async move {
             let stream = TcpStream::connect((host.as_str(), port)).await?;
             stream.set_nodelay(true)?;
-            Ok(TokioIo::new(connector.connect(name, stream).await?))
+            let connecting = TlsConnector::from(tls.config()).connect(name, stream);
+            let stream = connecting.await.inspect_err(|error| {
+                let place = "connection to another replica";
+                tls.refused(place, &format_args!("{host}:{port}"), error);
+            })?;
+            Ok(TokioIo::new(stream))
         })
     }
 }

@@ -8,6 +8,7 @@ mod api;
 mod auth;
 mod etcd;
 mod gateway;
+mod operations;
 mod peering;
 mod process;
 mod replicas;

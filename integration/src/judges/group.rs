@@ -336,7 +336,7 @@ impl Group {
         );
         write!(
             config,
-            "\n[tls]\nca = {:?}\ncert = {cert:?}\nkey = {key:?}\n\n[compaction]\nretention_seconds = 0\n\n\
+            "\n[tls]\nca = {:?}\ncert = {cert:?}\nkey = {key:?}\n\n[compaction]\nmode = \"off\"\n\n\
              [replica]\nname = {:?}\nlisten_peer = \"{}:2380\"\ninitial_cluster = {:?}\n",
             self.pki.authority(),
             member.name,

@@ -75,6 +75,27 @@ async fn changed_files_are_used_and_a_broken_file_keeps_the_old() {
     assert!(handshake(second, client.config()).await);
 }
 
+#[tokio::test]
+async fn an_expired_certificate_does_not_replace_one_that_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = authority();
+    let paths = write(dir.path(), &authority);
+    let tls = Reloading::load(paths.clone(), server_config).unwrap();
+    let first = tls.current(Duration::ZERO);
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+    let cert = params.signed_by(&key, &authority.issuer).unwrap();
+    std::fs::write(&paths.cert, cert.pem()).unwrap();
+    std::fs::write(&paths.key, key.serialize_pem()).unwrap();
+    assert!(Arc::ptr_eq(&first, &tls.current(Duration::ZERO)));
+    let told = tls.state.lock().unwrap().refused.clone().unwrap();
+    assert!(told.contains("cert.pem") && told.contains("2020"), "{told}");
+    write(dir.path(), &authority);
+    assert!(!Arc::ptr_eq(&first, &tls.current(Duration::ZERO)));
+    assert_eq!(tls.state.lock().unwrap().refused, None);
+}
+
 #[test]
 fn errors_name_the_file() {
     let dir = tempfile::tempdir().unwrap();
