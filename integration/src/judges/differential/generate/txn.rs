@@ -1,17 +1,14 @@
 //! Random transactions, nested ones too.
 
-use bytes::Bytes;
 use clustermesh_api::etcd::rpc::compare::TargetUnion;
 use clustermesh_api::etcd::rpc::request_op::Request;
-use clustermesh_api::etcd::rpc::{Compare, PutRequest, RequestOp, TxnRequest};
+use clustermesh_api::etcd::rpc::{Compare, RequestOp, TxnRequest};
 use rand::RngExt;
 
 use super::Generator;
 
 /// Transactions inside transactions.
 const DEPTH_MAX: usize = 3;
-/// Two of them fit into a request.
-const LARGE_VALUE_BYTES: usize = 600_000;
 /// etcd takes 128 operations.
 const TOO_MANY_OPS: usize = 129;
 
@@ -19,9 +16,6 @@ impl Generator {
     pub(super) fn txn(&mut self) -> TxnRequest {
         if self.chance(0.02) {
             return self.wide_txn();
-        }
-        if self.chance(0.01) {
-            return self.large_txn();
         }
         self.nested_txn(DEPTH_MAX)
     }
@@ -44,21 +38,6 @@ impl Generator {
         });
         TxnRequest {
             success: reads.collect(),
-            ..TxnRequest::default()
-        }
-    }
-
-    /// Values that do not fit into one response of a watch together with those of another one.
-    fn large_txn(&mut self) -> TxnRequest {
-        let puts = [b"a", b"b"].map(|key| RequestOp {
-            request: Some(Request::RequestPut(PutRequest {
-                key: Bytes::from_static(key),
-                value: vec![b'l'; LARGE_VALUE_BYTES].into(),
-                ..PutRequest::default()
-            })),
-        });
-        TxnRequest {
-            success: puts.into(),
             ..TxnRequest::default()
         }
     }
