@@ -1,5 +1,6 @@
 //! What agents speak: their stream and their sessions.
 
+pub mod elsewhere;
 pub mod listing;
 pub mod registry;
 pub mod session;

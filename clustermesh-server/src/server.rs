@@ -17,8 +17,9 @@ use clustermesh_process::{
 use clustermesh_raft::{Data, Node, PeerHandler, Replica, ReplicaConfig};
 use tokio::task::JoinSet;
 use tonic::service::{Routes, RoutesBuilder};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
+use crate::agents::elsewhere::tell_others;
 use crate::agents::registry::Registry;
 use crate::agents::session::NodeSessionService;
 use crate::agents::stream::AgentStreamService;
@@ -50,7 +51,11 @@ pub struct Server {
     tasks: JoinSet<()>,
 }
 
+/// Pause before the own records are written again, while the group has no leader.
+const OWN_RECORDS_RETRY_PAUSE: Duration = Duration::from_secs(1);
+
 /// What a server of a cluster has beyond a plain store.
+#[derive(Clone)]
 struct ClusterParts {
     settings: Arc<ClusterSettings>,
     planner: Planner,
@@ -79,7 +84,8 @@ impl Server {
         let (trigger, drain) = drain();
         let mut tasks = JoinSet::new();
 
-        let (replica, peer_port) = start_replica(config).await?;
+        let sessions = Registry::new();
+        let (replica, peer_port) = start_replica(config, &sessions).await?;
         let store = Store::new(replica, config.auth_token_ttl_seconds);
         drop(store_token);
         metrics.register_replica(&mut registry, store.replica().metrics());
@@ -101,20 +107,37 @@ impl Server {
         etcd::add_services(&mut routes, &store, &answers, &metrics, &drain);
         etcd::add_reflection(&mut routes)?;
         if let Some(settings) = settings {
-            store
-                .seed_auth(crate::auth::seed(&settings.name))
-                .await
-                .map_err(|status| anyhow::anyhow!("roles and users: {}", status.message()))?;
             let parts = ClusterParts {
                 planner: Planner::start(store.clone(), &settings.name),
-                registry: Registry::new(),
+                registry: sessions,
                 statuses: PeerStatuses::default(),
                 peers: config.peers.iter().map(|peer| peer.name.clone()).collect(),
                 settings: Arc::new(settings),
             };
-            own_records::write(&parts.planner, &parts.settings)
-                .await
-                .map_err(|status| anyhow::anyhow!("own records: {}", status.message()))?;
+            let written = match store.check_leader() {
+                Ok(()) => write_own(&store, &parts).await,
+                Err(status) => Err(status),
+            };
+            match written {
+                Ok(()) => drop(records_token),
+                // The others of the group are not up: what is there is served meanwhile.
+                Err(status) if store.check_leader().is_err() => {
+                    warn!(
+                        error = status.message(),
+                        "the group has no leader: only serializable reads are served, the server is ready later"
+                    );
+                    let (store, parts) = (store.clone(), parts.clone());
+                    tasks.spawn(async move {
+                        while let Err(status) = write_own(&store, &parts).await {
+                            debug!(error = status.message(), "still no leader");
+                            tokio::time::sleep(OWN_RECORDS_RETRY_PAUSE).await;
+                        }
+                        info!("the group has a leader, the server is ready");
+                        drop(records_token);
+                    });
+                }
+                Err(status) => anyhow::bail!("own records: {}", status.message()),
+            }
             add_cluster_services(&mut routes, &parts, &store, &metrics, &drain);
             start_controllers(&mut tasks, &parts, &store, &metrics, &drain);
             let settle = config
@@ -137,6 +160,8 @@ impl Server {
                 &metrics.peering,
             )?;
             tasks.spawn(peering.run(drain.clone()));
+        } else {
+            drop(records_token);
         }
         let port = ClientPort::bind(
             config.listen_client,
@@ -159,8 +184,10 @@ impl Server {
             warn!(%address, "listen_client_clear: every process of this machine may read and write everything");
         }
         tasks.spawn(port.serve(drain));
-        drop(records_token);
-        info!(client = %client_address, admin = %admin_address, cluster_id = store.cluster_id(), "server is ready");
+        // Otherwise this is said when it is true.
+        if store.check_leader().is_ok() {
+            info!(client = %client_address, admin = %admin_address, cluster_id = store.cluster_id(), "server is ready");
+        }
         Ok(Self {
             store,
             client_address,
@@ -215,6 +242,14 @@ impl Server {
     }
 }
 
+/// What a cluster's server writes before it is ready.
+async fn write_own(store: &Store, parts: &ClusterParts) -> Result<(), tonic::Status> {
+    store
+        .seed_auth(crate::auth::seed(&parts.settings.name))
+        .await?;
+    own_records::write(&parts.planner, &parts.settings).await
+}
+
 /// How this replica is reached.
 fn own_node(config: &Config) -> Node {
     let cluster = config.cluster.as_ref();
@@ -254,6 +289,7 @@ pub async fn force_new_cluster(config: &Config) -> anyhow::Result<()> {
 /// Starts the replica, and before it the port that the others of its group reach.
 async fn start_replica(
     config: &Config,
+    sessions: &Registry,
 ) -> anyhow::Result<(TokioReplica, Option<tokio::task::AbortHandle>)> {
     let cluster = config.cluster.as_ref().map(|cluster| cluster.name.clone());
     let name = cluster.as_deref().unwrap_or("");
@@ -274,6 +310,8 @@ async fn start_replica(
     replica.election_timeout = section.election_timeout();
     let paths = section.tls_paths(&config.tls);
     let handler = PeerHandler::default();
+    let sessions = sessions.clone();
+    handler.on_aside(move |from, message| sessions.take_from(from, message));
     let server_tls = ServerTls::load(paths.clone())?;
     let port = PeerPort::bind(section.listen_peer, server_tls, cluster, handler.clone())
         .await
@@ -353,7 +391,12 @@ fn start_controllers(
         metrics.controllers.clone(),
         drain.clone(),
     ));
-    tasks.spawn(sessions::mark_unheard_stale(
+    tasks.spawn(tell_others(
+        store.clone(),
+        parts.registry.clone(),
+        drain.clone(),
+    ));
+    tasks.spawn(sessions::keep_true(
         store.clone(),
         parts.planner.clone(),
         parts.registry.clone(),

@@ -1,13 +1,18 @@
-//! The sessions of this replica, in memory: who is connected, and what each kernel holds.
+//! The sessions, in memory: who is connected to this replica or another one, and what each kernel holds.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use clustermesh_api::limits::{MAX_PEERS, MAX_SESSIONS};
 use clustermesh_api::v1::SourceRevision;
+use clustermesh_raft::ReplicaId;
 use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
+
+use super::elsewhere::wire::Sessions;
+use super::elsewhere::{Elsewhere, MAX_SESSIONS_PER_MESSAGE, session_to_wire};
 
 /// Reasons of refused records that one report names.
 const MAX_REASONS: usize = 64;
@@ -22,13 +27,48 @@ pub struct Registry {
 
 #[derive(Debug)]
 struct Inner {
-    nodes: Mutex<BTreeMap<String, Entry>>,
+    nodes: Mutex<Nodes>,
+    elsewhere: Elsewhere,
+    /// Anything changed.
     changed: watch::Sender<u64>,
+    /// Something of this replica changed.
+    changed_here: watch::Sender<u64>,
+    /// Tells this process from the one before it.
+    epoch: u64,
+}
+
+/// The sessions of this replica, each with the version of its last change.
+#[derive(Debug)]
+struct Nodes {
+    open: BTreeMap<String, Entry>,
+    version: u64,
+    /// Ends by version, for the other replicas; older ones than `forgotten` are not known any more.
+    closed: BTreeMap<u64, String>,
+    forgotten: u64,
+}
+
+impl Nodes {
+    fn next_version(&mut self) -> u64 {
+        self.version += 1;
+        self.version
+    }
+
+    fn close(&mut self, node: &str) {
+        self.open.remove(node);
+        let version = self.next_version();
+        self.closed.insert(version, node.to_owned());
+        while self.closed.len() > MAX_SESSIONS {
+            if let Some((version, _)) = self.closed.pop_first() {
+                self.forgotten = version;
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
 struct Entry {
     serial: u64,
+    version: u64,
     instance_id: String,
     /// Dropping it ends the session's task.
     replaced: Option<oneshot::Sender<()>>,
@@ -110,8 +150,16 @@ impl Registry {
     pub fn new() -> Self {
         Self {
             inner: Arc::new(Inner {
-                nodes: Mutex::new(BTreeMap::new()),
+                nodes: Mutex::new(Nodes {
+                    open: BTreeMap::new(),
+                    version: 1,
+                    closed: BTreeMap::new(),
+                    forgotten: 1,
+                }),
+                elsewhere: Elsewhere::default(),
                 changed: watch::Sender::new(0),
+                changed_here: watch::Sender::new(0),
+                epoch: rand::random(),
             }),
         }
     }
@@ -127,9 +175,15 @@ impl Registry {
         report: Report,
     ) -> Result<OpenSession, OpenError> {
         let (keep, replaced) = oneshot::channel();
+        if let Some(holder) = self.inner.elsewhere.other_holder(node, instance_id) {
+            return Err(OpenError::Held {
+                node: node.to_owned(),
+                holder,
+            });
+        }
         let mut nodes = self.inner.nodes.lock();
         let mut serial = 0;
-        match nodes.get(node) {
+        match nodes.open.get(node) {
             Some(entry) if entry.instance_id != instance_id => {
                 return Err(OpenError::Held {
                     node: node.to_owned(),
@@ -137,20 +191,22 @@ impl Registry {
                 });
             }
             Some(entry) => serial = entry.serial + 1,
-            None if nodes.len() >= MAX_SESSIONS => return Err(OpenError::Limit),
+            None if nodes.open.len() >= MAX_SESSIONS => return Err(OpenError::Limit),
             None => {}
         }
-        nodes.insert(
+        let version = nodes.next_version();
+        nodes.open.insert(
             node.to_owned(),
             Entry {
                 serial,
+                version,
                 instance_id: instance_id.to_owned(),
                 replaced: Some(keep),
                 report,
             },
         );
         drop(nodes);
-        self.bump();
+        self.bump_here();
         Ok(OpenSession {
             registry: self.clone(),
             node: node.to_owned(),
@@ -159,26 +215,90 @@ impl Registry {
         })
     }
 
-    /// Whether a session of `node` is open.
+    /// Whether a session of `node` is open, here or at another replica.
     #[must_use]
     pub fn is_open(&self, node: &str) -> bool {
-        self.inner.nodes.lock().contains_key(node)
+        self.inner.nodes.lock().open.contains_key(node)
+            || self.inner.elsewhere.report(node).is_some()
     }
 
-    /// What is known of `node`, if it is connected.
+    /// What is known of `node`, if it is connected to this or another replica.
     #[must_use]
     pub fn report(&self, node: &str) -> Option<Report> {
-        self.inner
-            .nodes
-            .lock()
-            .get(node)
-            .map(|entry| entry.report.clone())
+        let nodes = self.inner.nodes.lock();
+        let here = nodes.open.get(node).map(|entry| entry.report.clone());
+        drop(nodes);
+        here.or_else(|| self.inner.elsewhere.report(node))
+    }
+
+    /// Takes what replica `from` tells of its sessions.
+    ///
+    /// # Errors
+    /// A text, upon which the sender begins anew.
+    pub fn take_from(&self, from: ReplicaId, message: Bytes) -> Result<(), String> {
+        if self.inner.elsewhere.take(from, message)? {
+            self.bump();
+        }
+        Ok(())
+    }
+
+    /// What changed at this replica since version `taken` (0: everything), and whether there is more than goes into one message.
+    pub(super) fn since(&self, taken: u64) -> (Sessions, bool) {
+        let nodes = self.inner.nodes.lock();
+        // Ends that are forgotten cannot be told: all begins anew.
+        let taken = if taken < nodes.forgotten { 0 } else { taken };
+        let open = nodes.open.iter().map(|(node, entry)| (entry.version, node));
+        let closed = nodes
+            .closed
+            .range(taken..)
+            .map(|(version, node)| (*version, node));
+        let closed = closed.filter(|_| taken != 0);
+        let mut changed: Vec<_> = open
+            .chain(closed)
+            .filter(|(version, _)| *version > taken)
+            .collect();
+        changed.sort_unstable();
+        let more = changed.len() > MAX_SESSIONS_PER_MESSAGE;
+        changed.truncate(MAX_SESSIONS_PER_MESSAGE);
+        let mut message = Sessions {
+            epoch: self.inner.epoch,
+            from_version: taken,
+            to_version: match changed.last() {
+                Some((last, _)) if more => *last,
+                _ => nodes.version,
+            },
+            ..Sessions::default()
+        };
+        for (version, node) in changed {
+            match nodes.open.get(node) {
+                Some(entry) if entry.version == version => {
+                    let open = session_to_wire(node, &entry.instance_id, &entry.report);
+                    message.open.push(open);
+                }
+                // Opened again since: that is told too.
+                Some(_) => {}
+                None => message.closed.push(node.clone()),
+            }
+        }
+        (message, more)
     }
 
     /// Fires at each opening, end and report.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.inner.changed.subscribe()
+    }
+
+    /// Fires at what changes at this replica.
+    pub(super) fn changes_here(&self) -> watch::Receiver<u64> {
+        self.inner.changed_here.subscribe()
+    }
+
+    fn bump_here(&self) {
+        self.inner
+            .changed_here
+            .send_modify(|count| *count = count.wrapping_add(1));
+        self.bump();
     }
 
     fn bump(&self) {
@@ -199,16 +319,19 @@ impl OpenSession {
             .take(MAX_REASONS)
             .collect();
         let mut nodes = self.registry.inner.nodes.lock();
+        let version = nodes.next_version();
         if let Some(entry) = nodes
+            .open
             .get_mut(&self.node)
             .filter(|entry| entry.serial == self.serial)
         {
+            entry.version = version;
             entry.report.applied = sources;
             entry.report.refused_records = refused_records;
             entry.report.reported = Some(Instant::now());
         }
         drop(nodes);
-        self.registry.bump();
+        self.registry.bump_here();
     }
 }
 
@@ -216,13 +339,14 @@ impl Drop for OpenSession {
     fn drop(&mut self) {
         let mut nodes = self.registry.inner.nodes.lock();
         if nodes
+            .open
             .get(&self.node)
             .is_some_and(|entry| entry.serial == self.serial)
         {
-            nodes.remove(&self.node);
+            nodes.close(&self.node);
         }
         drop(nodes);
-        self.registry.bump();
+        self.registry.bump_here();
     }
 }
 

@@ -158,7 +158,7 @@ async fn the_agents_stream_has_no_gap_over_listing_events_and_resume() {
     assert_eq!(reader.map, visible(&operator).await);
 }
 
-fn hello(node: &str, instance: &str, address: &str) -> Hello {
+pub fn hello(node: &str, instance: &str, address: &str) -> Hello {
     Hello {
         node: node.to_owned(),
         underlay_addresses: vec![address.to_owned()],
@@ -177,7 +177,7 @@ async fn answer(session: &mut NodeSession) -> Answer {
     response.message.unwrap()
 }
 
-async fn welcome(client: &Client, hello: Hello) -> (NodeSession, Welcome) {
+pub async fn welcome(client: &Client, hello: Hello) -> (NodeSession, Welcome) {
     let mut session = client.node_session(hello).await.unwrap();
     match answer(&mut session).await {
         Answer::Welcome(welcome) => (session, welcome),

@@ -6,11 +6,15 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use clustermesh_api::etcd::rpc::cluster_client::ClusterClient;
+use clustermesh_api::etcd::rpc::kv_client::KvClient;
 use clustermesh_api::etcd::rpc::maintenance_client::MaintenanceClient;
-use clustermesh_api::etcd::rpc::{MemberListRequest, StatusRequest, StatusResponse};
+use clustermesh_api::etcd::rpc::{MemberListRequest, RangeRequest, StatusRequest, StatusResponse};
+use clustermesh_api::v1::session_request::Message;
+use clustermesh_api::v1::{NodeStatus, ReportApplied, SourceRevision, node_status};
 use clustermesh_client::{Client, ClientConfig};
 use clustermesh_process::TlsPaths;
 
+use crate::agents::{hello, welcome};
 use crate::support::{Pki, binary, client, put, soon};
 
 const REPLICAS: usize = 3;
@@ -74,7 +78,7 @@ impl Group {
                 let text = format!(
                     "data_dir = \"data{index}\"\nlisten_client = \"127.0.0.1:{port}\"\nlisten_admin = \"127.0.0.1:0\"\n\
                      [replica]\nname = \"r{index}\"\nlisten_peer = \"127.0.0.1:{peer}\"\ninitial_cluster = [{}]\n\
-                     [cluster]\nname = \"c1\"\nid = 1\n[tls]\nca = {:?}\ncert = {:?}\nkey = {:?}\n",
+                     [cluster]\nname = \"c1\"\nid = 1\npod_cidr_v4 = \"10.1.0.0/16\"\n[tls]\nca = {:?}\ncert = {:?}\nkey = {:?}\n",
                     list.join(", "),
                     tls.ca,
                     tls.cert,
@@ -254,4 +258,112 @@ async fn puts_per_second_with_64_clients() {
         "{:.0} puts/s with 64 clients on 3 replicas",
         writes as f64 / begun.elapsed().as_secs_f64()
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_starts_without_a_quorum_serves_what_it_has_and_more_later() {
+    let pki = Pki::new();
+    let mut group = Group::start(&pki);
+    group.leader(&[0, 1, 2]).await;
+    group.client(0).put(put("k", "v")).await.unwrap();
+    group.replicas.iter_mut().for_each(Replica::kill);
+    group.replicas[0].start();
+    // What it had applied; whether the rest was committed only a quorum can say.
+    soon("a serializable read", async {
+        loop {
+            let request = RangeRequest {
+                key: "k".into(),
+                serializable: true,
+                ..RangeRequest::default()
+            };
+            let channel = group.client(0).channel();
+            if KvClient::new(channel).range(request).await.is_ok() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    assert!(group.client(0).get("k").await.is_err());
+    group.replicas[1].start();
+    group.leader(&[0, 1]).await;
+    let value = soon("the value", async {
+        loop {
+            if let Ok(value) = group.client(0).get("k").await {
+                return value;
+            }
+        }
+    });
+    assert_eq!(value.await.unwrap().value, "v");
+    soon("a write", async {
+        while group.client(0).put(put("k", "w")).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+}
+
+/// What `asked` says of node `w1`.
+async fn node(operator: &Client) -> Option<NodeStatus> {
+    let nodes = operator.mesh_status().await.ok()?.nodes;
+    nodes.into_iter().find(|node| node.node == "w1")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_replica_knows_who_is_connected_to_another_and_the_leader_who_is_lost() {
+    let pki = Pki::new();
+    let mut group = Group::start(&pki);
+    let all = [0, 1, 2];
+    let leader = group.leader(&all).await;
+    let serving = (leader + 1) % REPLICAS;
+    let agent = client(
+        group.replicas[serving].address,
+        pki.issue("node", "c1", "w1"),
+    );
+
+    let hello = hello("w1", "i", "192.0.2.1");
+    let (session, _) = welcome(&agent, hello).await;
+    let applied = SourceRevision {
+        cluster: "c1".into(),
+        store_id: 7,
+        revision: 9,
+    };
+    let report = ReportApplied {
+        sources: vec![applied.clone()],
+        ..ReportApplied::default()
+    };
+    session
+        .sender
+        .send(Message::ReportApplied(report))
+        .await
+        .unwrap();
+    for index in all {
+        let operator = group.client(index);
+        soon("the report at every replica", async {
+            loop {
+                if let Some(node) = node(&operator).await
+                    && node.applied == [applied.clone()]
+                {
+                    assert_eq!(node.state(), node_status::State::Connected);
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+    // Nobody but the leader is left to notice.
+    group.replicas[serving].kill();
+    let operator = group.client(leader);
+    soon("a stale node", async {
+        loop {
+            if let Some(node) = node(&operator).await
+                && node.state() == node_status::State::Stale
+            {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    })
+    .await;
 }

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// A replica that has been up before serves what it has after this long without a leader.
-const RESTART_PATIENCE: Duration = Duration::from_secs(10);
+const RESTART_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the wait for the other first replicas is logged.
 const WAIT_LOG_INTERVAL: Duration = Duration::from_secs(10);
 

@@ -5,8 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use clustermesh_core::State;
 use clustermesh_store::{
     DataDir, Identity, LogId, Membership, Node, ReplicaId, SledLog, SnapshotFile, SnapshotMeta,
-    SnapshotStore,
-    StoreError, StoredMembership, Vote,
+    SnapshotStore, StoreError, StoredMembership, Vote,
 };
 use openraft::{
     EntryPayload,
