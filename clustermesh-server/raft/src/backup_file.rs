@@ -20,7 +20,7 @@ use crate::{error::StartError, state_machine::load};
 /// What the snapshot is filled up to.
 const SECTOR_BYTES: u64 = 512;
 /// The digest at the end.
-const DIGEST_BYTES: u64 = 32;
+const DIGEST_BYTES: usize = 32;
 /// Read at once.
 const PIECE_BYTES: usize = 256 << 10;
 /// Where bbolt, etcd's database, has its magic number, and that number.
@@ -111,7 +111,7 @@ pub struct BackupFile {
     path: PathBuf,
     snapshot: SnapshotFile,
     bytes: u64,
-    sha256: [u8; DIGEST_BYTES as usize],
+    sha256: [u8; DIGEST_BYTES],
 }
 
 /// What is in a backup.
@@ -144,7 +144,7 @@ pub struct BackupSummary {
     /// Length of the file, bytes.
     pub bytes: u64,
     /// SHA-256 of the content, as it stands at the end of the file.
-    pub sha256: [u8; DIGEST_BYTES as usize],
+    pub sha256: [u8; DIGEST_BYTES],
 }
 
 impl BackupFile {
@@ -173,7 +173,7 @@ impl BackupFile {
                 path: path.to_owned(),
             });
         }
-        let content = bytes.saturating_sub(DIGEST_BYTES);
+        let content = bytes.saturating_sub(DIGEST_BYTES as u64);
         if content == 0 || content % SECTOR_BYTES != 0 {
             return Err(BackupError::NotWhole {
                 path: path.to_owned(),
@@ -268,7 +268,7 @@ pub(crate) fn count_keys(state: &State) -> Result<u64, KvError> {
 }
 
 /// SHA-256 of the first `content` bytes, if the next ones say the same.
-fn digest(mut file: File, content: u64) -> io::Result<Option<[u8; DIGEST_BYTES as usize]>> {
+fn digest(mut file: File, content: u64) -> io::Result<Option<[u8; DIGEST_BYTES]>> {
     let mut digest = Sha256::new();
     let mut left = content;
     let mut piece = vec![0; PIECE_BYTES];
@@ -281,7 +281,7 @@ fn digest(mut file: File, content: u64) -> io::Result<Option<[u8; DIGEST_BYTES a
         digest.update(&piece);
         left -= size as u64;
     }
-    let mut told = [0; DIGEST_BYTES as usize];
+    let mut told = [0; DIGEST_BYTES];
     file.read_exact(&mut told)?;
     Ok((digest.finalize().as_slice() == told).then_some(told))
 }
