@@ -1,6 +1,7 @@
 //! Copies of peers: one task per configured peer, and the end of those that are not configured any more.
 
 mod batch;
+mod error;
 mod link;
 mod listing;
 mod own_nodes;

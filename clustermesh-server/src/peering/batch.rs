@@ -4,7 +4,7 @@ use bytes::Bytes;
 use clustermesh_api::etcd::mvcc::event::EventType;
 use clustermesh_api::etcd::rpc::WatchResponse;
 
-use super::link::LinkError;
+use super::error::LinkError;
 
 /// Responses that are ready join one write, up to so many events.
 const MAX_EVENTS_PER_WRITE: usize = 4_096;

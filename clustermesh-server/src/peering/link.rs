@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use clustermesh_api::v1::peer_status::State;
 use clustermesh_client::{Client, ClientConfig, ClientError};
-use clustermesh_mesh::peering::{ConfigRefused, PeerCopyState};
+use clustermesh_mesh::peering::PeerCopyState;
 use rand::RngExt;
 use tokio::time::Instant;
-use tonic::Status;
 use tracing::{debug, info, warn};
 
 use super::Shared;
+use super::error::LinkError;
 use super::sync::Sync;
 use crate::metrics::ClusterLabels;
 
@@ -55,35 +55,6 @@ pub(super) struct Link {
     client: ClientConfig,
     /// Kept over reconnections; lost with leadership.
     copy: Option<PeerCopyState>,
-}
-
-/// Why a connection was given up.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum LinkError {
-    /// The peer cannot be reached, or answered with an error.
-    #[error(transparent)]
-    Client(#[from] ClientError),
-    /// Nothing is copied from this peer.
-    #[error(transparent)]
-    Refused(#[from] ConfigRefused),
-    /// Our own store did not take a change.
-    #[error("own store: {}", .0.message())]
-    Store(Box<Status>),
-    /// The peer's answers make no sense.
-    #[error("{0}")]
-    Protocol(String),
-    /// What was accepted of the peer is judged anew.
-    #[error("one of our own nodes got an address that the peer's node was believed to have")]
-    Outdated,
-    /// The peer's configuration changed: it is judged anew.
-    #[error("the peer's cluster configuration changed")]
-    Reconfigured,
-}
-
-impl From<Status> for LinkError {
-    fn from(status: Status) -> Self {
-        Self::Store(Box::new(status))
-    }
 }
 
 impl Link {

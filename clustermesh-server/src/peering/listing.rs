@@ -9,7 +9,7 @@ use clustermesh_client::{Client, ListPager, Listing};
 use clustermesh_mesh::peering::Peer;
 use clustermesh_mesh::{View, prefix_end};
 
-use super::link::LinkError;
+use super::error::LinkError;
 use crate::store::Store;
 use crate::view::StateView;
 

@@ -19,7 +19,7 @@ use tonic::Code;
 use tracing::{info, warn};
 
 use super::batch::{Batch, WATCH_CANARIES, WATCH_CONFIG, WATCH_HEARTBEAT, WATCH_RECORDS};
-use super::link::LinkError;
+use super::error::LinkError;
 use super::listing::{self, range_of};
 use super::status::config_key;
 use super::timing::Timing;

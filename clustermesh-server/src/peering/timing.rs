@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::link::LinkError;
+use super::error::LinkError;
 
 /// While things change, the peer is asked for its revision this often.
 const PROGRESS_INTERVAL_BUSY: Duration = Duration::from_millis(250);
