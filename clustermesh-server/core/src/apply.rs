@@ -398,7 +398,7 @@ impl State {
     /// Drops all history and every version that no reader can ask for: where revisions begin anew.
     pub(crate) fn drop_history(&mut self) {
         self.history.clear();
-        let pins = self.live_pins();
+        let pins = self.pins.live();
         let compact_revision = self.compact_revision;
         let keys: Vec<Bytes> = self.keyspace.index().keys().cloned().collect();
         for key in keys {
@@ -421,7 +421,7 @@ impl State {
         {
             return;
         }
-        let pins = self.live_pins();
+        let pins = self.pins.live();
         let mut events = 0;
         while events < DROPPED_EVENTS_PER_ENTRY {
             let Some(group) = self

@@ -10,12 +10,8 @@ use clustermesh_api::etcd::mvcc::KeyValue;
 use prost::Message;
 
 use crate::{
-    error::KvError,
-    keyspace::visible_at,
-    limits::MAX_HASHED_CHUNK_KEYS,
-    snapshot::{Pin, SnapshotError},
-    state::State,
-    version::Version,
+    error::KvError, keyspace::visible_at, limits::MAX_HASHED_CHUNK_KEYS, pin::Pin,
+    snapshot::SnapshotError, state::State, version::Version,
 };
 
 /// Name of the bucket that etcd keeps changes in; hashed first.
@@ -69,7 +65,7 @@ impl State {
             return Err(KvError::FutureRevision);
         }
         Ok(HashCursor {
-            pin: self.pin(),
+            pin: self.pins.add(self.revision),
             compact_revision: self.compact_revision,
             revision: if revision == 0 {
                 self.revision
@@ -111,7 +107,9 @@ impl HashCursor {
     /// # Errors
     /// [`SnapshotError::StateReplaced`] when `state` is not the one that the hash was started on.
     pub fn advance(&mut self, state: &State) -> Result<bool, SnapshotError> {
-        state.check_pinned(&self.pin)?;
+        if !state.pins.hold(&self.pin) {
+            return Err(SnapshotError::StateReplaced);
+        }
         if self.complete {
             return Ok(true);
         }

@@ -16,6 +16,7 @@ mod lease;
 pub mod limits;
 pub mod pb;
 mod peer;
+mod pin;
 mod range;
 pub mod snapshot;
 mod state;

@@ -3,12 +3,7 @@
 mod auth;
 mod loader;
 
-use std::{
-    collections::BTreeMap,
-    ops::Bound,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    vec,
-};
+use std::{ops::Bound, sync::Arc, vec};
 
 use bytes::Bytes;
 use prost::Message;
@@ -22,8 +17,8 @@ use crate::{
     group::Group,
     limits::{MAX_SNAPSHOT_CHUNK_KEYS, SNAPSHOT_FORMAT, SNAPSHOT_FORMAT_GROUP},
     pb,
+    pin::Pin,
     state::{FIRST_REVISION, State},
-    version::Version,
 };
 
 /// What a lease, a key or a version adds to a chunk beside its bytes: tags, lengths and numbers at their longest.
@@ -71,67 +66,6 @@ pub enum SnapshotError {
     },
 }
 
-/// Keeps for a running snapshot what compaction takes out of the index.
-#[derive(Debug)]
-pub(crate) struct Pin {
-    revision: i64,
-    kept: Mutex<Kept>,
-}
-
-#[derive(Debug, Default)]
-pub(crate) struct Kept {
-    /// Keys below are in the snapshot already; `None` when all are.
-    position: Option<Bytes>,
-    pub(crate) versions: BTreeMap<Bytes, Vec<Arc<Version>>>,
-}
-
-impl Kept {
-    /// What was kept below is not needed any more; `None` for all of it.
-    pub(crate) fn done_below(&mut self, position: Option<Bytes>) {
-        self.versions = match &position {
-            Some(position) => self.versions.split_off(position),
-            None => BTreeMap::new(),
-        };
-        self.position = position;
-    }
-}
-
-impl Pin {
-    fn new(revision: i64) -> Self {
-        let kept = Kept {
-            position: Some(Bytes::new()),
-            ..Kept::default()
-        };
-        Self {
-            revision,
-            kept: Mutex::new(kept),
-        }
-    }
-
-    /// Takes a version that leaves the index, if the snapshot still needs it.
-    pub(crate) fn keep(&self, version: &Arc<Version>) {
-        if version.mod_revision() > self.revision {
-            return;
-        }
-        let mut kept = self.lock();
-        if kept
-            .position
-            .as_ref()
-            .is_some_and(|position| version.key() >= position)
-        {
-            kept.versions
-                .entry(version.key().clone())
-                .or_default()
-                .push(Arc::clone(version));
-        }
-    }
-
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Kept> {
-        // A panic elsewhere leaves the map whole: each change is one call.
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 #[derive(Debug)]
 enum Phase {
     Header,
@@ -162,42 +96,9 @@ pub struct SnapshotCursor {
 }
 
 impl State {
-    /// Keeps what compaction drops from now on for whoever holds the pin.
-    pub(crate) fn pin(&self) -> Arc<Pin> {
-        let pin = Arc::new(Pin::new(self.revision));
-        let mut pins = self.lock_pins();
-        pins.retain(|pin| pin.strong_count() > 0);
-        pins.push(Arc::downgrade(&pin));
-        pin
-    }
-
-    /// Pins that are still held.
-    pub(crate) fn live_pins(&self) -> Vec<Arc<Pin>> {
-        let mut pins = self.lock_pins();
-        pins.retain(|pin| pin.strong_count() > 0);
-        pins.iter().filter_map(Weak::upgrade).collect()
-    }
-
-    /// Whether the pin is one of this state.
-    pub(crate) fn check_pinned(&self, pin: &Arc<Pin>) -> Result<(), SnapshotError> {
-        let is_ours = self
-            .lock_pins()
-            .iter()
-            .any(|other| std::ptr::eq(other.as_ptr(), Arc::as_ptr(pin)));
-        if is_ours {
-            Ok(())
-        } else {
-            Err(SnapshotError::StateReplaced)
-        }
-    }
-
-    fn lock_pins(&self) -> MutexGuard<'_, Vec<Weak<Pin>>> {
-        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Starts a snapshot at the current revision. Short: copies leases' ids, cursors, users and roles, no keys.
     pub fn snapshot(&self) -> SnapshotCursor {
-        let pin = self.pin();
+        let pin = self.pins.add(self.revision);
         let leases: Vec<_> = self
             .leases
             .iter()
@@ -271,7 +172,9 @@ impl SnapshotCursor {
         state: &State,
         max_bytes: usize,
     ) -> Result<Option<Bytes>, SnapshotError> {
-        state.check_pinned(&self.pin)?;
+        if !state.pins.hold(&self.pin) {
+            return Err(SnapshotError::StateReplaced);
+        }
         let mut chunk = pb::SnapshotChunk {
             format: self.format,
             sequence: self.sequence,

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Arc, Mutex, Weak},
+    sync::Arc,
 };
 
 use clustermesh_api::etcd::mvcc::KeyValue;
@@ -20,8 +20,8 @@ use crate::{
     limits::LEASE_OVERHEAD_BYTES,
     pb::MemberAlarm,
     peer::{PeerCursor, PeerUsage, cached_cluster},
+    pin::Pins,
     range::ReadView,
-    snapshot::Pin,
     txn::Plan,
     version::EventGroup,
 };
@@ -50,7 +50,7 @@ pub struct State {
     pub(crate) auth: Auth,
     pub(crate) group: Group,
     /// Running snapshots and hashes; compaction gives them what they still need.
-    pub(crate) pins: Mutex<Vec<Weak<Pin>>>,
+    pub(crate) pins: Pins,
 }
 
 impl Default for State {
@@ -73,7 +73,7 @@ impl State {
             cursors: BTreeMap::new(),
             auth: Auth::default(),
             group: Group::default(),
-            pins: Mutex::default(),
+            pins: Pins::default(),
         }
     }
 

@@ -126,43 +126,6 @@ impl ClusterIndex {
     }
 }
 
-/// What [`View::addresses_of`] says, read from all address records.
-pub(crate) fn scan_addresses_of<V: View + ?Sized>(view: &V, node: &str) -> BTreeSet<IpAddr> {
-    let mut found = BTreeSet::new();
-    view.scan(OWN_ADDRESSES_PREFIX.as_bytes(), &mut |kv| {
-        if let Ok(pair) = IpIdentityPair::decode(&kv.value)
-            && pair.node() == Some(node)
-            && let Some(address) = own_address(&kv.key)
-        {
-            found.insert(address);
-        }
-        ControlFlow::Continue(())
-    });
-    found
-}
-
-/// What [`View::nodes_at`] says, read from all node records.
-pub(crate) fn scan_nodes_at<V: View + ?Sized>(
-    view: &V,
-    cluster: &str,
-    address: IpAddr,
-) -> BTreeSet<String> {
-    let prefix = Kind::Nodes.state_prefix(cluster);
-    let mut found = BTreeSet::new();
-    view.scan(prefix.as_bytes(), &mut |kv| {
-        if let Ok(node) = Node::decode(&kv.value)
-            && node
-                .addresses_of(&AddressType::InternalIP)
-                .any(|other| other == address)
-        {
-            let name = String::from_utf8_lossy(&kv.key[prefix.len()..]).into_owned();
-            found.insert(name);
-        }
-        ControlFlow::Continue(())
-    });
-    found
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -219,8 +182,8 @@ mod tests {
             }
             for number in 0_u8..6 {
                 let (node, address) = (format!("n{number}"), format!("192.0.2.{number}").parse().unwrap());
-                prop_assert_eq!(index.addresses_of(&node), scan_addresses_of(&view, &node));
-                prop_assert_eq!(index.nodes_at(address), scan_nodes_at(&view, "c1", address));
+                prop_assert_eq!(index.addresses_of(&node), view.addresses_of(&node));
+                prop_assert_eq!(index.nodes_at(address), view.nodes_at("c1", address));
             }
             index.advance(view.revision());
             prop_assert_eq!(index, ClusterIndex::of("c1", &view));

@@ -5,8 +5,10 @@ use std::net::IpAddr;
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
+use clustermesh_api::keys::Kind;
+use clustermesh_api::records::{AddressType, IpIdentityPair, Node};
 
-use crate::index::{scan_addresses_of, scan_nodes_at};
+use crate::keys::{OWN_ADDRESSES_PREFIX, own_address};
 
 /// One key of the keyspace with the revision of its last change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +53,39 @@ pub trait View {
     fn nodes_at(&self, cluster: &str, address: IpAddr) -> BTreeSet<String> {
         scan_nodes_at(self, cluster, address)
     }
+}
+
+/// What [`View::addresses_of`] says, read from all address records.
+fn scan_addresses_of<V: View + ?Sized>(view: &V, node: &str) -> BTreeSet<IpAddr> {
+    let mut found = BTreeSet::new();
+    view.scan(OWN_ADDRESSES_PREFIX.as_bytes(), &mut |kv| {
+        if let Ok(pair) = IpIdentityPair::decode(&kv.value)
+            && pair.node() == Some(node)
+            && let Some(address) = own_address(&kv.key)
+        {
+            found.insert(address);
+        }
+        ControlFlow::Continue(())
+    });
+    found
+}
+
+/// What [`View::nodes_at`] says, read from all node records.
+fn scan_nodes_at<V: View + ?Sized>(view: &V, cluster: &str, address: IpAddr) -> BTreeSet<String> {
+    let prefix = Kind::Nodes.state_prefix(cluster);
+    let mut found = BTreeSet::new();
+    view.scan(prefix.as_bytes(), &mut |kv| {
+        if let Ok(node) = Node::decode(&kv.value)
+            && node
+                .addresses_of(&AddressType::InternalIP)
+                .any(|other| other == address)
+        {
+            let name = String::from_utf8_lossy(&kv.key[prefix.len()..]).into_owned();
+            found.insert(name);
+        }
+        ControlFlow::Continue(())
+    });
+    found
 }
 
 impl<V: View + ?Sized> View for &V {

@@ -114,9 +114,9 @@ fn compaction_takes_nothing_from_a_running_snapshot() {
         contents(&loaded, "a", ""),
         [("a".to_owned(), "2".to_owned())]
     );
-    assert_eq!(state.live_pins().len(), 1);
+    assert_eq!(state.pins.live().len(), 1);
     drop(cursor);
-    assert!(state.live_pins().is_empty());
+    assert!(state.pins.live().is_empty());
 }
 
 #[test]
