@@ -12,7 +12,7 @@ pub use kind::{Kind, Origin, Tree};
 use crate::{
     address::{AddressOrPrefix, parse_address, parse_decimal},
     limits::MAX_KEY_BYTES,
-    validate::check_cluster_name,
+    names::check_cluster_name,
 };
 
 /// Prefix of everything that follows Cilium's schema.

@@ -19,6 +19,7 @@ pub mod identity_split;
 pub mod keys;
 pub mod limits;
 pub mod manifest;
+pub mod names;
 pub mod records;
 pub mod validate;
 

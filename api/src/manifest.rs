@@ -16,7 +16,7 @@ pub use check::{Fault, ManifestError};
 
 use crate::{
     limits::MAX_MANIFEST_BYTES,
-    records::{DecodeError, decode_json, encode_json},
+    records::{error::DecodeError, json},
 };
 
 /// The only `apiVersion`.
@@ -227,8 +227,8 @@ impl Manifest {
     #[must_use]
     pub fn to_json(&self) -> Bytes {
         match self {
-            Self::Service(object) => encode_json(object),
-            Self::Workload(object) => encode_json(object),
+            Self::Service(object) => json::encode(object),
+            Self::Workload(object) => json::encode(object),
         }
     }
 
@@ -269,13 +269,13 @@ where
     /// # Errors
     /// Not JSON of this shape.
     pub fn decode(value: &[u8]) -> Result<Self, DecodeError> {
-        decode_json(value)
+        json::decode(value)
     }
 
     /// The bytes to store.
     #[must_use]
     pub fn encode(&self) -> Bytes {
-        encode_json(self)
+        json::encode(self)
     }
 }
 

@@ -2,9 +2,10 @@
 
 mod cluster_config;
 mod endpoint_slice;
-mod identity;
+pub(crate) mod error;
+pub(crate) mod identity;
 mod ip;
-mod json;
+pub(crate) mod json;
 mod node;
 mod own;
 mod service;
@@ -17,17 +18,15 @@ pub use endpoint_slice::{
     Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForZone,
     SERVICE_NAME_LABEL,
 };
+pub use error::{DecodeError, IdentityError};
 pub use identity::{
-    CLUSTER_LABEL, Identity, IdentityError, Label, NAMESPACE_LABEL, SERVICE_ACCOUNT_LABEL,
-    SOURCE_K8S,
+    CLUSTER_LABEL, Identity, Label, NAMESPACE_LABEL, SERVICE_ACCOUNT_LABEL, SOURCE_K8S,
 };
 pub use ip::{IpExtension, IpIdentityPair, NamedPort};
 pub use node::{AddressType, Node, NodeAddress, NodeExtension};
 pub use own::{PortReadiness, Readiness, Session, SessionState};
 pub use service::{BackendZone, ClusterService, PortMap, ServicePortNumber, ZoneName};
 pub use timestamp::Timestamp;
-
-pub(crate) use json::{decode as decode_json, encode as encode_json};
 
 use crate::{
     keys::{KeyError, RecordKey},
@@ -66,29 +65,6 @@ pub enum RecordError {
         /// The record's key.
         object: String,
     },
-}
-
-/// Why one value could not be read; [`RecordError`] adds which.
-#[derive(Debug, thiserror::Error)]
-pub enum DecodeError {
-    /// Not the JSON that was expected.
-    #[error("not a valid record: {0}")]
-    Json(#[from] serde_json::Error),
-    /// Not a label string.
-    #[error(transparent)]
-    Identity(#[from] IdentityError),
-    /// Not a zstd frame, or one that grows beyond the limit.
-    #[error("not a zstd frame of at most {limit} bytes once decoded: {source}", limit = crate::limits::MAX_ENDPOINT_SLICE_DECODED_BYTES)]
-    Zstd {
-        /// What zstd said.
-        source: std::io::Error,
-    },
-    /// Not the protobuf that was expected.
-    #[error("not a valid protobuf message: {0}")]
-    Protobuf(#[from] prost::DecodeError),
-    /// Not UTF-8.
-    #[error("not UTF-8 text")]
-    NotUtf8,
 }
 
 /// Any typed value.

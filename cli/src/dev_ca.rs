@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use clustermesh_api::validate::{check_cluster_name, check_dns_subdomain};
+use clustermesh_api::names::{check_cluster_name, check_dns_subdomain};
 use clustermesh_process::Organisation;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,

@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use clustermesh_api::{
     manifest::{DEFAULT_NAMESPACE, KIND_SERVICE, KIND_WORKLOAD, Manifest},
+    names::{check_dns_label, check_dns_subdomain},
     v1::{ObjectOutcome, ObjectRef, object_outcome::Action},
-    validate::{check_dns_label, check_dns_subdomain},
 };
 use serde_json::{Value, json};
 

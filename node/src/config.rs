@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use clustermesh_api::limits::{
     SESSION_TTL_DEFAULT_SECONDS, SESSION_TTL_MAX_SECONDS, SESSION_TTL_MIN_SECONDS,
 };
-use clustermesh_api::validate::{check_cluster_name, check_dns_subdomain};
+use clustermesh_api::names::{check_cluster_name, check_dns_subdomain};
 use clustermesh_client::{ClientConfig, TlsPaths};
 use clustermesh_node_core::probes::{INTERVAL_MS_DEFAULT, INTERVAL_MS_MIN};
 use serde::Deserialize;

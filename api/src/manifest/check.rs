@@ -12,8 +12,11 @@ use crate::{
     limits::{
         MAX_ANNOTATIONS_BYTES, MAX_LABELS_PER_OBJECT, MAX_MANIFEST_BYTES, MAX_PORTS_PER_SERVICE,
     },
-    records::{CLUSTER_LABEL, Identity, IdentityError, NAMESPACE_LABEL, SERVICE_ACCOUNT_LABEL},
-    validate::{NameError, check_dns_label, check_dns_subdomain},
+    names::{NameError, check_dns_label, check_dns_subdomain},
+    records::{
+        error::IdentityError,
+        identity::{CLUSTER_LABEL, Identity, NAMESPACE_LABEL, SERVICE_ACCOUNT_LABEL},
+    },
 };
 
 /// Longest label value, as in Kubernetes.

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    DecodeError,
+    error::DecodeError,
     json::{self, is_default, null_is_default},
 };
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use prost::Message;
 
-use super::DecodeError;
+use super::error::DecodeError;
 use crate::limits::MAX_ENDPOINT_SLICE_DECODED_BYTES;
 
 /// Compression level: higher ones gain little on slices and cost the single writer time.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt};
 
 use bytes::Bytes;
 
-use super::DecodeError;
+use super::error::{DecodeError, IdentityError};
 use crate::limits::MAX_IDENTITY_LABELS_BYTES;
 
 /// Source of labels that come from Kubernetes or a Workload.
@@ -15,23 +15,6 @@ pub const CLUSTER_LABEL: &str = "io.cilium.k8s.policy.cluster";
 pub const SERVICE_ACCOUNT_LABEL: &str = "io.cilium.k8s.policy.serviceaccount";
 /// Key of the label that names an identity's namespace.
 pub const NAMESPACE_LABEL: &str = "io.kubernetes.pod.namespace";
-
-/// Text that is no label set.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum IdentityError {
-    /// Longer than [`MAX_IDENTITY_LABELS_BYTES`].
-    #[error("label string of {0} bytes is longer than {MAX_IDENTITY_LABELS_BYTES}")]
-    TooLong(usize),
-    /// A label without source, or the last one without its `;`.
-    #[error("{0:?} is not a label, expected source:key=value;")]
-    Label(String),
-    /// The same key twice.
-    #[error("label {0:?} occurs twice")]
-    Duplicate(String),
-    /// No label at all.
-    #[error("the label set is empty")]
-    Empty,
-}
 
 /// One label.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

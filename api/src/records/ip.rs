@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    DecodeError,
+    error::DecodeError,
     json::{self, null_is_default},
 };
 use crate::address::{self, AddressOrPrefix, Mask};

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 
-use super::DecodeError;
+use super::error::DecodeError;
 
 /// Compact JSON with Go's HTML escapes, so that equal records are equal bytes.
 #[expect(

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{
-    DecodeError,
+    error::DecodeError,
     json::{self, empty_is_null, null_is_default},
 };
 use crate::address::{self, Cidr};

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{DecodeError, json};
+use super::{error::DecodeError, json};
 
 /// Readiness of one endpoint's ports, as its node's agent found it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    DecodeError,
+    error::DecodeError,
     json::{self, empty_is_null, null_is_default},
 };
 

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::DecodeError;
+use super::error::DecodeError;
 
 /// RFC 3339 text, as stored.
 #[derive(Clone, Debug, PartialEq, Eq)]

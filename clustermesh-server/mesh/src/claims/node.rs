@@ -6,11 +6,11 @@ use bytes::Bytes;
 use clustermesh_api::address::{Cidr, parse_cidr};
 use clustermesh_api::keys::{Kind, READINESS_PREFIX};
 use clustermesh_api::limits::MAX_LABELS_PER_OBJECT;
+use clustermesh_api::names::check_dns_subdomain;
 use clustermesh_api::records::{
     AddressType, IpIdentityPair, Node, NodeAddress, NodeExtension, Session, SessionState,
 };
 use clustermesh_api::v1::Hello;
-use clustermesh_api::validate::check_dns_subdomain;
 
 use super::{ClaimError, HEALTH_INDEX, ROUTER_INDEX, parse_all};
 use crate::address::{Family, nth};
