@@ -9,7 +9,7 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup peers build lint test differential power demo kernels bench bench-store clean
+.PHONY: help setup peers build lint test differential sim power demo kernels bench bench-store clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,9 +39,14 @@ lint: ## Format, clippy, docs, dependency rules
 
 test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces
 	@cargo test $(WORKSPACE)
+	@cargo test --locked -p clustermesh-sim --features mutants --test mutants
 
 differential: setup build ## Random operations on etcd and on ours, answers compared (SEEDS=n, or SEED=n again)
 	@$(if $(SEED),SEED=$(SEED)) SEEDS=$(or $(SEEDS),50) cargo test --locked -p clustermesh-integration --test differential -- --nocapture
+
+sim: ## Simulated groups of replicas, seed after seed (SEEDS=1000 SEED=1 STEPS=60)
+	@cargo build --locked --release -p clustermesh-sim
+	@$(CARGO_TARGET_DIR)/release/clustermesh-sim --seed $(or $(SEED),1) --seeds $(or $(SEEDS),1000) --steps $(or $(STEPS),60)
 
 power: ## Power cuts under the Raft log on a FUSE disk (CUTS=1000 SEED=1)
 	@cargo build --locked -p clustermesh-power

@@ -450,6 +450,12 @@ impl<R: AsyncRuntime> Submitted<R> {
                 tell_results(self.batch, response.log_id, response.data);
                 return None;
             }
+            #[cfg(feature = "mutants")]
+            Ok(Ok(Err(ClientWriteError::LogEntryDiscarded(_))))
+                if crate::mutants::is(crate::mutants::Mutant::RetryDiscarded) =>
+            {
+                return Some(restore(self.batch, &self.command));
+            }
             // Only this error says that nothing was proposed. A discarded entry may be committed yet.
             Ok(Ok(Err(ClientWriteError::ForwardToLeader(_)))) => {
                 return Some(restore(self.batch, &self.command));

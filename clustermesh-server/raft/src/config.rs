@@ -105,6 +105,22 @@ impl Default for MemoryData {
     }
 }
 
+impl MemoryData {
+    /// Data whose log is on a simulated disk: a sync of it takes what `sync_time` says, and [`MemoryData::crash`] loses what was not synced.
+    pub fn on_disk(sync_time: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
+        Self {
+            log: MemoryLog::on_disk(sync_time),
+            ..Self::default()
+        }
+    }
+
+    /// What is left after a crash: of the writes to the log that were not synced, as many of the oldest as `keep` says, given their number.
+    /// All tasks of the replica must have ended.
+    pub fn crash(&self, keep: impl FnOnce(usize) -> usize) {
+        self.log.crash(keep);
+    }
+}
+
 /// A replica that a new group begins with.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct InitialMember {

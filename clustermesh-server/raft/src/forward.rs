@@ -212,6 +212,12 @@ impl<R: AsyncRuntime> Router<R> {
         };
         match answered {
             Ok(Answer::Forward(answer)) => {
+                #[cfg(feature = "mutants")]
+                for id in &ids {
+                    if let Some(committed) = crate::mutants::outcome(self.own, *id) {
+                        self.pending.tell_rest(&[*id], &Ok(committed));
+                    }
+                }
                 let mut progress = self.progress.clone();
                 let applied = progress.wait_until(|progress| progress.next_index > answer.index);
                 let wait = R::timeout_at(deadline, applied);

@@ -283,6 +283,10 @@ impl<R: AsyncRuntime> RaftStateMachine<Types<R>> for StateMachine<R> {
     {
         while let Some((entry, responder)) = entries.try_next().await? {
             let (answer, publication) = self.apply_entry(&entry)?;
+            #[cfg(feature = "mutants")]
+            if let EntryPayload::Normal(command) = &entry.payload {
+                crate::mutants::note(&command.origins, &answer, entry.log_id());
+            }
             let forwarded = match &entry.payload {
                 EntryPayload::Normal(command) => self.shared.pending.take(&command.origins),
                 EntryPayload::Blank | EntryPayload::Membership(_) => Vec::new(),
@@ -395,6 +399,19 @@ fn build<R: AsyncRuntime>(
             };
             (applied.state.snapshot(), meta, applied.log_bytes)
         };
+        #[cfg(feature = "mutants")]
+        if crate::mutants::is(crate::mutants::Mutant::LiveKeysSnapshot) {
+            let applied = shared.applied.read();
+            let term = applied.last.map_or(0, |last| last.leader_id.term);
+            if let Some(copy) = crate::mutants::live_keys(&applied.state, term) {
+                let mut writer = snapshots.create(meta)?;
+                let mut cursor = copy.snapshot();
+                while let Ok(Some(chunk)) = cursor.next_chunk(&copy, SNAPSHOT_CHUNK_BYTES) {
+                    writer.chunk(chunk)?;
+                }
+                return Ok((writer.finish()?, log_bytes));
+            }
+        }
         let mut writer = snapshots.create(meta)?;
         loop {
             // The lock is held for one chunk, so that apply is not kept waiting.

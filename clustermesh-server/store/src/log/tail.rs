@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Newest entries of a log, in order and without holes.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Tail {
     pub(super) vote: Option<Vote>,
     pub(super) committed: Option<LogId>,
