@@ -74,7 +74,9 @@ fn reason(error: &io::Error) -> Option<(Fault, String)> {
             | AlertDescription::CertificateExpired
             | AlertDescription::CertificateUnknown
             | AlertDescription::UnknownCA
-            | AlertDescription::CertificateRequired),
+            | AlertDescription::CertificateRequired
+            // A CA made anew under the same name: its signature does not fit.
+            | AlertDescription::DecryptError),
         ) => Some((
             Fault::Ours,
             format!(
