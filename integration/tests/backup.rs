@@ -1,4 +1,5 @@
 //! A backup under load, and what is made of it: content, new ids, and watchers that learn to begin anew.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
