@@ -253,7 +253,7 @@ mod tests {
             for part in text.chunks(cut) {
                 objects.push(part, 100).unwrap();
                 while let Some(object) = objects.next().unwrap() {
-                    found.push(object);
+                    found.push(trimmed(&object));
                 }
             }
             assert_eq!(
@@ -270,6 +270,6 @@ mod tests {
     }
 
     fn trimmed(object: &[u8]) -> Bytes {
-        Bytes::copy_from_slice(object)
+        Bytes::copy_from_slice(object.trim_ascii())
     }
 }

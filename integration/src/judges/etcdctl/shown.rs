@@ -7,6 +7,9 @@ use crate::judges::group::Group;
 /// Ids are printed as hexadecimal numbers of at least so many digits, or decimal ones of more.
 const ID_DIGITS_MIN: usize = 12;
 
+/// What the line of `member add` starts with that lists all members.
+const MEMBERS_START: &str = "ETCD_INITIAL_CLUSTER=\"";
+
 /// Output of one command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shown {
@@ -99,13 +102,22 @@ fn settled(group: &Group, text: &str) -> String {
     for line in text.lines() {
         // Times that something took.
         let line = line.split("took").next().unwrap_or_default();
-        let mut rest = line;
+        let line = in_order_of_name(line);
+        let mut rest = line.as_str();
         while !rest.is_empty() {
             let end = rest
                 .find(|symbol: char| !symbol.is_ascii_alphanumeric())
                 .unwrap_or(rest.len());
             let (word, after) = rest.split_at(end);
-            result.push_str(if is_id(word) { "ID" } else { word });
+            if is_id(word) {
+                // Ids are padded: how many blanks stand before one depends on its length.
+                if result.ends_with("  ") {
+                    result.pop();
+                }
+                result.push_str("ID");
+            } else {
+                result.push_str(word);
+            }
             let next = after.chars().next().map_or(0, char::len_utf8);
             let (symbol, after) = after.split_at(next);
             result.push_str(symbol);
@@ -114,6 +126,19 @@ fn settled(group: &Group, text: &str) -> String {
         result.push('\n');
     }
     without_terms(&result)
+}
+
+/// Members are listed by their ids, which are random.
+fn in_order_of_name(line: &str) -> String {
+    let quoted = line
+        .strip_prefix(MEMBERS_START)
+        .and_then(|rest| rest.strip_suffix('"'));
+    let Some(members) = quoted else {
+        return line.to_owned();
+    };
+    let mut members: Vec<&str> = members.split(',').collect();
+    members.sort_unstable();
+    format!("{MEMBERS_START}{}\"", members.join(","))
 }
 
 /// Raft terms are not those of the other cluster.
