@@ -10,11 +10,11 @@ use clustermesh_api::etcd::rpc::{
     request_op::Request,
 };
 use clustermesh_core::{KvError, Outcome, pb, pb::proposal::Command};
+use clustermesh_oracle::{Action, Answer, Operation};
 use clustermesh_raft::{Committed, ProposeError, Replica};
 use openraft::async_runtime::AsyncRuntime;
 
 use crate::{
-    history::{Action, Answer, Operation},
     runtime::{SimRuntime, draw, elapsed},
     world::{MAX_LEASE_TTL_S, PATIENCE, World},
 };

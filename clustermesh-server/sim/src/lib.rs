@@ -3,7 +3,6 @@
 pub mod client;
 pub mod history;
 pub mod network;
-pub mod oracle;
 pub mod random;
 pub mod runtime;
 pub mod watcher;

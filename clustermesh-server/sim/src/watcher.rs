@@ -10,11 +10,12 @@ use std::{
 
 use bytes::Bytes;
 use clustermesh_core::KeyRange;
+use clustermesh_oracle::{Seen, Watched};
 use clustermesh_raft::{WatchEnd, WatchItem, WatchSpec};
 use openraft::async_runtime::AsyncRuntime;
 
 use crate::{
-    history::{Seen, Watched, changes},
+    history::changes,
     runtime::{SimRuntime, draw, elapsed},
     world::World,
 };

@@ -19,7 +19,6 @@ use crate::{
     client,
     history::History,
     network::{Network, Weather},
-    oracle,
     runtime::{
         self, Life, SimRuntime, WORLD, begin_life, draw, elapsed, end_life, spawn_in, trace,
     },
@@ -516,7 +515,12 @@ async fn play(options: Options) -> Report {
     let (operations, watched, committed) = world.history.end();
     let compaction = world.compaction.load(Ordering::Relaxed);
     if faults.is_empty() {
-        faults.extend(oracle::check(&operations, &watched, &committed, compaction));
+        faults.extend(clustermesh_oracle::check(
+            &operations,
+            &watched,
+            &committed,
+            compaction,
+        ));
     }
     trace(operations.len() as u64);
     Report {
@@ -525,7 +529,7 @@ async fn play(options: Options) -> Report {
         operations: operations.len(),
         answered: operations
             .iter()
-            .filter(|operation| operation.answer != crate::history::Answer::Unknown)
+            .filter(|operation| operation.answer != clustermesh_oracle::Answer::Unknown)
             .count(),
         revisions: committed.len(),
         crashes,

@@ -1,4 +1,5 @@
-//! Judges what clients and watchers were told by what was committed.
+//! Judges what clients and watchers were told by what was committed: every write by the revision that it got, every read by
+//! the revision that it was answered at, and their order by who was answered before whom was asked.
 
 use std::collections::BTreeMap;
 
@@ -309,3 +310,6 @@ pub fn check(
     oracle.check_leases(operations);
     oracle.faults
 }
+
+#[cfg(test)]
+mod tests;
