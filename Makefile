@@ -34,6 +34,7 @@ build: ## Build all binaries
 lint: ## Format, clippy, docs, dependency rules
 	@cargo fmt --all --check
 	@cargo clippy $(WORKSPACE) --all-targets -- -D warnings
+	@cargo clippy --locked -p clustermesh-ebpf-programs --profile ebpf -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" cargo doc $(WORKSPACE) --no-deps --quiet
 	@cargo deny --log-level error check -D unnecessary-skip -D unmatched-skip bans licenses sources
 

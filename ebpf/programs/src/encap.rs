@@ -218,10 +218,10 @@ fn write<Ip>(
         .ok_or(DropReason::EncapsulationFailed)?;
     // SAFETY: `at` has checked the bounds. Each part is stored by words: as one packed value it would go by bytes.
     unsafe {
-        *(&raw mut (*start).ethertype) = ethertype;
+        (&raw mut (*start).ethertype).write(ethertype);
         *(&raw mut (*start).ip).cast::<Ip>() = ip;
         *(&raw mut (*start).tunnel).cast::<TunnelWords>() = tunnel;
-        *(&raw mut (*start).inner_type) = inner_type;
+        (&raw mut (*start).inner_type).write(inner_type);
     }
     Ok(())
 }

@@ -9,6 +9,10 @@
     unsafe_code,
     reason = "helpers, maps and packets are reached through raw pointers"
 )]
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "fields are cut out of words on purpose, and sizes of headers fit into anything"
+)]
 
 mod answer;
 mod checksum;

@@ -88,17 +88,16 @@ pub fn forward(
     identity: u32,
 ) -> Result<Next, DropReason> {
     let own_cidr = in_pod_cidr(config, packet.family, &packet.destination);
-    if !own_cidr {
-        if let Some(value) = ipcache(&packet.destination) {
-            if value.node_index != NODE_INDEX_LOCAL {
-                return Ok(
-                    match to_node(frame, config, packet, value.node_index, identity)? {
-                        ToNode::Sent(action) => Next::Done(action),
-                        ToNode::TooBig => Next::TooBig,
-                    },
-                );
-            }
-        }
+    if !own_cidr
+        && let Some(value) = ipcache(&packet.destination)
+        && value.node_index != NODE_INDEX_LOCAL
+    {
+        return Ok(
+            match to_node(frame, config, packet, value.node_index, identity)? {
+                ToNode::Sent(action) => Next::Done(action),
+                ToNode::TooBig => Next::TooBig,
+            },
+        );
     }
     match endpoint(&packet.destination) {
         Some(endpoint) if endpoint.flags & ENDPOINT_HOST != 0 => Ok(Next::Host),
