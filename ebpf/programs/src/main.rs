@@ -13,6 +13,10 @@
     clippy::cast_possible_truncation,
     reason = "fields are cut out of words on purpose, and sizes of headers fit into anything"
 )]
+#![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key or value that is passed itself is copied on the stack"
+)]
 
 mod answer;
 mod checksum;

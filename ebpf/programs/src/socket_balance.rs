@@ -73,7 +73,7 @@ pub fn choose(key: &FrontendKey, first: FrontendValue) -> Option<(SocketAddress,
 #[inline(always)]
 fn backend(list_id: u32, slot: u32, tag: u32) -> Option<SocketAddress> {
     let key = BackendKey { list_id, slot };
-    let value = BACKENDS.get_ptr(key)?;
+    let value = BACKENDS.get_ptr(&key)?;
     // SAFETY: the entry may be used anew meanwhile, which the tag shows: it is written first and read last.
     let (found, tag_now) = unsafe {
         let found = SocketAddress::new(&(*value).address, (*value).port_be);
@@ -146,8 +146,8 @@ pub unsafe fn store(to: *mut SocketChoice, choice: &SocketChoice) {
 /// Removes what a TCP socket remembers. Most remember nothing: a look takes no lock, a removal does.
 #[inline(always)]
 pub fn forget_tcp(cookie: u64) {
-    if TCP_CHOICES.get_ptr(cookie).is_some() {
-        let _absent = TCP_CHOICES.remove(cookie);
+    if TCP_CHOICES.get_ptr(&cookie).is_some() {
+        let _absent = TCP_CHOICES.remove(&cookie);
     }
 }
 

@@ -40,7 +40,7 @@ fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     let mut choice = remember(&named, &chosen);
     // Out of memory or room costs the application the virtual name of its peer, not the connection.
     if protocol == TCP {
-        let _full = TCP_CHOICES.insert(cookie(ctx), choice, 0);
+        let _full = TCP_CHOICES.insert(&cookie(ctx), &choice, 0);
         return ALLOW;
     }
     // SAFETY: the socket of the context.

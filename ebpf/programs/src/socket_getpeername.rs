@@ -22,7 +22,7 @@ fn getpeername<F: Family>(ctx: &SockAddrContext) -> i32 {
     let peer = F::read(ctx);
     let choice = if protocol(ctx) == TCP {
         // SAFETY: an entry goes only when its socket is closed, which this call prevents.
-        unsafe { TCP_CHOICES.get(cookie(ctx)) }
+        unsafe { TCP_CHOICES.get(&cookie(ctx)) }
     } else {
         // SAFETY: the socket of the context; the storage lives as long as it.
         unsafe { SOCKET_CHOICES.get_ptr_mut(ctx).as_ref() }
