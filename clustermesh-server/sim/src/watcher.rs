@@ -24,6 +24,8 @@ use crate::{
 pub const WATCHERS: usize = 5;
 /// A watcher leaves its replica after a wait of this.
 const WAIT: Duration = Duration::from_millis(200);
+/// At the end, a watcher asks how far it is this often.
+const LAST_LOOK: Duration = Duration::from_millis(10);
 /// At the end, everything must have come within this.
 const LAST_EVENTS: Duration = Duration::from_secs(20);
 
@@ -114,6 +116,8 @@ async fn follow(world: &World, stop: &AtomicBool, watched: &mut Watched) {
                     }
                     return;
                 }
+                // Answers about progress come at once: time must go on between them.
+                SimRuntime::sleep(LAST_LOOK).await;
             } else if draw(|random| random.chance(1)) {
                 return;
             }
