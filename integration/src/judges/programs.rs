@@ -6,10 +6,13 @@ use anyhow::{Context, Result, bail};
 
 /// The etcd release that ours is compared with.
 pub const ETCD_VERSION: &str = "3.7.3";
+/// What the folder with Debian's begins with, before the version.
+const DEBIAN_ETCD: &str = "debian-etcd-";
 
 /// Programs that take part in a comparison.
 #[derive(Clone, Debug)]
 pub struct Programs {
+    etcd_server: PathBuf,
     etcd: PathBuf,
     ours: PathBuf,
 }
@@ -22,6 +25,7 @@ impl Programs {
     pub fn find(ours: &Path) -> Result<Self> {
         let etcd = cache_folder()?.join(format!("etcd-{ETCD_VERSION}"));
         let programs = Self {
+            etcd_server: etcd.join("etcd"),
             etcd,
             ours: ours.to_owned(),
         };
@@ -38,10 +42,31 @@ impl Programs {
         Ok(programs)
     }
 
+    /// The same with Debian's etcd, and its version, where `integration/peers/debian.sh` has put it.
+    ///
+    /// # Errors
+    /// When the cache folder cannot be found.
+    pub fn debian(&self) -> Result<Option<(String, Self)>> {
+        let Ok(found) = std::fs::read_dir(cache_folder()?) else {
+            return Ok(None);
+        };
+        for folder in found.filter_map(Result::ok) {
+            let name = folder.file_name().to_string_lossy().into_owned();
+            if let Some(version) = name.strip_prefix(DEBIAN_ETCD) {
+                let programs = Self {
+                    etcd_server: folder.path().join("etcd"),
+                    ..self.clone()
+                };
+                return Ok(Some((version.to_owned(), programs)));
+            }
+        }
+        Ok(None)
+    }
+
     /// etcd.
     #[must_use]
     pub fn etcd(&self) -> PathBuf {
-        self.etcd.join("etcd")
+        self.etcd_server.clone()
     }
 
     /// etcd's command-line client.

@@ -7,6 +7,9 @@ use crate::judges::group::Group;
 /// Ids are printed as hexadecimal numbers of at least so many digits, or decimal ones of more.
 const ID_DIGITS_MIN: usize = 12;
 
+/// Where an id stands in a sentence, it is padded to so many digits.
+const ID_WIDTH: usize = 16;
+
 /// What the line of `member add` starts with that lists all members.
 const MEMBERS_START: &str = "ETCD_INITIAL_CLUSTER=\"";
 
@@ -109,7 +112,12 @@ fn settled(group: &Group, text: &str) -> String {
                 .find(|symbol: char| !symbol.is_ascii_alphanumeric())
                 .unwrap_or(rest.len());
             let (word, after) = rest.split_at(end);
-            result.push_str(if is_id(word) { "ID" } else { word });
+            if is_id(word) {
+                without_padding(&mut result, word);
+                result.push_str("ID");
+            } else {
+                result.push_str(word);
+            }
             let next = after.chars().next().map_or(0, char::len_utf8);
             let (symbol, after) = after.split_at(next);
             result.push_str(symbol);
@@ -118,6 +126,15 @@ fn settled(group: &Group, text: &str) -> String {
         result.push('\n');
     }
     without_terms(&result)
+}
+
+/// Takes away the blanks that a sentence puts before an id that is shorter than most.
+fn without_padding(before: &mut String, id: &str) {
+    for _ in id.len()..ID_WIDTH {
+        if before.ends_with("  ") {
+            before.pop();
+        }
+    }
 }
 
 /// Columns of a table are as wide as the longest id or address in them, which are random.
@@ -181,6 +198,18 @@ mod tests {
         assert_eq!(without_widths("├────┼──┤"), "├─┼─┤");
         assert_eq!(without_widths("│   ID │ x  │"), "│ ID │ x │");
         assert_eq!(without_widths("  two  blanks"), "  two  blanks");
+    }
+
+    #[test]
+    fn ids_in_sentences_are_compared_without_their_padding() {
+        for (before, id) in [
+            ("Member ", "694d9a3f8c2b1e00"),
+            ("Member   ", "4d9a3f8c2b1e00"),
+        ] {
+            let mut before = before.to_owned();
+            without_padding(&mut before, id);
+            assert_eq!(before, "Member ");
+        }
     }
 
     #[test]
