@@ -261,7 +261,16 @@ impl Config {
             )));
         }
         let text = std::fs::read_to_string(path).map_err(|error| read(error.to_string()))?;
-        let mut config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+        Self::parse(&text, path)
+    }
+
+    /// Checks `text`, which stands in the file at `path`.
+    ///
+    /// # Errors
+    /// When it is not valid TOML of this shape, or says something impossible.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let shown = path.display().to_string();
+        let mut config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
             path: shown.clone(),
             source: Box::new(source),
         })?;

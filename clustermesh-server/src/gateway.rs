@@ -20,8 +20,8 @@ use tonic::{Code, Status};
 use tower::ServiceExt;
 
 use self::frames::Frames;
-use self::json::Objects;
-use self::methods::Methods;
+pub use self::json::Objects;
+pub use self::methods::{Method as GatewayMethod, Methods};
 use crate::auth::Caller;
 use crate::etcd::answers::{AnswerBudget, Reservation};
 
@@ -92,7 +92,7 @@ impl Gateway {
         } else {
             let reservation = self.answers.reserve(expected_bytes(&head.headers))?;
             let json = whole(body).await?;
-            let message = json::to_protobuf(&method.descriptor.input(), &json)?;
+            let message = method.request(&json)?;
             (reservation, Body::new(Full::new(frames::frame(&message))))
         };
         let mut call = Request::new(body);

@@ -14,6 +14,8 @@ mod key_range;
 mod keyspace;
 mod lease;
 pub mod limits;
+#[cfg(any(test, feature = "model"))]
+pub mod model;
 pub mod pb;
 mod peer;
 mod pin;

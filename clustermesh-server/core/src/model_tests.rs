@@ -2,18 +2,14 @@
 
 pub(crate) mod requests;
 
-mod model;
-
 use clustermesh_api::etcd::rpc::RangeRequest;
 use proptest::prelude::*;
 
 use crate::{
     EventKind, State,
-    model_tests::{
-        model::Model,
-        requests::{command, commands, key, key_range},
-    },
-    test_support::{TERM, batch},
+    model::{Model, TERM},
+    model_tests::requests::{command, commands, key, key_range},
+    test_support::batch,
 };
 
 fn range_request() -> impl Strategy<Value = RangeRequest> {

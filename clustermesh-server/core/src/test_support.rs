@@ -14,8 +14,7 @@ use crate::{
     pb::{Batch, FeatureLevel, Proposal, proposal::Command},
 };
 
-/// Term of all entries in tests.
-pub(crate) const TERM: u64 = 7;
+pub(crate) use crate::model::TERM;
 
 /// An empty store of the newest feature level.
 pub(crate) fn group() -> State {

@@ -102,7 +102,7 @@ pub(super) fn http_status(code: Code) -> u16 {
 
 /// Cuts a stream of bytes into its JSON objects.
 #[derive(Debug, Default)]
-pub(super) struct Objects {
+pub struct Objects {
     buffer: BytesMut,
     scanned: usize,
     depth: usize,
@@ -115,7 +115,7 @@ impl Objects {
     ///
     /// # Errors
     /// `ResourceExhausted` past that.
-    pub(super) fn push(&mut self, bytes: &[u8], most: usize) -> Result<(), Status> {
+    pub fn push(&mut self, bytes: &[u8], most: usize) -> Result<(), Status> {
         if self.buffer.len() + bytes.len() > most {
             return Err(Status::resource_exhausted(format!(
                 "clustermesh: a request of more than {most} bytes of JSON; send smaller ones"
@@ -129,7 +129,7 @@ impl Objects {
     ///
     /// # Errors
     /// `InvalidArgument` when something else than an object begins.
-    pub(super) fn next(&mut self) -> Result<Option<Bytes>, Status> {
+    pub fn next(&mut self) -> Result<Option<Bytes>, Status> {
         while let Some(byte) = self.buffer.get(self.scanned).copied() {
             match byte {
                 _ if self.escaped => self.escaped = false,
@@ -159,7 +159,8 @@ impl Objects {
     }
 
     /// Whether an object was cut off.
-    pub(super) fn is_open(&self) -> bool {
+    #[must_use]
+    pub fn is_open(&self) -> bool {
         self.depth > 0
     }
 }

@@ -2,8 +2,12 @@
 
 use std::collections::HashMap;
 
+use bytes::Bytes;
 use clustermesh_api::FILE_DESCRIPTOR_SET;
 use prost_reflect::{DescriptorPool, MethodDescriptor};
+use tonic::Status;
+
+use super::json;
 
 /// Below `/v3/`: the path and its method.
 const BINDINGS: [(&str, &str); 51] = [
@@ -74,11 +78,11 @@ const BINDINGS: [(&str, &str); 51] = [
 
 /// All methods by their path below `/v3/`.
 #[derive(Debug)]
-pub(super) struct Methods(HashMap<&'static str, Method>);
+pub struct Methods(HashMap<&'static str, Method>);
 
 /// A method as the gateway calls it.
 #[derive(Debug, Clone)]
-pub(super) struct Method {
+pub struct Method {
     /// `/package.Service/Method`.
     pub(super) path: String,
     pub(super) descriptor: MethodDescriptor,
@@ -89,7 +93,7 @@ impl Methods {
     ///
     /// # Errors
     /// When a binding names a method that the contract does not have.
-    pub(super) fn load() -> anyhow::Result<Self> {
+    pub fn load() -> anyhow::Result<Self> {
         let pool = DescriptorPool::decode(FILE_DESCRIPTOR_SET)?;
         let mut methods = HashMap::new();
         for (path, name) in BINDINGS {
@@ -105,8 +109,19 @@ impl Methods {
     }
 
     /// The method behind a path.
-    pub(super) fn get(&self, path: &str) -> Option<&Method> {
+    #[must_use]
+    pub fn get(&self, path: &str) -> Option<&Method> {
         self.0.get(path)
+    }
+}
+
+impl Method {
+    /// A request's JSON as its protobuf.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when it is not a request of this method.
+    pub fn request(&self, json: &[u8]) -> Result<Bytes, Status> {
+        json::to_protobuf(&self.descriptor.input(), json)
     }
 }
 

@@ -214,6 +214,8 @@ pub fn entry_size_bytes(entry: &Entry) -> usize {
         }
 }
 
+/// Consecutive entries as the log stores them.
+#[must_use]
 pub fn record_to_bytes(entries: &[Entry]) -> Vec<u8> {
     pb::LogRecord {
         format: FORMAT,
@@ -222,6 +224,10 @@ pub fn record_to_bytes(entries: &[Entry]) -> Vec<u8> {
     .encode_to_vec()
 }
 
+/// Consecutive entries from what the log stores.
+///
+/// # Errors
+/// [`CodecError`].
 pub fn record_from_bytes(bytes: Bytes) -> Result<Vec<Entry>, CodecError> {
     let record = pb::LogRecord::decode(bytes)?;
     check_format(record.format)?;
@@ -229,6 +235,7 @@ pub fn record_from_bytes(bytes: Bytes) -> Result<Vec<Entry>, CodecError> {
 }
 
 /// A metadata value with its checksum.
+#[must_use]
 pub fn seal(value: pb::meta::Value) -> Vec<u8> {
     let data = pb::Meta {
         format: FORMAT,
@@ -242,6 +249,10 @@ pub fn seal(value: pb::meta::Value) -> Vec<u8> {
     .encode_to_vec()
 }
 
+/// A metadata value whose checksum matches.
+///
+/// # Errors
+/// [`CodecError`].
 pub fn unseal(bytes: &[u8]) -> Result<pb::meta::Value, CodecError> {
     let sealed = pb::Sealed::decode(bytes)?;
     if crc32c::crc32c(&sealed.data) != sealed.crc32c {

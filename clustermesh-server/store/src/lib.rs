@@ -22,7 +22,7 @@ pub use types::{
 pub mod wire {
     pub use crate::codec::{
         CodecError, entry_from_pb, entry_to_pb, log_id_from_pb, log_id_to_pb, membership_from_pb,
-        membership_to_pb, node_from_pb, node_to_pb, stored_membership_from_pb, vote_from_pb,
-        vote_to_pb,
+        membership_to_pb, node_from_pb, node_to_pb, record_from_bytes, record_to_bytes, seal,
+        stored_membership_from_pb, unseal, vote_from_pb, vote_to_pb,
     };
 }

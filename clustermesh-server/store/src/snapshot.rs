@@ -152,6 +152,20 @@ impl SnapshotFile {
     #[must_use]
     pub fn format(&self) -> u32 {
         self.format
+    /// A snapshot whose bytes are in memory.
+    ///
+    /// # Errors
+    /// As [`SnapshotFile::open`].
+    pub fn from_bytes(bytes: Bytes) -> Result<Self, StoreError> {
+        let mut frames = FrameReader::new(io::Cursor::new(bytes.clone()), "(memory)".into());
+        let meta = frames.header()?;
+        Ok(Self {
+            meta,
+            format: frames.format,
+            content: Content::Memory(bytes),
+        })
+    }
+
     }
 
     /// Whether it is kept in memory, where nothing blocks.

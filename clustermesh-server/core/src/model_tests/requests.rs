@@ -8,8 +8,9 @@ use clustermesh_api::etcd::rpc::{
 use proptest::prelude::*;
 
 use crate::{
+    model::TERM,
     pb::{LeaseExpire, PeerChange, PeerCopy, proposal::Command},
-    test_support::{TERM, op},
+    test_support::op,
 };
 
 pub(crate) fn key() -> impl Strategy<Value = Bytes> {

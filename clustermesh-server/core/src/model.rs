@@ -1,4 +1,11 @@
 //! The model: what etcd's documentation says, in the most obvious way, with a copy of all keys for each revision.
+//!
+//! For tests, here and in other crates (feature `model`): it takes what [`crate::check`] lets through, and panics on kinds of command that tests
+//! do not make.
+#![cfg_attr(
+    not(test),
+    expect(clippy::unwrap_used, reason = "a model for tests, which fail by it")
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,14 +20,18 @@ use clustermesh_api::etcd::{
     },
 };
 
-use crate::{KvError, Outcome, check, pb::proposal::Command, test_support::TERM};
+use crate::{KvError, Outcome, check, pb::proposal::Command};
+
+/// Term of all entries: what another one expires is ignored.
+pub const TERM: u64 = 7;
 
 type Keys = BTreeMap<Bytes, KeyValue>;
 /// Deleted or not, the key, the key before the revision.
-type Change = (bool, KeyValue, Option<KeyValue>);
+pub type Change = (bool, KeyValue, Option<KeyValue>);
 
-#[derive(Clone)]
-pub(crate) struct Model {
+/// Keys, history and leases after some commands.
+#[derive(Clone, Debug)]
+pub struct Model {
     /// Keys as each revision left them; index is the revision, 0 and 1 are empty.
     revisions: Vec<Keys>,
     /// Changes of each revision; index is the revision.
@@ -59,8 +70,16 @@ fn header(revision: i64) -> Option<ResponseHeader> {
     })
 }
 
+impl Default for Model {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Model {
-    pub(crate) fn new() -> Self {
+    /// Without keys, at revision 1.
+    #[must_use]
+    pub fn new() -> Self {
         Self {
             revisions: vec![Keys::new(), Keys::new()],
             changes: vec![Vec::new(), Vec::new()],
@@ -69,7 +88,9 @@ impl Model {
         }
     }
 
-    pub(crate) fn revision(&self) -> i64 {
+    /// Newest revision.
+    #[must_use]
+    pub fn revision(&self) -> i64 {
         i64::try_from(self.revisions.len()).unwrap() - 1
     }
 
@@ -95,7 +116,11 @@ impl Model {
         }
     }
 
-    pub(crate) fn apply(&mut self, command: &Command) -> Result<Outcome, KvError> {
+    /// What a command in an entry of its own comes to.
+    ///
+    /// # Errors
+    /// etcd's.
+    pub fn apply(&mut self, command: &Command) -> Result<Outcome, KvError> {
         match command {
             Command::Put(request) => {
                 check::check_put(request)?;
@@ -351,7 +376,11 @@ impl Model {
         })
     }
 
-    pub(crate) fn range(&self, request: &RangeRequest) -> Result<RangeResponse, KvError> {
+    /// What a range answers, without header.
+    ///
+    /// # Errors
+    /// A revision that is compacted or not there yet.
+    pub fn range(&self, request: &RangeRequest) -> Result<RangeResponse, KvError> {
         let revision = match request.revision {
             revision if revision > self.revision() => return Err(KvError::FutureRevision),
             revision if revision <= 0 => self.revision(),
@@ -362,7 +391,8 @@ impl Model {
     }
 
     /// All changes after a revision; `None` when compacted. What lies before the compact revision is not known any more.
-    pub(crate) fn history(&self, after: i64) -> Option<Vec<Change>> {
+    #[must_use]
+    pub fn history(&self, after: i64) -> Option<Vec<Change>> {
         if after + 1 < self.compact_revision {
             return None;
         }
