@@ -135,14 +135,7 @@ fn check_known(batch: &pb::Batch) -> Result<(), ApplyError> {
         });
     }
     for (position, proposal) in batch.proposals.iter().enumerate() {
-        let wanted = match &proposal.command {
-            None | Some(Command::Auth(pb::AuthChange { change: None })) => {
-                return Err(ApplyError::UnknownCommand { position });
-            }
-            Some(Command::FeatureLevel(request)) => request.level,
-            Some(Command::Bootstrap(request)) => request.feature_level,
-            Some(_) => 0,
-        };
+        let wanted = wanted_level(proposal).ok_or(ApplyError::UnknownCommand { position })?;
         if wanted > FEATURE_LEVEL {
             return Err(ApplyError::UnknownFeatureLevel {
                 wanted,
@@ -151,6 +144,33 @@ fn check_known(batch: &pb::Batch) -> Result<(), ApplyError> {
         }
     }
     Ok(())
+}
+
+/// Feature level that a command itself names; `None` for one that this build does not know.
+const fn wanted_level(proposal: &pb::Proposal) -> Option<u32> {
+    match &proposal.command {
+        None | Some(Command::Auth(pb::AuthChange { change: None })) => None,
+        Some(Command::FeatureLevel(request)) => Some(request.level),
+        Some(Command::Bootstrap(request)) => Some(request.feature_level),
+        Some(_) => Some(0),
+    }
+}
+
+impl pb::Proposal {
+    /// Whether it may change what [`State::hash_beside_keys`] is taken of.
+    #[must_use]
+    pub const fn may_change_beside_keys(&self) -> bool {
+        !matches!(
+            self.command,
+            Some(Command::Put(_) | Command::DeleteRange(_) | Command::Txn(_) | Command::Compact(_))
+        )
+    }
+
+    /// Whether this build can apply it. What it cannot read whole it must not pass on either: decoding has dropped the rest.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        wanted_level(self).is_some_and(|wanted| wanted <= FEATURE_LEVEL)
+    }
 }
 
 impl State {

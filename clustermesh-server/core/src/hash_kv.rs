@@ -87,7 +87,7 @@ impl State {
         Some(cursor)
     }
 
-    /// CRC-32C over what the state holds beside keys: leases, users, the group. With that of the keys it tells replicas apart.
+    /// [`State::hash_beside_keys`] in four bytes. With the hash of the keys it tells replicas apart.
     #[must_use]
     pub fn hash_group(&self) -> u32 {
         let hash = self.hash_beside_keys();

@@ -373,16 +373,7 @@ impl State {
                 hash.i64(event.prev().map_or(0, |prev| prev.mod_revision()));
             }
         }
-        hash.u64(self.hash_beside_keys());
-        hash.finish()
-    }
-
-    /// Hash over leases, cursors, users and the group.
-    pub(crate) fn hash_beside_keys(&self) -> u64 {
-        let mut hash = Fnv64::new();
-        for (id, granted_ttl_s) in self.leases.iter() {
-            hash.i64(id);
-            hash.i64(granted_ttl_s);
+        for (id, _) in self.leases.iter() {
             for key in self
                 .leases
                 .view(id)
@@ -391,6 +382,19 @@ impl State {
             {
                 hash.bytes(&key);
             }
+        }
+        hash.u64(self.hash_beside_keys());
+        hash.finish()
+    }
+
+    /// Hash over what the state holds beside keys: leases, cursors of peers, users, roles, tokens, the group. It moves no revision, so that no hash of
+    /// keys tells of it. Which keys a lease has follows from them.
+    #[must_use]
+    pub fn hash_beside_keys(&self) -> u64 {
+        let mut hash = Fnv64::new();
+        for (id, granted_ttl_s) in self.leases.iter() {
+            hash.i64(id);
+            hash.i64(granted_ttl_s);
         }
         for cursor in self.cursors.values() {
             hash.bytes(cursor.cluster.as_bytes());

@@ -7,7 +7,9 @@ use std::{
 };
 
 use clustermesh_core::{
-    KvError, KvHash, pb,
+    KvError, KvHash,
+    limits::BESIDE_KEYS_FORMAT,
+    pb,
     pb::{AlarmKind, proposal::Command},
 };
 use clustermesh_store::{Node, ReplicaId};
@@ -25,8 +27,13 @@ use crate::{
     state_machine::{Progress, Shared},
     task::Stop,
     watch::Hub,
-    wire::{Compare, CompareAnswer, call_request::Call, call_response::Answer},
+    wire::{BesideKeys, Compare, CompareAnswer, call_request::Call, call_response::Answer},
 };
+
+/// Times that the replicas are asked for what they hold beside keys.
+const BESIDE_KEYS_ATTEMPTS: usize = 5;
+
+type Nodes = BTreeMap<ReplicaId, Node>;
 
 /// Who does not hold what most replicas hold.
 #[derive(Debug, PartialEq, Eq)]
@@ -39,15 +46,14 @@ enum Verdict {
     Open,
 }
 
-/// Hashes of other compact revisions than the first one's say nothing. A majority is one of all `members`.
-fn judge(answers: &[(ReplicaId, CompareAnswer)], members: usize) -> Verdict {
-    let compact = answers.first().map(|(_, answer)| answer.compact_revision);
-    let mut classes: BTreeMap<(i64, u32), Vec<ReplicaId>> = BTreeMap::new();
-    for (id, answer) in answers {
-        if Some(answer.compact_revision) == compact {
-            let class = classes.entry((answer.revision, answer.hash)).or_default();
-            class.push(*id);
-        }
+/// Sorts replicas by what they hold. A majority is one of all `members`.
+fn judge<Held: Ord>(
+    answers: impl IntoIterator<Item = (ReplicaId, Held)>,
+    members: usize,
+) -> Verdict {
+    let mut classes: BTreeMap<Held, Vec<ReplicaId>> = BTreeMap::new();
+    for (id, held) in answers {
+        classes.entry(held).or_default().push(id);
     }
     if classes.len() <= 1 {
         return Verdict::Same;
@@ -59,34 +65,63 @@ fn judge(answers: &[(ReplicaId, CompareAnswer)], members: usize) -> Verdict {
     Verdict::Differ(minorities.flatten().collect())
 }
 
-/// What this replica holds at `revision`, all of which it has applied.
+/// Hashes of other compact revisions than the first one's say nothing.
+fn keys(answers: &[(ReplicaId, CompareAnswer)]) -> Vec<(ReplicaId, (i64, u32))> {
+    let compact = answers.first().map(|(_, answer)| answer.compact_revision);
+    answers
+        .iter()
+        .filter(|(_, answer)| Some(answer.compact_revision) == compact)
+        .map(|(id, answer)| (*id, (answer.revision, answer.hash)))
+        .collect()
+}
+
+/// The hashes after one entry: the one that most of the answers tell of.
+fn beside_keys(answers: &[(ReplicaId, BesideKeys)]) -> Vec<(ReplicaId, u64)> {
+    let after = |index: u64| {
+        answers
+            .iter()
+            .filter(move |(_, beside)| (beside.since..=beside.until).contains(&index))
+            .map(|(id, beside)| (*id, beside.hash))
+    };
+    let best = answers
+        .iter()
+        .map(|(_, beside)| beside.since)
+        .max_by_key(|index| after(*index).count());
+    best.map(|index| after(index).collect()).unwrap_or_default()
+}
+
+fn own_beside_keys<R: AsyncRuntime>(shared: &Shared<R>) -> BesideKeys {
+    let applied = shared.applied.read();
+    BesideKeys {
+        hash: applied.state.hash_beside_keys(),
+        since: applied.beside_keys_since,
+        until: applied.last.map_or(0, |last| last.index),
+        format: BESIDE_KEYS_FORMAT,
+    }
+}
+
+/// What this replica holds, all up to the asked entry being applied.
 pub(crate) async fn answer<R: AsyncRuntime>(
     shared: &Arc<Shared<R>>,
-    revision: i64,
+    asked: &Compare,
 ) -> Result<Result<CompareAnswer, KvError>, ReadError> {
-    Ok(match hash_kv(shared, revision).await? {
-        Ok((
-            KvHash {
-                hash,
-                compact_revision,
-                revision,
-            },
-            _,
-        )) => Ok(CompareAnswer {
-            hash,
-            compact_revision,
-            revision,
-        }),
+    let beside_keys = Some(own_beside_keys(shared));
+    if asked.only_beside_keys {
+        return Ok(Ok(CompareAnswer {
+            beside_keys,
+            ..CompareAnswer::default()
+        }));
+    }
+    let told = |(hash, _): (KvHash, i64)| CompareAnswer {
+        hash: hash.hash,
+        compact_revision: hash.compact_revision,
+        revision: hash.revision,
+        beside_keys,
+    };
+    Ok(match hash_kv(shared, asked.revision).await? {
         // Not compacted but missing: that is a difference too.
-        Err(KvError::FutureRevision) => {
-            let newest = hash_kv(shared, 0).await?;
-            newest.map(|(hash, _)| CompareAnswer {
-                hash: hash.hash,
-                compact_revision: hash.compact_revision,
-                revision: hash.revision,
-            })
-        }
-        Err(error) => Err(error),
+        Err(KvError::FutureRevision) => hash_kv(shared, 0).await?.map(told),
+        found => found.map(told),
     })
 }
 
@@ -153,6 +188,10 @@ impl<R: AsyncRuntime> Comparer<R> {
     /// False when there are others, and none of them could be compared with.
     async fn compare(&self) -> Result<bool, ReadError> {
         self.members.readers.linearize().await?;
+        let (nodes, _) = self.members.nodes();
+        if nodes.len() < 2 {
+            return Ok(true);
+        }
         let (revision, index) = {
             let applied = self.shared.applied.read();
             (
@@ -160,23 +199,62 @@ impl<R: AsyncRuntime> Comparer<R> {
                 applied.last.map_or(0, |last| last.index),
             )
         };
-        let (nodes, _) = self.members.nodes();
-        if nodes.len() < 2 {
-            return Ok(true);
-        }
-        let Ok(own) = answer(&self.shared, revision).await? else {
+        let asked = Compare {
+            revision,
+            index,
+            only_beside_keys: false,
+        };
+        let Ok(own) = answer(&self.shared, &asked).await? else {
             // Compacted meanwhile.
             return Ok(false);
         };
-        let others = nodes.iter().filter(|(id, _)| **id != self.router.own);
-        let asked = others.map(|(id, node)| self.ask(*id, node, revision, index));
         let mut answers = vec![(self.router.own, own)];
-        answers.extend(join_all(asked).await.into_iter().flatten());
-        let comparable = answers
-            .iter()
-            .filter(|(_, answer)| answer.compact_revision == own.compact_revision)
-            .count();
-        match judge(&answers, nodes.len()) {
+        answers.extend(self.ask_others(&nodes, asked).await);
+        let held = keys(&answers);
+        let comparable = held.len() > 1;
+        self.settle(judge(held, nodes.len()), revision).await;
+        self.compare_beside_keys(&nodes, answers, revision).await;
+        Ok(comparable)
+    }
+
+    /// Where something changes all the time, no entry may be common to what the replicas tell of: then they are asked again.
+    async fn compare_beside_keys(
+        &self,
+        nodes: &Nodes,
+        mut answers: Vec<(ReplicaId, CompareAnswer)>,
+        revision: i64,
+    ) {
+        for _ in 0..BESIDE_KEYS_ATTEMPTS {
+            let told: Vec<_> = answers
+                .iter()
+                .filter_map(|(id, answer)| Some((*id, answer.beside_keys?)))
+                .filter(|(_, beside)| beside.format == BESIDE_KEYS_FORMAT)
+                .collect();
+            let held = beside_keys(&told);
+            if held.len() == told.len() {
+                return self.settle(judge(held, nodes.len()), revision).await;
+            }
+            let own = own_beside_keys(&self.shared);
+            let asked = Compare {
+                revision: 0,
+                index: own.until,
+                only_beside_keys: true,
+            };
+            let beside_keys = Some(own);
+            let own = CompareAnswer {
+                beside_keys,
+                ..CompareAnswer::default()
+            };
+            answers = vec![(self.router.own, own)];
+            answers.extend(self.ask_others(nodes, asked).await);
+        }
+        tracing::debug!(
+            "leases and users change too often to be compared, it is tried again later"
+        );
+    }
+
+    async fn settle(&self, verdict: Verdict, revision: i64) {
+        match verdict {
             Verdict::Same => {}
             Verdict::Differ(ids) => {
                 for id in ids {
@@ -185,20 +263,23 @@ impl<R: AsyncRuntime> Comparer<R> {
             }
             Verdict::Open => self.accuse(0, revision).await,
         }
-        Ok(comparable > 1)
+    }
+
+    async fn ask_others(&self, nodes: &Nodes, asked: Compare) -> Vec<(ReplicaId, CompareAnswer)> {
+        let others = nodes.iter().filter(|(id, _)| **id != self.router.own);
+        let asked = others.map(|(id, node)| self.ask(*id, node, asked));
+        join_all(asked).await.into_iter().flatten().collect()
     }
 
     async fn ask(
         &self,
         id: ReplicaId,
         node: &Node,
-        revision: i64,
-        index: u64,
+        asked: Compare,
     ) -> Option<(ReplicaId, CompareAnswer)> {
-        let question = Call::Compare(Compare { revision, index });
         let links = &self.router.links;
         match links
-            .call(&target(id, node), question, COMPARE_TIMEOUT)
+            .call(&target(id, node), Call::Compare(asked), COMPARE_TIMEOUT)
             .await
         {
             Ok(Answer::Compare(answer)) => Some((id, answer)),
@@ -275,38 +356,66 @@ pub(crate) async fn stand_aside<R: AsyncRuntime>(
 mod tests {
     use super::*;
 
-    fn answers(hashes: &[(u32, i64)]) -> Vec<(ReplicaId, CompareAnswer)> {
-        (1..)
+    fn held(hashes: &[(u32, i64)]) -> Vec<(ReplicaId, (i64, u32))> {
+        let answers: Vec<_> = (1..)
             .zip(hashes)
             .map(|(id, (hash, compact_revision))| {
                 let answer = CompareAnswer {
                     hash: *hash,
                     compact_revision: *compact_revision,
                     revision: 9,
+                    beside_keys: None,
                 };
                 (id, answer)
             })
-            .collect()
+            .collect();
+        keys(&answers)
     }
 
     #[test]
     fn the_minority_differs_and_without_a_majority_nobody_is_named() {
-        assert_eq!(judge(&answers(&[(1, 5), (1, 5), (1, 5)]), 3), Verdict::Same);
+        assert_eq!(judge(held(&[(1, 5), (1, 5), (1, 5)]), 3), Verdict::Same);
         assert_eq!(
-            judge(&answers(&[(2, 5), (1, 5), (1, 5)]), 3),
+            judge(held(&[(2, 5), (1, 5), (1, 5)]), 3),
             Verdict::Differ(vec![1])
         );
         assert_eq!(
-            judge(&answers(&[(1, 5), (2, 5), (1, 5), (1, 5), (3, 5)]), 5),
+            judge(held(&[(1, 5), (2, 5), (1, 5), (1, 5), (3, 5)]), 5),
             Verdict::Differ(vec![2, 5])
         );
-        assert_eq!(judge(&answers(&[(1, 5), (2, 5)]), 3), Verdict::Open);
-        assert_eq!(judge(&answers(&[(1, 5), (2, 5), (3, 5)]), 3), Verdict::Open);
+        assert_eq!(judge(held(&[(1, 5), (2, 5)]), 3), Verdict::Open);
+        assert_eq!(judge(held(&[(1, 5), (2, 5), (3, 5)]), 3), Verdict::Open);
     }
 
     #[test]
     fn other_compact_revisions_say_nothing() {
-        assert_eq!(judge(&answers(&[(1, 5), (2, 6), (1, 5)]), 3), Verdict::Same);
-        assert_eq!(judge(&answers(&[(1, 5)]), 3), Verdict::Same);
+        assert_eq!(judge(held(&[(1, 5), (2, 6), (1, 5)]), 3), Verdict::Same);
+        assert_eq!(judge(held(&[(1, 5)]), 3), Verdict::Same);
+    }
+
+    #[test]
+    fn what_is_held_beside_keys_is_compared_after_the_same_entry() {
+        let told = |spans: &[(u64, u64, u64)]| -> Vec<_> {
+            (1..)
+                .zip(spans)
+                .map(|(id, &(hash, since, until))| {
+                    (
+                        id,
+                        BesideKeys {
+                            hash,
+                            since,
+                            until,
+                            format: BESIDE_KEYS_FORMAT,
+                        },
+                    )
+                })
+                .collect()
+        };
+        // The third one has not seen the change at 8 yet.
+        let behind = told(&[(2, 8, 9), (2, 8, 12), (1, 3, 7)]);
+        assert_eq!(beside_keys(&behind), [(1, 2), (2, 2)]);
+        let differs = told(&[(2, 8, 9), (7, 8, 12), (2, 3, 9)]);
+        assert_eq!(judge(beside_keys(&differs), 3), Verdict::Differ(vec![2]));
+        assert!(beside_keys(&[]).is_empty());
     }
 }

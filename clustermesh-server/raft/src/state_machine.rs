@@ -60,6 +60,8 @@ pub(crate) struct Applied {
     pub(crate) sequence: u64,
     /// Bytes of entries applied since the last snapshot.
     pub(crate) log_bytes: u64,
+    /// Index of the last entry that may have changed what the state holds beside keys.
+    pub(crate) beside_keys_since: u64,
 }
 
 impl Applied {
@@ -71,6 +73,7 @@ impl Applied {
             membership: meta.last_membership,
             sequence: 0,
             log_bytes: 0,
+            beside_keys_since: meta.last_log_id.map_or(0, |last| last.index),
         }
     }
 }
@@ -237,6 +240,13 @@ impl<R: AsyncRuntime> StateMachine<R> {
                 keep_compaction_hash(&self.shared, cursor);
             }
             applied.log_bytes += bytes;
+            if batch
+                .proposals
+                .iter()
+                .any(pb::Proposal::may_change_beside_keys)
+            {
+                applied.beside_keys_since = log_id.index;
+            }
             if !done.groups.is_empty() || !done.cursors.is_empty() {
                 applied.sequence += 1;
                 publication = Some(Publication::Applied {
@@ -254,6 +264,7 @@ impl<R: AsyncRuntime> StateMachine<R> {
             remove_gone(&mut applied, membership, log_id)
                 .map_err(|reason| EntryError::Apply { log_id, reason })?;
             applied.membership = StoredMembership::new(Some(log_id), membership.clone());
+            applied.beside_keys_since = log_id.index;
         }
         applied.last = Some(log_id);
         add(&self.shared.metrics.entries_applied_total, 1);
@@ -330,6 +341,7 @@ impl<R: AsyncRuntime> RaftStateMachine<Types<R>> for StateMachine<R> {
             applied.membership = meta.last_membership.clone();
             applied.sequence += 1;
             applied.log_bytes = 0;
+            applied.beside_keys_since = meta.last_log_id.map_or(0, |last| last.index);
             self.shared.leases.replace(&applied.state);
             self.shared.group.follow(&applied.state, true);
             self.shared.hashes.forget();

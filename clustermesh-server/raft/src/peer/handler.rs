@@ -3,6 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
+use clustermesh_core::pb::Proposal;
 use clustermesh_store::{Node, ReplicaId, wire};
 use futures_util::{
     FutureExt, StreamExt,
@@ -246,6 +247,18 @@ impl<R: AsyncRuntime> Bound<R> {
             }
             Call::TransferLeader(transfer) => self.transfer_leader(&transfer).await,
             Call::Forward(forward) => {
+                let is_known =
+                    |proposal: Option<&Proposal>| proposal.is_some_and(Proposal::is_known);
+                // In an entry it would stop every replica.
+                if !forward
+                    .proposals
+                    .iter()
+                    .all(|forwarded| is_known(forwarded.proposal.as_ref()))
+                {
+                    return Err(invalid(
+                        "a proposal of a kind that this replica does not know: upgrade it",
+                    ));
+                }
                 let index = self
                     .proposer
                     .propose_forwarded(from, forward)
@@ -308,7 +321,7 @@ impl<R: AsyncRuntime> Bound<R> {
     async fn compare(&self, asked: &Compare) -> Result<CompareAnswer, Refusal> {
         let applied = self.readers.wait_applied(asked.index).await;
         applied.map_err(|error| error.refusal())?;
-        divergence::answer(&self.shared, asked.revision)
+        divergence::answer(&self.shared, asked)
             .await
             .map_err(|error| error.refusal())?
             .map_err(invalid)

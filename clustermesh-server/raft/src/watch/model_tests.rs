@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::{PutRequest, RequestOp, TxnRequest, request_op};
 use clustermesh_core::{State, limits::BATCH_FORMAT, pb, pb::proposal::Command};
-use clustermesh_store::StoredMembership;
+use clustermesh_store::SnapshotMeta;
 use futures_util::FutureExt;
 use openraft::async_runtime::{AsyncRuntime, Watch};
 use parking_lot::RwLock;
@@ -174,7 +174,7 @@ proptest! {
     fn every_watcher_gets_exactly_what_it_wants_in_order(steps in prop::collection::vec(step(), 1..80)) {
         let metrics = Arc::new(Metrics::default());
         let applied =
-            Applied { state: State::new(), last: None, membership: StoredMembership::default(), sequence: 0, log_bytes: 0 };
+            Applied::new(State::new(), SnapshotMeta::default());
         let (progress, _) = <R as AsyncRuntime>::Watch::channel(Progress::default());
         let shared = Arc::new(Shared::<R> {
             group: crate::group::GroupView::new(&State::new(), 1),
