@@ -24,9 +24,12 @@ struct Arguments {
 enum Command {
     /// Build a lab, start its processes, and keep it until Ctrl-C
     #[command(
-        after_help = "Examples:\n  clustermesh-lab up\n  clustermesh-lab up --nodes 3 --wan-delay-ms 40 --attach clsact"
+        after_help = "Examples:\n  clustermesh-lab up\n  clustermesh-lab up --replicas 3\n  clustermesh-lab up --nodes 3 --wan-delay-ms 40 --attach clsact"
     )]
     Up {
+        /// Replicas of each cluster's server: 1, 3 or 5
+        #[arg(long, default_value_t = 1)]
+        replicas: usize,
         /// Machines in each of the two clusters
         #[arg(long, default_value_t = 2)]
         nodes: usize,
@@ -64,6 +67,7 @@ enum Routing {
 async fn main() -> Result<ExitCode> {
     match Arguments::parse().command {
         Command::Up {
+            replicas,
             nodes,
             agents,
             attach,
@@ -78,6 +82,7 @@ async fn main() -> Result<ExitCode> {
                 return Ok(ExitCode::from(EXIT_CANNOT_RUN));
             }
             let config = LabConfig {
+                replicas,
                 nodes_per_cluster: nodes,
                 agents_per_cluster: agents.unwrap_or(nodes),
                 attach_mode: match attach {

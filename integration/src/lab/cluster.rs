@@ -1,4 +1,4 @@
-//! One cluster of the lab: its router, its server, its nodes, its certificates.
+//! One cluster of the lab: its router, the replicas of its server, its nodes, its certificates.
 
 use std::fmt::Write as _;
 use std::fs::File;
@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use anyhow::{Context, Result};
+use futures_util::future::join_all;
 use nix::sys::signal::Signal;
 use tokio::process::Command;
 
 use super::host::{command_in, ip_batch, netns_path, run, run_unchecked, sh};
 use super::node::Node;
 use super::process::Process;
+use super::replica::Replica;
 use super::tap::{in_netns, open_tap};
 use super::{Lab, RoutingMode};
 
@@ -24,8 +26,7 @@ pub struct Cluster {
     folder: PathBuf,
     binaries: PathBuf,
     router: String,
-    server_netns: String,
-    server: Option<Process>,
+    replicas: Vec<Replica>,
     nodes: Vec<Node>,
 }
 
@@ -34,19 +35,13 @@ pub struct Cluster {
 pub struct Peer {
     name: String,
     id: u8,
-}
-
-impl Peer {
-    fn server_address(&self) -> String {
-        format!("172.30.{}.2", self.id)
-    }
+    endpoints: Vec<String>,
 }
 
 impl Cluster {
     pub(super) async fn wire(lab: &Lab, name: &str, id: u8) -> Result<Self> {
         let prefix = format!("{}-{name}", lab.prefix());
         let router = format!("{prefix}-r");
-        let server_netns = format!("{prefix}-s");
         let folder = lab.folder().join(name);
         std::fs::create_dir_all(&folder)?;
         add_namespace(&router).await?;
@@ -67,7 +62,6 @@ impl Cluster {
             ],
         )
         .await?;
-        add_machine(&router, &server_netns, "s", id, 2).await?;
         let mut cluster = Self {
             name: name.to_owned(),
             id,
@@ -75,10 +69,12 @@ impl Cluster {
             folder,
             binaries: lab.config().binaries.clone(),
             router,
-            server_netns,
-            server: None,
+            replicas: Vec::new(),
             nodes: Vec::new(),
         };
+        for _ in 0..lab.config().replicas {
+            cluster.add_replica().await?;
+        }
         for number in 1..=lab.config().nodes_per_cluster {
             let number = u8::try_from(number)?;
             let netns = format!("{}-n{number}", cluster.prefix);
@@ -94,6 +90,27 @@ impl Cluster {
             cluster.nodes.push(node);
         }
         Ok(cluster)
+    }
+
+    /// Makes the machine of one more replica; nothing runs there yet.
+    async fn add_replica(&mut self) -> Result<()> {
+        let number = self.replicas.len() + 1;
+        let port = match number {
+            1 => "s".to_owned(),
+            _ => format!("s{number}"),
+        };
+        let netns = format!("{}-{port}", self.prefix);
+        let host = u8::try_from(1 + number)?;
+        add_machine(&self.router, &netns, &port, self.id, host).await?;
+        self.replicas.push(Replica::prepare(
+            &self.name,
+            number,
+            format!("172.30.{}.{host}", self.id),
+            netns,
+            &self.folder,
+            self.binaries.join("clustermesh-server"),
+        ));
+        Ok(())
     }
 
     /// Opens the router's device on the wide-area link.
@@ -143,6 +160,7 @@ impl Cluster {
         Peer {
             name: self.name.clone(),
             id: self.id,
+            endpoints: self.endpoints(),
         }
     }
 
@@ -155,15 +173,27 @@ impl Cluster {
         let pki = self.pki()?;
         let authority = pki.to_str().context("folder name")?.to_owned();
         self.dev_ca(&["init", "--dir", &authority]).await?;
-        let address = self.as_peer().server_address();
-        let server = ["--san", address.as_str(), "--san", "127.0.0.1"];
-        self.issue(&authority, "server", "server", &server).await?;
+        for replica in &self.replicas {
+            self.issue_server_certificate(replica).await?;
+        }
         self.issue(&authority, "operator", "admin", &[]).await?;
         self.issue(&authority, "peer", "remote", &[]).await?;
         for node in &self.nodes {
             self.issue(&authority, "node", node.name(), &[]).await?;
         }
         Ok(())
+    }
+
+    /// Makes, or makes anew, the certificate that a replica shows to clients and to the other replicas.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub async fn issue_server_certificate(&self, replica: &Replica) -> Result<()> {
+        let pki = self.pki()?;
+        let authority = pki.to_str().context("folder name")?;
+        let names = ["--san", replica.address(), "--san", "127.0.0.1"];
+        self.issue(authority, "server", replica.certificate(), &names)
+            .await
     }
 
     async fn issue(&self, authority: &str, role: &str, name: &str, more: &[&str]) -> Result<()> {
@@ -180,8 +210,43 @@ impl Cluster {
         Ok(())
     }
 
-    /// Starts the server and waits until it is ready.
+    /// Starts all replicas and waits until they are ready.
     pub(super) async fn start_server(&mut self, all: &[Peer]) -> Result<()> {
+        let initial: Vec<String> = self
+            .replicas
+            .iter()
+            .map(|replica| format!("{}={}", replica.name(), replica.peer_url()))
+            .collect();
+        for replica in &self.replicas {
+            let group = match initial.len() {
+                1 => String::new(),
+                _ => format!("initial_cluster = {initial:?}\n"),
+            };
+            let text = self.server_config(replica, all, &group)?;
+            std::fs::write(replica.config_path(), text)?;
+        }
+        // A replica is ready when its group has a leader.
+        self.restart_server().await
+    }
+
+    /// Makes a further replica that joins the group when it is started; its place.
+    ///
+    /// # Errors
+    /// When its machine, certificate or configuration cannot be made.
+    pub async fn add_joining_replica(&mut self) -> Result<usize> {
+        let join: Vec<String> = self.replicas.iter().map(Replica::peer_url).collect();
+        self.add_replica().await?;
+        let place = self.replicas.len() - 1;
+        let replica = &self.replicas[place];
+        self.issue_server_certificate(replica).await?;
+        let group = format!("peer_url = {:?}\njoin = {join:?}\n", replica.peer_url());
+        let text = self.server_config(replica, &[], &group)?;
+        std::fs::write(replica.config_path(), text)?;
+        Ok(place)
+    }
+
+    /// The configuration of one replica; `group` says what group it begins with or joins, nothing for one alone.
+    fn server_config(&self, replica: &Replica, all: &[Peer], group: &str) -> Result<String> {
         let pki = self.pki()?;
         let pki = pki.display();
         let (name, id) = (&self.name, self.id);
@@ -201,77 +266,100 @@ service_cidr_v6 = "fd60:{id}::/112"
 
 [tls]
 ca = "{pki}/ca.crt"
-cert = "{pki}/{name}/server.crt"
-key = "{pki}/{name}/server.key"
+cert = "{pki}/{name}/{certificate}.crt"
+key = "{pki}/{name}/{certificate}.key"
 "#,
-            data = self.folder.join("server").display(),
+            data = replica.data().display(),
+            certificate = replica.certificate(),
         );
+        if !group.is_empty() {
+            write!(
+                config,
+                "\n[replica]\nname = {:?}\nclient_urls = [{:?}]\n{group}",
+                replica.name(),
+                replica.endpoint(),
+            )?;
+        }
         for peer in all.iter().filter(|peer| peer.id != id) {
             write!(
                 config,
                 r#"
 [[peers]]
 name = "{peer_name}"
-endpoints = ["https://{address}:2379"]
+endpoints = {endpoints:?}
 cert = "{pki}/{name}/remote.crt"
 key = "{pki}/{name}/remote.key"
 "#,
                 peer_name = peer.name,
-                address = peer.server_address(),
+                endpoints = peer.endpoints,
             )?;
         }
-        std::fs::write(self.server_config(), config)?;
-        self.restart_server().await
+        Ok(config)
     }
 
-    fn server_config(&self) -> PathBuf {
-        self.folder.join("server.toml")
-    }
-
-    /// Changes the server's configuration file; the server reads it when it starts again.
+    /// Changes the configuration file of every replica; a server reads it when it starts again.
     ///
     /// # Errors
-    /// When the file cannot be read or written.
-    pub fn edit_server_config(&self, edit: impl FnOnce(String) -> String) -> Result<()> {
-        let path = self.server_config();
-        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        std::fs::write(&path, edit(text))?;
+    /// When a file cannot be read or written.
+    pub fn edit_server_config(&self, edit: impl Fn(String) -> String) -> Result<()> {
+        for replica in &self.replicas {
+            replica.edit_config(&edit)?;
+        }
         Ok(())
     }
 
-    /// Starts the server again with the configuration that it had.
+    /// Starts all replicas again with the configuration that they had.
     ///
     /// # Errors
-    /// When it does not get ready.
+    /// When one does not get ready.
     pub async fn restart_server(&mut self) -> Result<()> {
-        let mut command = command_in(
-            &self.server_netns,
-            None,
-            &self.binaries.join("clustermesh-server"),
-        );
-        command.arg("--config").arg(self.server_config());
-        let name = format!("server of {}", self.name);
-        self.server =
-            Some(Process::start_ready(&name, &mut command, &self.folder.join("server.log")).await?);
+        let starting: Vec<_> = self.replicas.iter_mut().map(Replica::start).collect();
+        for started in join_all(starting).await {
+            started?;
+        }
         Ok(())
     }
 
-    /// Ends the server by `signal`.
+    /// Ends all replicas by `signal`.
     ///
     /// # Errors
-    /// When it does not run or does not end.
+    /// When one does not run or does not end.
     pub async fn stop_server(&mut self, signal: Signal) -> Result<()> {
-        let server = self.server.take().context("the server does not run")?;
-        server.stop(signal).await?;
+        for replica in &mut self.replicas {
+            replica.stop(signal).await?;
+        }
         Ok(())
     }
 
-    /// The server's process.
+    /// The process of the first replica.
     ///
     /// # Errors
     /// When it does not run.
     pub fn server(&self) -> Result<&Process> {
-        self.server.as_ref().context("the server does not run")
+        self.replicas[0].process()
+    }
+
+    /// A replica of the server by its place, from 0.
+    #[must_use]
+    pub fn replica(&self, index: usize) -> &Replica {
+        &self.replicas[index]
+    }
+
+    /// A replica by its place, to change it.
+    pub fn replica_mut(&mut self, index: usize) -> &mut Replica {
+        &mut self.replicas[index]
+    }
+
+    /// All replicas.
+    #[must_use]
+    pub fn replicas(&self) -> &[Replica] {
+        &self.replicas
+    }
+
+    /// Where clients reach the replicas.
+    #[must_use]
+    pub fn endpoints(&self) -> Vec<String> {
+        self.replicas.iter().map(Replica::endpoint).collect()
     }
 
     /// Name of the cluster.
@@ -290,22 +378,16 @@ key = "{pki}/{name}/remote.key"
         &self.folder
     }
 
-    /// Network namespace of the server.
+    /// Network namespace of the first replica.
     #[must_use]
     pub fn server_netns(&self) -> &str {
-        &self.server_netns
+        self.replicas[0].netns()
     }
 
     /// Network namespace of the cluster's router.
     #[must_use]
     pub fn router_netns(&self) -> &str {
         &self.router
-    }
-
-    /// Address of the server as its nodes and peers dial it.
-    #[must_use]
-    pub fn server_endpoint(&self) -> String {
-        format!("https://{}:2379", self.as_peer().server_address())
     }
 
     /// A node by its place, from 0.
@@ -335,9 +417,9 @@ key = "{pki}/{name}/remote.key"
     /// When the lab's folder is not there.
     pub fn cli(&self, arguments: &[&str]) -> Result<Command> {
         let pki = self.pki()?;
-        let mut command = command_in(&self.server_netns, None, &self.binaries.join("clustermesh"));
+        let mut command = command_in(&self.router, None, &self.binaries.join("clustermesh"));
         command
-            .args(["--endpoint", &self.server_endpoint()])
+            .args(["--endpoint", &self.endpoints().join(",")])
             .arg("--ca")
             .arg(pki.join("ca.crt"))
             .arg("--cert")
@@ -354,9 +436,9 @@ key = "{pki}/{name}/remote.key"
         let pki = self.folder.with_file_name("pki");
         format!(
             "nsenter --net=/run/netns/{} {} --endpoint {} --ca {ca} --cert {own}.crt --key {own}.key status",
-            self.server_netns,
+            self.router,
             self.binaries.join("clustermesh").display(),
-            self.server_endpoint(),
+            self.endpoints().join(","),
             ca = pki.join("ca.crt").display(),
             own = pki.join(&self.name).join("admin").display(),
         )
@@ -405,10 +487,12 @@ key = "{pki}/{name}/remote.key"
         for node in self.nodes {
             node.stop().await;
         }
-        if let Some(server) = self.server.take() {
-            // Whatever is left is killed with the namespaces.
-            let _ = server.stop(Signal::SIGTERM).await;
-        }
+        // Both at once: who is left alone waits for the others. Whatever is left is killed with the namespaces.
+        let processes = self.replicas.iter_mut().filter_map(Replica::take_process);
+        let ending: Vec<_> = processes
+            .map(|process| process.stop(Signal::SIGTERM))
+            .collect();
+        let _ = join_all(ending).await;
     }
 }
 

@@ -1,6 +1,6 @@
 //! The lab: clusters as network namespaces on one machine, real binaries as processes.
 //!
-//! Each cluster is a bridge with a router, a server and its nodes; the routers are joined by a
+//! Each cluster is a bridge with a router, the replicas of a server and its nodes; the routers are joined by a
 //! [`wan::Wan`] that delays, cuts and heals. Every name bears a prefix of the run, so that runs
 //! do not collide, and everything is removed at the end, also after a crash of an earlier run.
 
@@ -8,8 +8,10 @@ pub mod cluster;
 pub mod host;
 pub mod node;
 mod observe;
+pub mod partition;
 pub mod pod;
 pub mod process;
+pub mod replica;
 pub mod requirements;
 pub mod store;
 pub mod tap;
@@ -29,6 +31,8 @@ use wan::Wan;
 pub const CLUSTERS_MAX: usize = 2;
 /// Nodes in one cluster of a lab.
 pub const NODES_PER_CLUSTER_MAX: usize = 9;
+/// Replicas that the server of a cluster may begin with.
+pub const REPLICAS: [usize; 3] = [1, 3, 5];
 
 /// How the agents attach their programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +59,9 @@ pub enum RoutingMode {
 pub struct LabConfig {
     /// Cluster names; ids are 1, 2, …
     pub clusters: Vec<String>,
-    /// Machines in each.
+    /// Replicas of each cluster's server, each on a machine of its own: 1, 3 or 5.
+    pub replicas: usize,
+    /// Machines in each beside those; none for a server alone.
     pub nodes_per_cluster: usize,
     /// How many of them run an agent; the others are bare machines, for comparison.
     pub agents_per_cluster: usize,
@@ -77,6 +83,7 @@ impl LabConfig {
     pub fn two_by_two() -> Result<Self> {
         Ok(Self {
             clusters: vec!["a".to_owned(), "b".to_owned()],
+            replicas: 1,
             nodes_per_cluster: 2,
             agents_per_cluster: 2,
             attach_mode: AttachMode::Auto,
@@ -123,10 +130,15 @@ impl Lab {
         }
         if config.clusters.is_empty()
             || config.clusters.len() > CLUSTERS_MAX
-            || config.nodes_per_cluster == 0
             || config.nodes_per_cluster > NODES_PER_CLUSTER_MAX
         {
-            bail!("a lab has 1 to {CLUSTERS_MAX} clusters of 1 to {NODES_PER_CLUSTER_MAX} nodes");
+            bail!("a lab has 1 to {CLUSTERS_MAX} clusters of up to {NODES_PER_CLUSTER_MAX} nodes");
+        }
+        if !REPLICAS.contains(&config.replicas) {
+            bail!(
+                "{} replicas: the server of a cluster begins with 1, 3 or 5",
+                config.replicas
+            );
         }
         for prefix in teardown::abandoned() {
             teardown::remove_lab(&prefix).await;
@@ -202,6 +214,14 @@ impl Lab {
         for cluster in &self.clusters {
             // Writing to a string does not fail.
             let _ = writeln!(text, "  cluster {}: {}", cluster.name(), cluster.cli_text());
+            for replica in cluster.replicas() {
+                let _ = writeln!(
+                    text,
+                    "    server {}: nsenter --net=/run/netns/{}",
+                    replica.name(),
+                    replica.netns()
+                );
+            }
             for node in cluster.nodes() {
                 let _ = writeln!(
                     text,

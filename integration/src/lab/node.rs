@@ -74,7 +74,7 @@ admin = "127.0.0.1:9964"
 probe_interval_ms = 200
 
 [server]
-endpoints = ["{endpoint}"]
+endpoints = {endpoints:?}
 
 [server.tls]
 ca = "{pki}/ca.crt"
@@ -82,7 +82,7 @@ cert = "{pki}/{cluster}/{name}.crt"
 key = "{pki}/{cluster}/{name}.key"
 "#,
             cluster = cluster.name(),
-            endpoint = cluster.server_endpoint(),
+            endpoints = cluster.endpoints(),
             folder = folder.display(),
             cgroup = cgroup.display(),
             routing = routing_name(lab.config().routing_mode),

@@ -120,9 +120,9 @@ impl Cluster {
             .with_context(|| format!("no identity with {label} is known to {}", self.name()))
     }
 
-    /// Where the server keeps its data.
+    /// Where the first replica keeps its data.
     #[must_use]
     pub fn server_data(&self) -> PathBuf {
-        self.folder().join("server")
+        self.replica(0).data()
     }
 }

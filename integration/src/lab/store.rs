@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clustermesh_api::etcd::mvcc::KeyValue;
-use clustermesh_api::etcd::rpc::{DeleteRangeRequest, PutRequest};
+use clustermesh_api::etcd::rpc::{DeleteRangeRequest, PutRequest, RangeRequest};
 use clustermesh_client::{Client, ClientConfig, TlsPaths};
 
 use super::cluster::Cluster;
@@ -45,23 +45,43 @@ impl Cluster {
         self.store_as("admin")
     }
 
+    /// The operator's view of one replica, and of no other.
+    ///
+    /// # Errors
+    /// When the lab's folder is not there.
+    pub fn store_at(&self, replica: usize) -> Result<Store> {
+        let endpoint = self.replica(replica).endpoint();
+        Ok(Store {
+            netns: netns_path(self.router_netns()),
+            config: self.client_config(vec![endpoint], "admin")?,
+        })
+    }
+
+    /// How a client with one of this cluster's certificates reaches these endpoints.
+    ///
+    /// # Errors
+    /// When the lab's folder is not there.
+    pub fn client_config(&self, endpoints: Vec<String>, certificate: &str) -> Result<ClientConfig> {
+        let folder = self.pki()?.join(self.name());
+        Ok(ClientConfig {
+            endpoints,
+            tls: Some(TlsPaths {
+                ca: self.pki()?.join("ca.crt"),
+                cert: folder.join(format!("{certificate}.crt")),
+                key: folder.join(format!("{certificate}.key")),
+            }),
+            server_name: None,
+        })
+    }
+
     /// The store of this cluster as the holder of one of its certificates sees it.
     ///
     /// # Errors
     /// When the lab's folder is not there.
     pub fn store_as(&self, certificate: &str) -> Result<Store> {
-        let folder = self.pki()?.join(self.name());
         Ok(Store {
-            netns: netns_path(self.server_netns()),
-            config: ClientConfig {
-                endpoints: vec![self.server_endpoint()],
-                tls: Some(TlsPaths {
-                    ca: self.pki()?.join("ca.crt"),
-                    cert: folder.join(format!("{certificate}.crt")),
-                    key: folder.join(format!("{certificate}.key")),
-                }),
-                server_name: None,
-            },
+            netns: netns_path(self.router_netns()),
+            config: self.client_config(self.endpoints(), certificate)?,
         })
     }
 }
@@ -79,6 +99,25 @@ impl Store {
         };
         let response = self
             .call(move |client| async move { Ok(client.put(request).await?) })
+            .await?;
+        Ok(response
+            .header
+            .context("an answer without a header")?
+            .revision)
+    }
+
+    /// The store's revision, by a linearizable read.
+    ///
+    /// # Errors
+    /// When no quorum answers.
+    pub async fn revision(&self) -> Result<i64> {
+        let request = RangeRequest {
+            key: "\0".into(),
+            count_only: true,
+            ..RangeRequest::default()
+        };
+        let response = self
+            .call(move |client| async move { Ok(client.range(request).await?) })
             .await?;
         Ok(response
             .header
