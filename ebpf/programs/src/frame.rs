@@ -2,6 +2,7 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::generated::{bpf_skb_load_bytes, bpf_skb_pull_data};
+use aya_ebpf::programs::TcContext;
 use clustermesh_ebpf_abi::DropReason;
 
 /// Bytes of an Ethernet header.
@@ -25,11 +26,19 @@ pub const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8_u16.to_be();
 /// A frame, valid for one run of a program.
 #[derive(Clone, Copy)]
 pub struct Frame {
-    /// The program's context.
+    /// Its context in the kernel.
     pub skb: *mut __sk_buff,
 }
 
 impl Frame {
+    /// The frame that a program is run for.
+    #[inline(always)]
+    pub fn of(context: &TcContext) -> Self {
+        Self {
+            skb: context.skb.skb,
+        }
+    }
+
     /// Bytes of the frame, those outside the linear part too.
     #[inline(always)]
     pub fn len(self) -> u32 {

@@ -7,7 +7,7 @@ use clustermesh_ebpf_abi::{DropReason, ENDPOINT_HOST, HOOK_FROM_HOST, IDENTITY_R
 use crate::answer;
 use crate::deliver::{redirect_to_host, to_host};
 use crate::frame::{ETHERNET_BYTES, Frame};
-use crate::from_pod::{Inside, on_own_device};
+use crate::own_device::{self, Inside};
 use crate::parse::{self, Packet};
 use crate::route::{Next, endpoint, forward};
 use crate::verdict::{Action, Seen, conclude, config};
@@ -15,18 +15,15 @@ use crate::verdict::{Action, Seen, conclude, config};
 /// Entry point.
 #[classifier]
 pub fn from_host(context: TcContext) -> i32 {
-    let frame = Frame {
-        skb: context.skb.skb,
-    };
     let mut seen = Seen::EMPTY;
-    let outcome = handle(frame, &mut seen);
+    let outcome = handle(Frame::of(&context), &mut seen);
     conclude(HOOK_FROM_HOST, &seen, outcome)
 }
 
 #[inline(always)]
 fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
     let config = config()?;
-    if on_own_device(frame, &mut seen.packet)? == Inside::Arp {
+    if own_device::read(frame, &mut seen.packet)? == Inside::Arp {
         return Ok(Action::Pass);
     }
     if parse::is_link_scoped(&seen.packet) {

@@ -27,11 +27,8 @@ const TUNNEL_FRAME_BYTES: usize = ETHERNET_BYTES + IPV6_BYTES + TUNNEL_BYTES + I
 /// Entry point.
 #[classifier]
 pub fn from_network(context: TcContext) -> i32 {
-    let frame = Frame {
-        skb: context.skb.skb,
-    };
     let mut seen = Seen::EMPTY;
-    let outcome = handle(frame, &mut seen);
+    let outcome = handle(Frame::of(&context), &mut seen);
     conclude(HOOK_FROM_NETWORK, &seen, outcome)
 }
 

@@ -6,11 +6,9 @@ use clustermesh_ebpf_abi::{DropReason, HOOK_FROM_POD, InterfaceValue};
 
 use crate::answer;
 use crate::deliver::{back_to_pod, to_host};
-use crate::frame::{
-    ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_SERVICE_VLAN,
-    ETHERTYPE_VLAN, Frame, IPV6_BYTES,
-};
+use crate::frame::{ETHERNET_BYTES, Frame};
 use crate::maps::INTERFACES;
+use crate::own_device::{self, Inside};
 use crate::parse::{self, Family, Packet, Words};
 use crate::route::{Next, forward};
 use crate::verdict::{Action, Seen, conclude, config};
@@ -18,19 +16,15 @@ use crate::verdict::{Action, Seen, conclude, config};
 /// Entry point.
 #[classifier]
 pub fn from_pod(context: TcContext) -> i32 {
-    let frame = Frame {
-        skb: context.skb.skb,
-    };
     let mut seen = Seen::EMPTY;
-    let outcome = handle(frame, &mut seen);
+    let outcome = handle(Frame::of(&context), &mut seen);
     conclude(HOOK_FROM_POD, &seen, outcome)
 }
 
 #[inline(always)]
 fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
     let config = config()?;
-    if on_own_device(frame, &mut seen.packet)? == Inside::Arp {
-        // The host answers for its own addresses; pods have fixed neighbour entries and do not ask.
+    if own_device::read(frame, &mut seen.packet)? == Inside::Arp {
         return Ok(Action::Pass);
     }
     if parse::is_link_scoped(&seen.packet) {
@@ -56,36 +50,6 @@ fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
             back_to_pod(frame, seen.packet.family)?;
             Ok(Action::Answer(DropReason::UnknownPod))
         }
-    }
-}
-
-/// What a frame on a device of ours carries.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Inside {
-    /// An IP packet.
-    Ip,
-    /// ARP.
-    Arp,
-}
-
-/// Looks into a frame on a device of ours, where only plain Ethernet is expected.
-///
-/// # Errors
-/// `VlanTagged`, `UnknownEthertype`, `Malformed`, `ExtensionHeaders`.
-#[inline(always)]
-pub fn on_own_device(frame: Frame, packet: &mut Packet) -> Result<Inside, DropReason> {
-    if frame.has_vlan_tag() {
-        return Err(DropReason::VlanTagged);
-    }
-    frame.make_linear(ETHERNET_BYTES + IPV6_BYTES);
-    let ethertype = frame.at::<u16>(12).ok_or(DropReason::Malformed)?;
-    // SAFETY: `at` has checked the bounds.
-    match unsafe { *ethertype } {
-        ETHERTYPE_IPV4 => parse::ipv4(frame, ETHERNET_BYTES, packet).map(|()| Inside::Ip),
-        ETHERTYPE_IPV6 => parse::ipv6(frame, ETHERNET_BYTES, packet).map(|()| Inside::Ip),
-        ETHERTYPE_ARP => Ok(Inside::Arp),
-        ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => Err(DropReason::VlanTagged),
-        _ => Err(DropReason::UnknownEthertype),
     }
 }
 

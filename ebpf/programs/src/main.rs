@@ -28,6 +28,7 @@ mod from_host;
 mod from_network;
 mod from_pod;
 mod maps;
+mod own_device;
 mod parse;
 mod route;
 mod socket_address;
