@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use clustermesh_ebpf_abi::LAYOUT_VERSION;
 
+use crate::layout::SPECS;
 use crate::links::{self, AttachMode};
-use crate::maps::{self, Maps, SPECS};
+use crate::maps::{self, Maps};
 use crate::pins::{self, Pins};
 use crate::programs::{Hook, Programs};
 use crate::sys::bpf;

@@ -9,6 +9,7 @@ mod datapath;
 mod error;
 mod features;
 mod flows;
+mod layout;
 mod links;
 mod maps;
 mod pins;

@@ -8,7 +8,7 @@ use clustermesh_ebpf_abi::LAYOUT_VERSION;
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use crate::Error;
-use crate::maps::Spec;
+use crate::layout::Spec;
 
 /// The folder with our pins.
 #[derive(Clone, Debug)]

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use aya::programs::{Program, ProgramError, SchedClassifier};
 use aya::{Ebpf, EbpfLoader};
 
-use crate::maps::SPECS;
+use crate::layout::SPECS;
 use crate::pins::Pins;
 use crate::sys::bpf::AttachType;
 use crate::{Error, Features, features};
