@@ -30,7 +30,7 @@ pub const PREFIX: &str = "/v3/";
 /// JSON of one request: a gRPC request in base64, with room for its names.
 const MAX_REQUEST_JSON_BYTES: usize = 3 << 20;
 /// A request, or the first one of a stream, must have arrived by then.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Messages of a stream made ahead of what the other side takes.
 const STREAM_QUEUE_MESSAGES: usize = 2;
 /// What an answer takes in memory, as a multiple of its protobuf: the decoded message and its JSON.

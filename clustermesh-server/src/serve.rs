@@ -1,5 +1,6 @@
 //! The client port: accept loop, mutual TLS (in clear where asked for), HTTP/1.1 and HTTP/2, gRPC services beside plain HTTP pages.
 
+mod arrival;
 pub mod handled;
 mod preface;
 
@@ -26,7 +27,7 @@ use tonic::service::Routes;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
-use self::handled::Handled;
+use self::handled::{Call, Handled};
 use crate::auth::Caller;
 use crate::config::LimitsConfig;
 use crate::etcd::answers::hold_until_sent;
@@ -350,7 +351,12 @@ async fn answer(
     }
     let call = shared.handled.counted(request.uri().path());
     request.extensions_mut().insert(caller);
-    let response = match shared.routes.clone().oneshot(request.map(Body::new)).await {
+    let request = if call.as_ref().is_some_and(Call::takes_one_message) {
+        request.map(arrival::in_time)
+    } else {
+        request.map(Body::new)
+    };
+    let response = match shared.routes.clone().oneshot(request).await {
         Ok(response) => hold_until_sent(response),
         Err(never) => match never {},
     };

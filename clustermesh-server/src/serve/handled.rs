@@ -111,6 +111,13 @@ impl Method {
 pub(super) struct Call(Option<Arc<Method>>);
 
 impl Call {
+    /// Whether the client sends one message and no more.
+    pub(super) fn takes_one_message(&self) -> bool {
+        self.0
+            .as_ref()
+            .is_some_and(|method| !method.descriptor.is_client_streaming())
+    }
+
     fn end(&mut self, code: Code) {
         if let Some(method) = self.0.take() {
             method.count(code);

@@ -49,6 +49,17 @@ impl Pki {
     }
 
     pub fn issue(&self, organisation: &str, cluster: &str, name: &str) -> TlsPaths {
+        self.issue_with(organisation, cluster, name, |_| {})
+    }
+
+    /// With other dates, say.
+    pub fn issue_with(
+        &self,
+        organisation: &str,
+        cluster: &str,
+        name: &str,
+        adjust: impl FnOnce(&mut CertificateParams),
+    ) -> TlsPaths {
         let stem = format!("{organisation}-{cluster}-{name}");
         let path = |end: &str| self.dir.path().join(format!("{stem}.{end}"));
         let paths = TlsPaths {
@@ -70,6 +81,7 @@ impl Pki {
             ExtendedKeyUsagePurpose::ServerAuth,
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
+        adjust(&mut params);
         let key = KeyPair::generate().unwrap();
         let cert = params.signed_by(&key, &self.issuer).unwrap();
         std::fs::write(&paths.cert, cert.pem()).unwrap();
