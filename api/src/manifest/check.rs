@@ -50,10 +50,12 @@ pub enum ManifestError {
         found: String,
     },
     /// Fields of the wrong type, or missing ones.
-    #[error("{object}: {reason}")]
+    #[error("{object}: {field}: {reason}")]
     Shape {
         /// Kind, namespace and name.
         object: String,
+        /// Path of the field, or of the object that lacks one.
+        field: String,
         /// What was expected.
         reason: serde_json::Error,
     },
@@ -161,12 +163,18 @@ fn read_object<Spec: DeserializeOwned + Default>(
     object: String,
 ) -> Result<Object<Spec>, ManifestError> {
     let mut unknown = None;
+    let mut place = serde_path_to_error::Track::new();
     let mut reader = serde_json::Deserializer::from_slice(json);
-    let read = serde_ignored::deserialize(&mut reader, |path| {
+    let reader = serde_path_to_error::Deserializer::new(&mut reader, &mut place);
+    let read = serde_ignored::deserialize(reader, |path| {
         unknown.get_or_insert_with(|| path.to_string());
     });
     match (read, unknown) {
-        (Err(reason), _) => Err(ManifestError::Shape { object, reason }),
+        (Err(reason), _) => Err(ManifestError::Shape {
+            object,
+            field: place.path().to_string(),
+            reason,
+        }),
         (Ok(_), Some(field)) => Err(ManifestError::UnknownField { object, field }),
         (Ok(read), None) => Ok(read),
     }

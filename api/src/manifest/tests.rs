@@ -74,7 +74,7 @@ fn mistakes_are_refused_with_object_field_and_reason() {
         (
             "8080",
             "80800",
-            "Service shop/cart: invalid value: integer `80800`",
+            "Service shop/cart: spec.ports[0].targetPort: invalid value: integer `80800`",
         ),
         (
             "8080",
