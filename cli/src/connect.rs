@@ -1,7 +1,12 @@
 //! From flags to a connection.
 
+use std::path::Path;
+
 use anyhow::{Error, Result, anyhow, bail};
 use clustermesh_client::{Client, ClientConfig, ClientError, TlsPaths};
+use clustermesh_process::{Organisation, PeerIdentity};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject as _;
 
 use crate::args::GlobalArgs;
 
@@ -67,9 +72,76 @@ fn with_remedy(error: ClientError) -> Error {
     anyhow!("{text}; {remedy}")
 }
 
+/// Whose certificate was used, where the server refuses what it asks for: the server may say less, as etcd does.
+pub fn explain(global: &GlobalArgs, error: Error) -> Error {
+    let denied = error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<ClientError>())
+        .any(ClientError::is_denied);
+    match &global.cert {
+        Some(cert) if denied => anyhow!("{error:#}; {}", holder(cert)),
+        _ => error,
+    }
+}
+
+fn holder(cert: &Path) -> String {
+    let shown = cert.display();
+    let held = CertificateDer::from_pem_file(cert)
+        .map_err(|error| error.to_string())
+        .and_then(|der| PeerIdentity::from_certificate(&der).map_err(|error| error.to_string()));
+    let operator = Organisation::Operator.as_str();
+    match held {
+        Ok(held) if held.organisation == Organisation::Operator => format!(
+            "--cert {shown} is that of {operator} {} of cluster {}: is it the server's cluster, and do the users of \
+             the store (etcd's auth) give it the right?",
+            held.common_name, held.cluster
+        ),
+        Ok(held) => format!(
+            "--cert {shown} is that of {} {} of cluster {}: give one of {operator}, as `clustermesh dev-ca issue \
+             operator` makes",
+            held.organisation.as_str(),
+            held.common_name,
+            held.cluster
+        ),
+        Err(reason) => format!("--cert {shown} names nobody: {reason}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use rcgen::DnType;
+
     use super::*;
+
+    #[test]
+    fn a_refused_call_comes_with_whose_certificate_it_was_and_whose_is_needed() {
+        let folder = tempfile::tempdir().unwrap();
+        let cert = folder.path().join("w1.crt");
+        let said = |organisation: Organisation| {
+            let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+            params.distinguished_name = rcgen::DistinguishedName::new();
+            for (kind, value) in [
+                (DnType::OrganizationName, organisation.as_str()),
+                (DnType::OrganizationalUnitName, "c1"),
+                (DnType::CommonName, "w1"),
+            ] {
+                params.distinguished_name.push(kind, value);
+            }
+            let key = rcgen::KeyPair::generate().unwrap();
+            std::fs::write(&cert, params.self_signed(&key).unwrap().pem()).unwrap();
+            holder(&cert)
+        };
+        let node = said(Organisation::Node);
+        assert!(
+            node.contains(
+                "is that of clustermesh:node w1 of cluster c1: give one of clustermesh:operator"
+            ),
+            "{node}"
+        );
+        assert!(said(Organisation::Operator).contains("auth"));
+        std::fs::write(&cert, "none").unwrap();
+        assert!(holder(&cert).contains("names nobody"));
+    }
 
     #[test]
     fn a_failed_connection_comes_with_what_to_look_at() {

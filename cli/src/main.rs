@@ -29,7 +29,7 @@ async fn main() -> ExitCode {
     match run(&global, command).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::error(&format!("{error:#}"));
+            output::error(&format!("{:#}", connect::explain(&global, error)));
             ExitCode::from(EXIT_FAILED)
         }
     }

@@ -122,8 +122,9 @@ spec: {}
         );
         let error = format!("{:#}", parse(&TWO.replace("\"true\"", "true")).unwrap_err());
         assert!(
-            error.starts_with("document 1: Service shop/cart: invalid type: boolean")
-                && error.matches("invalid type").count() == 1,
+            error.starts_with(
+                "document 1: Service shop/cart: metadata.annotations.service.cilium.io/global: invalid type: boolean"
+            ) && error.matches("invalid type").count() == 1,
             "{error}"
         );
         let error = format!("{:#}", parse("a: [").unwrap_err());

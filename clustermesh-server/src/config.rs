@@ -214,7 +214,9 @@ fn default_drain_seconds() -> u64 {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("{path}: {reason}")]
+    #[error(
+        "cannot read the configuration {path}, which --config names: {reason}; --help shows what belongs into it"
+    )]
     Read {
         /// The file.
         path: String,

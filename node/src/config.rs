@@ -207,7 +207,7 @@ impl Config {
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| {
             format!(
-                "cannot read the configuration {}, which --config names",
+                "cannot read the configuration {}, which --config names; --help shows what belongs into it",
                 path.display()
             )
         })?;

@@ -95,6 +95,12 @@ impl ClientError {
         }
     }
 
+    /// The server takes the certificate, but not for this call.
+    #[must_use]
+    pub fn is_denied(&self) -> bool {
+        self.code() == Some(Code::PermissionDenied)
+    }
+
     /// The server does not have this call: a plain store knows nothing of a mesh.
     #[must_use]
     pub fn is_unimplemented(&self) -> bool {
