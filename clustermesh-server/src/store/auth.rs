@@ -1,19 +1,18 @@
-//! Users, roles, tokens and alarms as the services use them, and on whose behalf a handle asks.
+//! Users, roles and tokens as the services use them, and on whose behalf a handle asks.
 
 use clustermesh_api::etcd::rpc::{
-    AlarmMember, AlarmRequest, AlarmResponse, AuthStatusResponse, AuthenticateRequest,
-    AuthenticateResponse, HashKvResponse, ResponseHeader, alarm_request::AlarmAction,
+    AuthStatusResponse, AuthenticateRequest, AuthenticateResponse, ResponseHeader,
 };
 use clustermesh_core::auth::Actor;
 use clustermesh_core::pb::{
-    self, AlarmChange, AuthChange, AuthSeed, AuthToken, MemberAlarm, Proposal, auth_change::Change,
-    proposal::Command,
+    AuthChange, AuthSeed, AuthToken, Proposal, auth_change::Change, proposal::Command,
 };
 use clustermesh_core::{KvError, Outcome, State};
 use openraft_rt_tokio::TokioRuntime;
 use tonic::Status;
 
-use super::{Store, kv_status, mixed_up, read_status};
+use super::Store;
+use super::errors::{kv_status, mixed_up};
 use crate::auth::{Credentials, new_token, password, token_digest};
 
 /// Times that a password is checked anew because users changed meanwhile.
@@ -219,94 +218,6 @@ impl Store {
         }
         Err(kv_status(&KvError::AuthOldRevision))
     }
-
-    /// `Maintenance.Alarm`.
-    ///
-    /// # Errors
-    /// etcd's.
-    pub async fn alarm(&self, request: AlarmRequest) -> Result<AlarmResponse, Status> {
-        let wanted = request.alarm;
-        let active = match request.action() {
-            AlarmAction::Get => {
-                self.linearize().await?;
-                let (alarms, revision) = self.read(|state| {
-                    self.permit_on(state, |state, actor| state.auth().check_named(actor))?;
-                    let alarms = state
-                        .alarms()
-                        .filter(|alarm| wanted == 0 || alarm.kind == wanted)
-                        .map(member)
-                        .collect();
-                    Ok::<_, Status>((alarms, state.revision()))
-                })?;
-                return Ok(AlarmResponse {
-                    header: Some(self.header(revision)),
-                    alarms,
-                });
-            }
-            AlarmAction::Activate => true,
-            AlarmAction::Deactivate => false,
-        };
-        let command = Command::Alarm(AlarmChange {
-            active,
-            alarm: Some(MemberAlarm {
-                member_id: request.member_id,
-                kind: wanted,
-            }),
-        });
-        match self.propose(command).await? {
-            (Outcome::Alarm { alarms }, header) => Ok(AlarmResponse {
-                header: Some(header),
-                alarms: alarms.into_iter().map(member).collect(),
-            }),
-            _ => Err(mixed_up()),
-        }
-    }
-
-    /// `Maintenance.HashKV`: etcd's own value.
-    ///
-    /// # Errors
-    /// etcd's.
-    pub async fn hash_kv(&self, revision: i64) -> Result<HashKvResponse, Status> {
-        let (hash, newest) = self
-            .replica
-            .hash_kv(revision)
-            .await
-            .map_err(|error| read_status(&error))?
-            .map_err(|error| kv_status(&error))?;
-        Ok(HashKvResponse {
-            header: Some(self.header(newest)),
-            hash: hash.hash,
-            compact_revision: hash.compact_revision,
-            hash_revision: hash.revision,
-        })
-    }
-
-    /// Hash over everything that replicas must have in common, with its revision.
-    ///
-    /// # Errors
-    /// The replica stops.
-    pub async fn hash(&self) -> Result<(u32, i64), Status> {
-        let keys = self.hash_kv(0).await?;
-        let rest = self.read(State::hash_group);
-        Ok((keys.hash.rotate_left(1) ^ rest, keys.hash_revision))
-    }
-}
-
-fn member(alarm: MemberAlarm) -> AlarmMember {
-    AlarmMember {
-        member_id: alarm.member_id,
-        alarm: alarm.kind,
-    }
-}
-
-/// etcd's text of an alarm in the errors of a status.
-pub(super) fn alarm_text(alarm: &MemberAlarm) -> String {
-    let kind = match alarm.kind() {
-        pb::AlarmKind::None => "NONE",
-        pb::AlarmKind::Nospace => "NOSPACE",
-        pb::AlarmKind::Corrupt => "CORRUPT",
-    };
-    format!("memberID:{} alarm:{kind} ", alarm.member_id)
 }
 
 fn password_of(state: &State, name: &str) -> Result<(bytes::Bytes, u64), Status> {
