@@ -9,7 +9,7 @@ use clustermesh_client::Client;
 use clustermesh_ebpf::abi::{IdentitySplit, NodeConfig};
 use clustermesh_ebpf::{AttachMode, Datapath, Takeover};
 use clustermesh_node_core::decode::Decoder;
-use clustermesh_node_core::{ABSENCE_GRACE_MS, Model, Settings};
+use clustermesh_node_core::{ABSENCE_GRACE_MS, IPCACHE_WANTED_MAX, Model, Settings};
 use clustermesh_process::{
     AdminPages, AdminServer, Drain, DrainEnd, HealthCheck, Heartbeats, Readiness, ReadyToken,
     drain, install_crypto_provider, notify_ready, notify_stopping, shutdown_signal,
@@ -286,6 +286,7 @@ impl Node {
         let split =
             IdentitySplit::from_local_bits(local_bits).context("identity split of the cluster")?;
         let settings = Settings {
+            ipcache_wanted_max: IPCACHE_WANTED_MAX,
             cluster: self.shared.config.cluster.as_str().into(),
             cluster_id: facts.cluster_id,
             node: self.shared.config.node.as_str().into(),

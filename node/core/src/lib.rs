@@ -17,4 +17,4 @@ pub mod refused;
 pub mod select;
 pub mod tables;
 
-pub use model::{ABSENCE_GRACE_MS, EMPTY_NODE, Model, Settings, UnderlayPath};
+pub use model::{ABSENCE_GRACE_MS, EMPTY_NODE, IPCACHE_WANTED_MAX, Model, Settings, UnderlayPath};

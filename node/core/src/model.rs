@@ -65,6 +65,8 @@ pub struct Settings {
     pub path_v4: Option<UnderlayPath>,
     /// Path over IPv6, if the node has it.
     pub path_v6: Option<UnderlayPath>,
+    /// Entries of the ipcache that are wanted at most: [`IPCACHE_WANTED_MAX`] of the whole map.
+    pub ipcache_wanted_max: usize,
 }
 
 /// Wanted and actual state of the record-driven maps.
@@ -236,6 +238,7 @@ impl Model {
         if self.listing {
             return Plan::default();
         }
+        self.place_waiting_nodes();
         self.settle_services();
         if self.dirty.is_empty() {
             return Plan::default();

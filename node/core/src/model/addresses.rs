@@ -1,6 +1,6 @@
 //! The ipcache: claims of addresses, checked against the claiming cluster's range.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use clustermesh_ebpf_abi::{
@@ -21,6 +21,8 @@ pub const IPCACHE_WANTED_MAX: usize = IPCACHE_ENTRIES_MAX as usize / 8 * 7;
 #[derive(Default)]
 pub(super) struct Addresses {
     claims: Claims<IpcacheKey, AddressClaim>,
+    /// Keys that found no room; who came first has it, so that no newcomer takes it from others.
+    waiting: BTreeSet<IpcacheKey>,
     by_host: HashMap<(SourceId, IpAddr), Vec<IpcacheKey>>,
 }
 
@@ -168,19 +170,36 @@ impl Model {
         }
     }
 
-    /// Sets the ipcache entry of a key from its claims.
+    /// Sets the ipcache entry of a key from its claims; where it frees one, a key that waits has it.
     pub(super) fn resolve_address(&mut self, key: IpcacheKey) {
+        self.set_address(key);
+        while self.has_room_for_addresses()
+            && let Some(next) = self.addresses.waiting.pop_first()
+        {
+            self.set_address(next);
+        }
+    }
+
+    fn has_room_for_addresses(&self) -> bool {
+        self.wanted.ipcache.len() < self.settings.ipcache_wanted_max
+    }
+
+    fn set_address(&mut self, key: IpcacheKey) {
         let value = self.winner(&key);
+        if value.is_none() {
+            self.addresses.waiting.remove(&key);
+        }
         let changed = match value {
             Some(value) => {
-                if self.wanted.ipcache.len() >= IPCACHE_WANTED_MAX
-                    && !self.wanted.ipcache.contains_key(&key)
-                {
-                    self.refuse(
-                        Reason::MapFull,
-                        format!("address {}", ip(&key.address)),
-                        format!("the ipcache takes {IPCACHE_WANTED_MAX} entries"),
-                    );
+                if !self.has_room_for_addresses() && !self.wanted.ipcache.contains_key(&key) {
+                    if self.addresses.waiting.insert(key) {
+                        let most = self.settings.ipcache_wanted_max;
+                        self.refuse(
+                            Reason::MapFull,
+                            format!("address {}", ip(&key.address)),
+                            format!("the ipcache takes {most} entries: packets to it are not forwarded until others go"),
+                        );
+                    }
                     return;
                 }
                 self.wanted.ipcache.insert(key, value) != Some(value)

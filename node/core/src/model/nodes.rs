@@ -1,6 +1,6 @@
 //! Nodes: a stable index for each, its place in the node map, and its addresses.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use clustermesh_ebpf_abi::{
@@ -36,6 +36,8 @@ pub(super) struct Nodes {
     address_claims: Claims<Address, AddressClaim>,
     /// Who is in the map if it cannot take all: the same addresses on every machine, whatever came first.
     address_places: Places<(AddressRank, Address)>,
+    /// Nodes for which no index was free.
+    waiting: BTreeSet<(SourceId, Box<str>)>,
     next_index: u32,
 }
 
@@ -65,6 +67,7 @@ impl Default for Nodes {
             hosts: HashMap::new(),
             address_claims: Claims::default(),
             address_places: Places::new(NODE_ADDRESSES_WANTED_MAX),
+            waiting: BTreeSet::new(),
             next_index: 0,
         }
     }
@@ -311,8 +314,9 @@ impl Model {
                 self.refuse(
                     Reason::MapFull,
                     format!("node {}/{name}", self.sources.name(source)),
-                    format!("the node map holds {NODES_MAX} nodes"),
+                    format!("the node map holds {NODES_MAX} nodes: its pods are not reached until others go"),
                 );
+                self.nodes.waiting.insert((source, name.clone()));
                 self.nodes.by_name.insert(
                     (source, name),
                     Node {
@@ -372,8 +376,10 @@ impl Model {
 
     /// Takes a node out of everything and gives its record back.
     fn withdraw_node(&mut self, source: SourceId, name: &str) -> Option<Box<NodeRecord>> {
-        let node = self.nodes.by_name.remove(&(source, name.into()))?;
+        let named = (source, name.into());
+        let node = self.nodes.by_name.remove(&named)?;
         let Some(index) = node.index else {
+            self.nodes.waiting.remove(&named);
             return Some(node.record);
         };
         for ip in &node.record.underlay {
@@ -511,6 +517,26 @@ impl Model {
     }
 
     /// The index that the kernel has for this endpoint already, else the next one that nothing in the kernel names.
+    /// Gives indexes that have become free to nodes that wait for one.
+    pub(super) fn place_waiting_nodes(&mut self) {
+        // Not before the kernel has let go of an index: until then it is looked for in vain.
+        while self.wanted.nodes.len() < NODES_MAX as usize - 1
+            && let Some((source, name)) = self.nodes.waiting.first().cloned()
+        {
+            let node = self.nodes.by_name.get(&(source, name.clone()));
+            let record = node.map(|node| node.record.clone());
+            if let Some(record) = record
+                && let Some(value) = self.node_value(source, &record)
+            {
+                let Some(index) = self.allocate_index(&value) else {
+                    return;
+                };
+                self.install_node(source, name.clone(), record, index);
+            }
+            self.nodes.waiting.remove(&(source, name));
+        }
+    }
+
     fn allocate_index(&mut self, value: &NodeValue) -> Option<u32> {
         let held = self
             .actual

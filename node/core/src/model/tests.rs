@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use clustermesh_ebpf_abi::{FrontendKey, IdentitySplit, NODE_INDEX_LOCAL};
+use clustermesh_ebpf_abi::{FrontendKey, IdentitySplit, NODE_INDEX_LOCAL, NODES_MAX};
 
 use super::*;
 use crate::change::{
@@ -37,6 +37,7 @@ fn settings() -> Settings {
             mtu_bytes: 1450,
         }),
         path_v6: None,
+        ipcache_wanted_max: IPCACHE_WANTED_MAX,
     }
 }
 
@@ -187,7 +188,10 @@ fn two_clusters() -> Vec<Change> {
 }
 
 fn listed(changes: Vec<Change>, actual: Tables) -> Model {
-    let mut model = model_of(actual);
+    list(model_of(actual), changes)
+}
+
+fn list(mut model: Model, changes: Vec<Change>) -> Model {
     for change in changes {
         model.apply(change);
     }

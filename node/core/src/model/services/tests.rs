@@ -1,10 +1,10 @@
 use clustermesh_ebpf_abi::IdentitySplit;
 
 use super::*;
-use crate::Settings;
 use crate::change::Change;
 use crate::change::ServicePort;
 use crate::refused::Reason;
+use crate::{IPCACHE_WANTED_MAX, Settings};
 
 fn service(name: &str, vip: [u8; 4], ports: usize) -> Change {
     let port = |number| ServicePort {
@@ -39,6 +39,7 @@ fn a_service_without_room_is_refused_and_placed_when_another_gives_some_up() {
         direct_routing: false,
         path_v4: None,
         path_v6: None,
+        ipcache_wanted_max: IPCACHE_WANTED_MAX,
     };
     let mut model = Model::new(settings, crate::tables::Tables::default());
     model.end_listing();

@@ -69,6 +69,105 @@ fn own_claims_win_over_peers_and_a_freed_address_goes_to_the_next() {
     assert_eq!(identity(&model), WEST_ID << 16 | 300);
 }
 
+#[test]
+fn addresses_without_room_in_the_ipcache_are_named_wait_and_take_what_becomes_free() {
+    let of_west = |place: u32| {
+        pod(
+            "west",
+            &format!("10.2.0.{place}"),
+            WEST_ID << 16 | 300,
+            "192.0.2.21",
+        )
+    };
+    let settings = Settings {
+        ipcache_wanted_max: 4,
+        ..settings()
+    };
+    // Two are the node's own: its underlay and its router.
+    let node = node("west", "w1", "192.0.2.21", "10.2.0.1");
+    let mut model = list(
+        Model::new(settings, Tables::default()),
+        vec![config("west", 2), node, of_west(4), of_west(5)],
+    );
+    settle(&mut model);
+    for late in [of_west(9), of_west(8), of_west(7)] {
+        model.apply(late.clone());
+        // Said once, however often the record comes.
+        model.apply(late);
+    }
+    let held = |model: &Model, place: u8| {
+        let key = host_key(IpAddr::from([10, 2, 0, place]));
+        model.actual().ipcache.contains_key(&key)
+    };
+    assert!(settle(&mut model).is_empty());
+    let named: Vec<String> = model
+        .refused()
+        .take_newest()
+        .into_iter()
+        .map(|r| r.object)
+        .collect();
+    assert_eq!(
+        named,
+        ["address 10.2.0.9", "address 10.2.0.8", "address 10.2.0.7"]
+    );
+    // Who was there keeps its place, also with another value.
+    model.apply(pod("west", "10.2.0.4", WEST_ID << 16 | 301, "192.0.2.21"));
+    assert_eq!(settle(&mut model).ipcache_upserts.len(), 1);
+
+    // One of those that wait goes by itself, the others follow who leaves.
+    model.apply(no_pod("west", "10.2.0.7"));
+    model.apply(no_pod("west", "10.2.0.4"));
+    settle(&mut model);
+    assert_eq!(
+        [4, 5, 7, 8, 9].map(|place| held(&model, place)),
+        [false, true, false, true, false]
+    );
+    model.apply(no_pod("west", "10.2.0.5"));
+    settle(&mut model);
+    assert!(held(&model, 8) && held(&model, 9));
+    assert_eq!(model.wanted().ipcache.len(), 4);
+}
+
+#[test]
+fn a_node_without_an_index_waits_until_another_has_gone_from_the_kernel() {
+    let nth = |n: u32| {
+        let underlay = IpAddr::from((0x0a40_0000 + n).to_be_bytes()).to_string();
+        let router = IpAddr::from((0x0b40_0000 + n).to_be_bytes()).to_string();
+        node("west", &format!("w{n}"), &underlay, &router)
+    };
+    // One index is this node's own.
+    let fitting = NODES_MAX - 1;
+    let changes = std::iter::once(config("west", 2)).chain((0..fitting).map(nth));
+    let mut model = listed(changes.collect(), Tables::default());
+    settle(&mut model);
+    model.refused().take_newest();
+    model.apply(nth(fitting));
+    assert!(settle(&mut model).node_upserts.is_empty());
+    assert_eq!(model.actual().nodes.len(), fitting as usize);
+    let refused = model.refused().take_newest();
+    assert!(
+        refused
+            .iter()
+            .any(|r| r.object == format!("node west/w{fitting}") && r.reason == Reason::MapFull),
+        "{refused:?}"
+    );
+    model.apply(Change::Node {
+        cluster: cluster("west"),
+        name: "w7".into(),
+        node: None,
+    });
+    let plan = model.plan();
+    assert!(
+        plan.node_upserts.is_empty(),
+        "the kernel still has the old node"
+    );
+    for step in plan.steps() {
+        model.commit(&step);
+    }
+    assert_eq!(settle(&mut model).node_upserts.len(), 1);
+    assert_eq!(model.actual().nodes.len(), fitting as usize);
+}
+
 /// 1,200 nodes of west with 60 addresses each, the last nodes first if `reversed`.
 fn many_addresses(reversed: bool) -> Model {
     let mut changes = vec![config("west", 2)];
