@@ -9,7 +9,7 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup peers build lint test differential sim power demo kernels bench bench-store clean
+.PHONY: help setup peers build lint test differential fuzz sim faults power judges judged-1 judged-3 demo kernels bench bench-store clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,8 +56,13 @@ power: ## Power cuts under the Raft log on a FUSE disk (CUTS=1000 SEED=1)
 
 WHOSE ?= ours
 judges: setup build ## The test suites of etcd's clients, against ours (WHOSE=etcd: what etcd itself comes to)
-	@integration/peers/judge.sh $(WHOSE) 1 integration/peers/judged-$(WHOSE)-1.table
-	@integration/peers/judge.sh $(WHOSE) 3 integration/peers/judged-$(WHOSE)-3.table
+	@$(MAKE) --no-print-directory -j2 judged-1 judged-3
+
+judged-1 judged-3: judged-%:
+	@integration/peers/judge.sh $(WHOSE) $* integration/peers/judged-$(WHOSE)-$*.table
+
+fuzz: ## Random inputs for everything that reads bytes of others (TARGET=name, otherwise all; SECONDS=60 for each)
+	@for target in $(or $(TARGET),$(notdir $(wildcard fuzz/corpus/*))); do fuzz/run.sh $$target $(or $(SECONDS),60); done
 
 demo: setup build ## The main job on one machine, as a table (KEEP=1 leaves the lab running)
 	@$(CARGO_TARGET_DIR)/debug/clustermesh-demo $(if $(filter 1,$(KEEP)),--keep)
