@@ -40,7 +40,7 @@ lint: ## Format, clippy, docs, dependency rules
 
 test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces
 	@cargo test $(WORKSPACE)
-	@integration/peers/judge.sh ours 1 integration/peers/judged-ours-1.table
+	@$(MAKE) --no-print-directory -j2 WHOSE=ours judged-1 judged-3
 	@cargo test --locked -p clustermesh-sim --features mutants --test mutants
 
 differential: setup build ## Random operations on etcd and on ours, answers compared (SEEDS=n, or SEED=n again)
