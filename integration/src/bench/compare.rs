@@ -44,8 +44,8 @@ pub struct Figure {
     pub row: String,
     /// Unit of `ours` and `peer`.
     pub unit: String,
-    /// Median of ours.
-    pub ours: f64,
+    /// Median of ours, where a number was measured.
+    pub ours: Option<f64>,
     /// Median of the peer's, where there is one.
     pub peer: Option<f64>,
     /// Who the peer is.
@@ -59,7 +59,7 @@ pub struct Figure {
     /// Rounds.
     pub runs: usize,
     /// Smallest and largest of ours.
-    pub spread: [f64; 2],
+    pub spread: Option<[f64; 2]>,
 }
 
 /// Values of one contender, one a round.
@@ -123,18 +123,14 @@ fn figure(
         id: named.id.to_owned(),
         row: named.row.to_owned(),
         unit: named.unit.to_owned(),
-        ours: median(ours),
+        ours: (!ours.is_empty()).then(|| median(ours)),
         peer,
         peer_name: peer_name.to_owned(),
         ratio,
         target: target.text(),
         met: !ours.is_empty() && target.met(median(ours), ratio),
         runs: ours.len(),
-        spread: if ours.is_empty() {
-            [0.0; 2]
-        } else {
-            [least, most]
-        },
+        spread: (!ours.is_empty()).then_some([least, most]),
     }
 }
 
@@ -144,14 +140,14 @@ pub fn print_table(figures: &[Figure]) {
         "{:<16} {:>12} {:>12} {:>7} {:>10} {:<5} {:<10} measured",
         "id", "ours", "peer", "ratio", "target", "met", "unit"
     );
+    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |v| format!("{v:.2}"));
     for figure in figures {
+        let spread = figure.spread.unwrap_or_default();
         println!(
-            "{:<16} {:>12.2} {:>12} {:>7} {:>10} {:<5} {:<10} {} (median of {}, {:.2} to {:.2}{})",
+            "{:<16} {:>12} {:>12} {:>7} {:>10} {:<5} {:<10} {} (median of {}, {:.2} to {:.2}{})",
             figure.id,
-            figure.ours,
-            figure
-                .peer
-                .map_or_else(|| "-".to_owned(), |peer| format!("{peer:.2}")),
+            number(figure.ours),
+            number(figure.peer),
             figure
                 .ratio
                 .map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.3}")),
@@ -160,8 +156,8 @@ pub fn print_table(figures: &[Figure]) {
             figure.unit,
             figure.row,
             figure.runs,
-            figure.spread[0],
-            figure.spread[1],
+            spread[0],
+            spread[1],
             if figure.peer_name.is_empty() {
                 String::new()
             } else {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use clustermesh_integration::demo::{self, Sabotage, report};
+use clustermesh_integration::demo::{self, Sabotage, Scene, report};
 use clustermesh_integration::lab::{LabConfig, requirements, teardown};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -19,6 +19,9 @@ struct Arguments {
     /// Leave the lab running and say how to enter it
     #[arg(long)]
     keep: bool,
+    /// Check no rows beyond this one
+    #[arg(long, value_name = "ROW")]
+    until: Option<String>,
     /// Where results are written
     #[arg(long, default_value = "bench-results")]
     results: PathBuf,
@@ -38,10 +41,33 @@ async fn main() -> Result<ExitCode> {
         }
         return Ok(ExitCode::from(EXIT_CANNOT_RUN));
     }
+    if let Some(until) = arguments.until.as_deref()
+        && !demo::row_ids().any(|row| row == until)
+    {
+        let rows: Vec<&str> = demo::row_ids().collect();
+        anyhow::bail!("there is no row {until}; rows are {}", rows.join(", "));
+    }
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let code = tokio::select! {
-        code = run(&arguments) => code,
+        ended = run(&arguments) => match ended {
+            Ok((scene, code)) => {
+                if arguments.keep {
+                    print!("\n{}", scene.lab.how_to_enter());
+                    println!("Ctrl-C removes it.");
+                    // The end that was announced, not an interruption.
+                    tokio::select! {
+                        _ = interrupt.recv() => {}
+                        _ = terminate.recv() => {}
+                    }
+                }
+                for failure in scene.lab.remove().await {
+                    eprintln!("clean-up: {failure}");
+                }
+                Ok(code)
+            }
+            Err(error) => Err(error),
+        },
         _ = interrupt.recv() => Ok(ExitCode::from(130)),
         _ = terminate.recv() => Ok(ExitCode::from(143)),
     };
@@ -52,7 +78,8 @@ async fn main() -> Result<ExitCode> {
     code
 }
 
-async fn run(arguments: &Arguments) -> Result<ExitCode> {
+/// Checks the rows, prints and writes them; the code tells whether all passed.
+async fn run(arguments: &Arguments) -> Result<(Scene, ExitCode)> {
     let sabotage = if arguments.sabotage {
         Sabotage::EveryRow
     } else {
@@ -70,25 +97,23 @@ async fn run(arguments: &Arguments) -> Result<ExitCode> {
             eprintln!("{line}");
         }
     };
-    let (scene, rows) = demo::run(LabConfig::two_by_two()?, sabotage, progress).await?;
+    let (scene, rows) = demo::run(
+        LabConfig::two_by_two()?,
+        sabotage,
+        arguments.until.as_deref(),
+        progress,
+    )
+    .await?;
     if terminal {
         eprint!("\r\x1b[2K");
     }
     let passed = report::print_table(&rows);
     println!("took {:.0} s", begun.elapsed().as_secs_f64());
     report::write_json(&arguments.results, "demo", &rows)?;
-    if arguments.keep {
-        print!("\n{}", scene.lab.how_to_enter());
-        println!("Ctrl-C removes it.");
-        let mut end = signal(SignalKind::interrupt())?;
-        end.recv().await;
-    }
-    for failure in scene.lab.remove().await {
-        eprintln!("clean-up: {failure}");
-    }
-    Ok(if passed {
+    let code = if passed {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
-    })
+    };
+    Ok((scene, code))
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
+use super::report::Measured;
 use super::scene::Scene;
 use crate::lab::host::run;
 use crate::lab::pod::parse_ping_micros;
@@ -11,7 +12,7 @@ use crate::lab::pod::parse_ping_micros;
 /// Connections of one TCP check.
 const CONNECTIONS: u32 = 20;
 
-pub async fn host_to_pod(scene: &mut Scene) -> Result<String> {
+pub async fn host_to_pod(scene: &mut Scene) -> Result<Measured> {
     let mut figures = Vec::new();
     for v6 in [false, true] {
         let address = target(scene, "web-a", v6)?;
@@ -34,33 +35,33 @@ pub async fn host_to_pod(scene: &mut Scene) -> Result<String> {
         ]))
         .await?;
         let report = serde_json::from_slice(&output.stdout)?;
-        figures.push(describe(v6, ping, &all_ok(&report, "web-a")?));
+        figures.push((v6, ping, connect_micros(&report, "web-a")?));
     }
-    Ok(figures.join("; "))
+    Ok(measured(&figures))
 }
 
-pub async fn same_node(scene: &mut Scene) -> Result<String> {
+pub async fn same_node(scene: &mut Scene) -> Result<Measured> {
     pair(scene, "side-a", "web-a").await
 }
 
-pub async fn across_nodes(scene: &mut Scene) -> Result<String> {
+pub async fn across_nodes(scene: &mut Scene) -> Result<Measured> {
     pair(scene, "client-a", "web-a").await
 }
 
-pub async fn across_clusters(scene: &mut Scene) -> Result<String> {
+pub async fn across_clusters(scene: &mut Scene) -> Result<Measured> {
     pair(scene, "client-a", "web-b").await
 }
 
-async fn pair(scene: &Scene, from: &str, to: &str) -> Result<String> {
+async fn pair(scene: &Scene, from: &str, to: &str) -> Result<Measured> {
     let mut figures = Vec::new();
     for v6 in [false, true] {
         let ping = scene.pod(from)?.ping(&target(scene, to, v6)?).await?;
         let report = scene
             .probe(from, &scene.backend(to, v6)?, CONNECTIONS)
             .await?;
-        figures.push(describe(v6, ping, &all_ok(&report, to)?));
+        figures.push((v6, ping, connect_micros(&report, to)?));
     }
-    Ok(figures.join("; "))
+    Ok(measured(&figures))
 }
 
 /// The pod's address, or with sabotage one beside it that no pod has.
@@ -75,20 +76,26 @@ fn target(scene: &Scene, pod: &str, v6: bool) -> Result<String> {
     Ok(format!("{}{}", &address[..=cut], 99))
 }
 
-fn all_ok(report: &serde_json::Value, name: &str) -> Result<String> {
+/// The median connect, where all of them reached the pod of that name.
+fn connect_micros(report: &serde_json::Value, name: &str) -> Result<f64> {
     ensure!(
         report["failed"] == 0 && report["by_name"][name] == CONNECTIONS,
         "TCP to {name}: {report}"
     );
-    Ok(format!(
-        "connect {:.0} µs",
-        report["p50_us"].as_f64().unwrap_or_default()
-    ))
+    report["p50_us"]
+        .as_f64()
+        .with_context(|| format!("TCP to {name} without a median: {report}"))
 }
 
-fn describe(v6: bool, ping_micros: f64, tcp: &str) -> String {
-    format!(
-        "IPv{} ping {ping_micros:.0} µs, {tcp}",
-        if v6 { 6 } else { 4 }
-    )
+/// Of IPv4 and IPv6: ping and connect, microseconds.
+fn measured(figures: &[(bool, f64, f64)]) -> Measured {
+    let texts: Vec<String> = figures
+        .iter()
+        .map(|(v6, ping, connect)| {
+            let version = if *v6 { 6 } else { 4 };
+            format!("IPv{version} ping {ping:.0} µs, connect {connect:.0} µs")
+        })
+        .collect();
+    let slowest = figures.iter().map(|figure| figure.2).fold(0.0, f64::max);
+    Measured::new(slowest, "µs per connect", texts.join("; "))
 }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use super::report::Measured;
 use super::scene::{NAMESPACE, Scene};
 use crate::lab::process::Process;
 use crate::lab::store::gone;
@@ -21,15 +22,15 @@ const KEPT: [&str; 3] = [
     "clustermesh.io/services/",
 ];
 
-pub async fn agent_terminated(scene: &mut Scene) -> Result<String> {
+pub async fn agent_terminated(scene: &mut Scene) -> Result<Measured> {
     agent_ended(scene, Signal::SIGTERM).await
 }
 
-pub async fn agent_killed(scene: &mut Scene) -> Result<String> {
+pub async fn agent_killed(scene: &mut Scene) -> Result<Measured> {
     agent_ended(scene, Signal::SIGKILL).await
 }
 
-async fn agent_ended(scene: &mut Scene, signal: Signal) -> Result<String> {
+async fn agent_ended(scene: &mut Scene, signal: Signal) -> Result<Measured> {
     let traffic = Traffic::start(scene).await?;
     let begun = Instant::now();
     scene
@@ -51,7 +52,7 @@ async fn agent_ended(scene: &mut Scene, signal: Signal) -> Result<String> {
     traffic.finish(away).await
 }
 
-pub async fn agent_replaced(scene: &mut Scene) -> Result<String> {
+pub async fn agent_replaced(scene: &mut Scene) -> Result<Measured> {
     let other = other_layout(scene)?;
     let traffic = Traffic::start(scene).await?;
     let begun = Instant::now();
@@ -94,7 +95,10 @@ pub async fn agent_replaced(scene: &mut Scene) -> Result<String> {
         layout > 1_000_000,
         "the other build reported layout {layout}"
     );
-    Ok(format!("to layout {layout} and back; {figures}"))
+    Ok(Measured {
+        text: format!("to layout {layout} and back; {}", figures.text),
+        ..figures
+    })
 }
 
 /// The build with the other layout lies in a folder below the normal one's.
@@ -129,7 +133,7 @@ async fn sabotage(scene: &Scene) -> Result<()> {
     Ok(())
 }
 
-pub async fn server_killed(scene: &mut Scene) -> Result<String> {
+pub async fn server_killed(scene: &mut Scene) -> Result<Measured> {
     let before = scene.lab.cluster(0).revision().await?;
     let records = scene.lab.cluster(0).store()?.made(&KEPT).await?;
     let begun = Instant::now();
@@ -160,11 +164,12 @@ pub async fn server_killed(scene: &mut Scene) -> Result<String> {
     for cluster in scene.lab.clusters() {
         cluster.wait_converged(CONVERGED_SECONDS_MAX).await?;
     }
-    Ok(format!(
-        "up after {up_ms} ms at revision {after} (≥ {before}), {} records kept, all nodes of both clusters converged after {} ms",
-        records.len(),
-        begun.elapsed().as_millis()
-    ))
+    let converged_ms = begun.elapsed().as_secs_f64() * 1e3;
+    let text = format!(
+        "up after {up_ms} ms at revision {after} (≥ {before}), {} records kept, all nodes of both clusters converged after {converged_ms:.0} ms",
+        records.len()
+    );
+    Ok(Measured::new(converged_ms, "ms until converged", text))
 }
 
 /// Traffic through one node: established, new through a service, and datagrams both ways.
@@ -199,7 +204,7 @@ impl Traffic {
         })
     }
 
-    async fn finish(self, away: Duration) -> Result<String> {
+    async fn finish(self, away: Duration) -> Result<Measured> {
         let stream: Value = self.stream.finish().await?;
         let connects: Value = self.connects.finish().await?;
         let datagrams: Value = self.datagrams.finish().await?;
@@ -209,13 +214,15 @@ impl Traffic {
             connects["failed"] == 0 && connects["ok"].as_u64().unwrap_or(0) > 0,
             "connects: {connects}"
         );
-        Ok(format!(
-            "agent away {} ms: 0 resets, 0 of {} connects failed, {} of {} datagrams lost, longest echo {:.0} ms",
+        let lost = datagrams["lost"].as_f64();
+        let lost = lost.with_context(|| format!("no count of lost datagrams: {datagrams}"))?;
+        let text = format!(
+            "agent away {} ms: 0 resets, 0 of {} connects failed, {lost} of {} datagrams lost, longest echo {:.0} ms",
             away.as_millis(),
             connects["attempts"],
-            datagrams["lost"],
             datagrams["sent"],
             stream["echo_ms_max"].as_f64().unwrap_or_default()
-        ))
+        );
+        Ok(Measured::new(lost, "datagrams lost", text))
     }
 }

@@ -7,15 +7,20 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
+use super::report::Measured;
 use super::scene::{NAMESPACE, Scene};
 use crate::lab::host::run;
 
 /// Forged packets sent in one check.
 const FORGED_PACKETS: u64 = 10;
+/// Packets that a pod sends from the address of another.
+const STOLEN_PACKETS: u64 = 3;
+/// What the rows of forged packets count.
+const UNIT: &str = "packets dropped and counted";
 /// How long a record may take to be read.
 const RECORD_SECONDS_MAX: u64 = 5;
 
-pub async fn sender(scene: &mut Scene) -> Result<String> {
+pub async fn sender(scene: &mut Scene) -> Result<Measured> {
     let sender = if scene.sabotaged() {
         "side-a"
     } else {
@@ -66,12 +71,12 @@ pub async fn sender(scene: &mut Scene) -> Result<String> {
         recorded == expected,
         "the record names {recorded}, the store {expected}: {record}"
     );
-    Ok(format!(
+    Ok(Measured::statement(format!(
         "{source} → {destination} recorded as {recorded}, as cluster a's store says"
-    ))
+    )))
 }
 
-pub async fn forged_vni(scene: &mut Scene) -> Result<String> {
+pub async fn forged_vni(scene: &mut Scene) -> Result<Measured> {
     // An identity of cluster b, from a node of cluster a.
     let theirs = scene
         .lab
@@ -85,10 +90,13 @@ pub async fn forged_vni(scene: &mut Scene) -> Result<String> {
         .await?;
     let identity = if scene.sabotaged() { own } else { theirs };
     let source = scene.pod("web-a")?.address(false)?.to_owned();
-    forge(scene, identity, &source, "tunnel-forged-identity").await
+    let reason = "tunnel-forged-identity";
+    let counted = forge(scene, identity, &source, reason).await?;
+    let text = format!("{counted} of {FORGED_PACKETS} counted as {reason}");
+    Ok(Measured::new(counted as f64, UNIT, text))
 }
 
-pub async fn forged_source(scene: &mut Scene) -> Result<String> {
+pub async fn forged_source(scene: &mut Scene) -> Result<Measured> {
     let identity = scene
         .lab
         .cluster(0)
@@ -102,12 +110,16 @@ pub async fn forged_source(scene: &mut Scene) -> Result<String> {
     };
     let source = scene.pod(liar)?.address(false)?.to_owned();
     let tunnel = forge(scene, identity, &source, "tunnel-forged-source").await?;
-    let veth = forged_at_the_pod(scene).await?;
-    Ok(format!("tunnel: {tunnel}; pod: {veth}"))
+    let pod = forged_at_the_pod(scene).await?;
+    let text = format!(
+        "tunnel: {tunnel} of {FORGED_PACKETS} counted as tunnel-forged-source; \
+         pod: {pod} of {STOLEN_PACKETS} counted as source-not-own"
+    );
+    Ok(Measured::new((tunnel + pod) as f64, UNIT, text))
 }
 
 /// Sends lying tunnel packets from node 1 of cluster a to node 1 of cluster b.
-async fn forge(scene: &Scene, identity: u64, source: &str, reason: &str) -> Result<String> {
+async fn forge(scene: &Scene, identity: u64, source: &str, reason: &str) -> Result<u64> {
     let sender = scene.lab.cluster(0).node(0);
     let receiver = scene.lab.cluster(1).node(0);
     let destination = scene.pod("web-b")?.address(false)?;
@@ -135,11 +147,11 @@ async fn forge(scene: &Scene, identity: u64, source: &str, reason: &str) -> Resu
         counted == FORGED_PACKETS,
         "{FORGED_PACKETS} sent, {counted} counted as {reason}"
     );
-    Ok(format!("{counted} of {FORGED_PACKETS} counted as {reason}"))
+    Ok(counted)
 }
 
 /// A pod that sends from an address that is not its own.
-async fn forged_at_the_pod(scene: &Scene) -> Result<String> {
+async fn forged_at_the_pod(scene: &Scene) -> Result<u64> {
     let node = scene.lab.cluster(0).node(0);
     let pod = scene.pod("side-a")?;
     let stolen = scene.pod("client-b")?.address(false)?;
@@ -150,7 +162,8 @@ async fn forged_at_the_pod(scene: &Scene) -> Result<String> {
     let to = scene.pod("web-a")?.address(false)?;
     let answered = run(pod
         .command(std::path::Path::new("ping"))
-        .args(["-n", "-c", "3", "-i", "0.01", "-W", "1", "-I", stolen, to]))
+        .args(["-n", "-i", "0.01", "-W", "1", "-I", stolen])
+        .args(["-c", &STOLEN_PACKETS.to_string(), to]))
     .await;
     run(pod.command(ip).args(["addr", "del", &cidr, "dev", "eth0"])).await?;
     ensure!(
@@ -158,6 +171,9 @@ async fn forged_at_the_pod(scene: &Scene) -> Result<String> {
         "a ping from a stolen address was answered"
     );
     let counted = node.drops("source-not-own").await? - before;
-    ensure!(counted == 3, "3 sent, {counted} counted as source-not-own");
-    Ok(format!("{counted} of 3 counted as source-not-own"))
+    ensure!(
+        counted == STOLEN_PACKETS,
+        "{STOLEN_PACKETS} sent, {counted} counted as source-not-own"
+    );
+    Ok(counted)
 }

@@ -13,19 +13,19 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-pub use report::Row;
+pub use report::{Measured, Row};
 pub use scene::{BACKEND_PORT, PODS, Sabotage, Scene};
 
 use crate::lab::{Lab, LabConfig};
 
 /// One row: its name, its statement, how it is checked.
 type Check =
-    for<'a> fn(&'a mut Scene) -> std::pin::Pin<Box<dyn Future<Output = Result<String>> + 'a>>;
+    for<'a> fn(&'a mut Scene) -> std::pin::Pin<Box<dyn Future<Output = Result<Measured>> + 'a>>;
 
 macro_rules! rows {
     ($($id:literal, $text:literal => $check:path;)*) => {
         &[$(($id, $text, {
-            fn boxed(scene: &mut Scene) -> std::pin::Pin<Box<dyn Future<Output = Result<String>> + '_>> {
+            fn boxed(scene: &mut Scene) -> std::pin::Pin<Box<dyn Future<Output = Result<Measured>> + '_>> {
                 Box::pin($check(scene))
             }
             boxed as Check
@@ -61,7 +61,8 @@ pub fn row_ids() -> impl Iterator<Item = &'static str> {
     ROWS.iter().map(|(id, _, _)| *id)
 }
 
-/// Runs every row on a fresh lab; `progress` is told before each.
+/// Runs every row on a fresh lab, or those up to `until`: each stands on what the ones before it have set up.
+/// `progress` is told before each.
 ///
 /// A row that fails does not keep the later ones from being checked.
 ///
@@ -70,6 +71,7 @@ pub fn row_ids() -> impl Iterator<Item = &'static str> {
 pub async fn run(
     config: LabConfig,
     sabotage: Sabotage,
+    until: Option<&str>,
     progress: impl Fn(&str),
 ) -> Result<(Scene, Vec<Row>)> {
     progress("building two clusters of two nodes");
@@ -83,13 +85,10 @@ pub async fn run(
     let mut rows = Vec::with_capacity(ROWS.len());
     for (id, text, check) in ROWS {
         progress(text);
-        let result = check(&mut scene).await;
-        rows.push(Row {
-            id,
-            row: text,
-            passed: result.is_ok(),
-            measured: result.unwrap_or_else(|error| format!("{error:#}")),
-        });
+        rows.push(Row::new(id, text, check(&mut scene).await));
+        if until == Some(*id) {
+            break;
+        }
     }
     Ok((scene, rows))
 }

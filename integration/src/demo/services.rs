@@ -5,16 +5,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
+use super::report::Measured;
 use super::scene::Scene;
 
 /// Connections of the spread check.
 const CONNECTIONS: u32 = 200;
 /// Least share that each cluster must get of evenly spread connections, percent.
-const SHARE_PERCENT_MIN: u64 = 30;
+const SHARE_PERCENT_MIN: f64 = 30.0;
 /// Longest that a service may need to change over.
 const CHANGE_OVER_SECONDS_MAX: u64 = 10;
 
-pub async fn spread(scene: &mut Scene) -> Result<String> {
+pub async fn spread(scene: &mut Scene) -> Result<Measured> {
     if scene.sabotaged() {
         scene.stop_server("web-b", Signal::SIGKILL).await?;
         until_only(scene, "client-a", "cart", "web-a").await?;
@@ -30,32 +31,33 @@ pub async fn spread(scene: &mut Scene) -> Result<String> {
     result
 }
 
-async fn spread_of_both(scene: &Scene) -> Result<String> {
+async fn spread_of_both(scene: &Scene) -> Result<Measured> {
     let mut figures = Vec::new();
+    let mut least = 100.0_f64;
     for (cluster, client) in [(0, "client-a"), (1, "client-b")] {
         for v6 in [false, true] {
             let to = scene.service(cluster, "cart", v6).await?;
             let report = scene.probe(client, &to, CONNECTIONS).await?;
             ensure!(report["failed"] == 0, "{client} to {to}: {report}");
-            let shares: Vec<u64> = ["web-a", "web-b"]
-                .iter()
-                .map(|name| {
-                    report["by_name"][name].as_u64().unwrap_or(0) * 100 / u64::from(CONNECTIONS)
-                })
-                .collect();
+            let shares = ["web-a", "web-b"].map(|name| {
+                report["by_name"][name].as_f64().unwrap_or(0.0) * 100.0 / f64::from(CONNECTIONS)
+            });
+            least = shares.into_iter().fold(least, f64::min);
             ensure!(
-                shares.iter().all(|share| *share >= SHARE_PERCENT_MIN),
+                least >= SHARE_PERCENT_MIN,
                 "{client} to {to} is not spread: {report}"
             );
             if !v6 {
-                figures.push(format!("{client}: a {} %, b {} %", shares[0], shares[1]));
+                let [a, b] = shares;
+                figures.push(format!("{client}: a {a:.0} %, b {b:.0} %"));
             }
         }
     }
-    Ok(figures.join("; "))
+    let text = figures.join("; ");
+    Ok(Measured::new(least, "% of connects, least share", text))
 }
 
-pub async fn failover_pod_deleted(scene: &mut Scene) -> Result<String> {
+pub async fn failover_pod_deleted(scene: &mut Scene) -> Result<Measured> {
     before_failover(scene).await?;
     let begun = Instant::now();
     if !scene.sabotaged() {
@@ -69,7 +71,7 @@ pub async fn failover_pod_deleted(scene: &mut Scene) -> Result<String> {
     result
 }
 
-pub async fn failover_process_killed(scene: &mut Scene) -> Result<String> {
+pub async fn failover_process_killed(scene: &mut Scene) -> Result<Measured> {
     before_failover(scene).await?;
     let begun = Instant::now();
     if !scene.sabotaged() {
@@ -83,7 +85,7 @@ pub async fn failover_process_killed(scene: &mut Scene) -> Result<String> {
     result
 }
 
-pub async fn failover_listener_closed(scene: &mut Scene) -> Result<String> {
+pub async fn failover_listener_closed(scene: &mut Scene) -> Result<Measured> {
     before_failover(scene).await?;
     let begun = Instant::now();
     if !scene.sabotaged() {
@@ -104,7 +106,7 @@ async fn before_failover(scene: &Scene) -> Result<()> {
 }
 
 /// Connects until the other cluster's backend answers; the time since the fault.
-async fn first_answer_of_b(scene: &Scene, begun: Instant) -> Result<String> {
+async fn first_answer_of_b(scene: &Scene, begun: Instant) -> Result<Measured> {
     let to = scene.service(0, "pay", false).await?;
     let mut failed = 0;
     let limit = Duration::from_secs(if scene.sabotaged() {
@@ -116,10 +118,11 @@ async fn first_answer_of_b(scene: &Scene, begun: Instant) -> Result<String> {
         let report = scene.probe("client-a", &to, 5).await?;
         failed += report["failed"].as_u64().unwrap_or(0);
         if report["by_name"]["web-b"].as_u64().unwrap_or(0) > 0 {
-            let ms = begun.elapsed().as_millis();
-            return Ok(format!(
-                "first answer of cluster b after {ms} ms, {failed} connects failed before"
-            ));
+            let ms = begun.elapsed().as_secs_f64() * 1e3;
+            let text = format!(
+                "first answer of cluster b after {ms:.0} ms, {failed} connects failed before"
+            );
+            return Ok(Measured::new(ms, "ms to first success", text));
         }
     }
     anyhow::bail!("cluster b did not answer within {} s", limit.as_secs())

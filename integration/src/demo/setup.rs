@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 
+use super::report::Measured;
 use super::scene::{BACKEND_PORT, NAMESPACE, PODS, SERVICE_PORT, Scene};
 
 /// Longest that a convergence may take, seconds.
 const CONVERGED_SECONDS_MAX: u32 = 20;
 
-pub async fn up(scene: &mut Scene) -> Result<String> {
+pub async fn up(scene: &mut Scene) -> Result<Measured> {
     if scene.sabotaged() {
         scene.lab.wan().cut();
     }
@@ -29,12 +30,14 @@ pub async fn up(scene: &mut Scene) -> Result<String> {
     waited?;
     let seconds = scene.begun.elapsed().as_secs_f64();
     let nodes: usize = scene.lab.clusters().iter().map(|c| c.nodes().len()).sum();
-    Ok(format!(
-        "{nodes} nodes converged {seconds:.1} s after nothing"
+    Ok(Measured::new(
+        seconds,
+        "s until converged",
+        format!("{nodes} nodes converged {seconds:.1} s after nothing"),
     ))
 }
 
-pub async fn attach(scene: &mut Scene) -> Result<String> {
+pub async fn attach(scene: &mut Scene) -> Result<Measured> {
     for index in 0..scene.lab.clusters().len() {
         let manifests = manifests(index)?;
         scene.lab.cluster(index).apply(&manifests).await?;
@@ -63,8 +66,12 @@ pub async fn attach(scene: &mut Scene) -> Result<String> {
         seen == expected,
         "cluster b lists {seen} endpoints, {expected} were attached"
     );
-    Ok(format!(
-        "{expected} pods, slowest ADD with its server {slowest_ms:.0} ms, known in both clusters"
+    Ok(Measured::new(
+        slowest_ms,
+        "ms, slowest ADD",
+        format!(
+            "{expected} pods, slowest ADD with its server {slowest_ms:.0} ms, known in both clusters"
+        ),
     ))
 }
 

@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
+use super::report::Measured;
 use super::scene::{NAMESPACE, Scene};
 use crate::lab::process::Process;
 use crate::lab::store::{Made, gone};
@@ -14,7 +15,7 @@ const CONNECTIONS: u32 = 20;
 /// Longest that convergence may take after the link heals.
 const CONVERGED_SECONDS_MAX: u32 = 20;
 
-pub async fn cut(scene: &mut Scene) -> Result<String> {
+pub async fn cut(scene: &mut Scene) -> Result<Measured> {
     let before = records(scene).await?;
     let inside = start_probe(scene, "client-a", &scene.backend("web-a", false)?, "inside").await?;
     let local = start_probe(
@@ -69,14 +70,20 @@ pub async fn cut(scene: &mut Scene) -> Result<String> {
         ensure!(gone.is_empty(), "records deleted during the cut: {gone:?}");
         kept += before.len();
     }
-    let failed = everywhere["failed"].as_u64().unwrap_or(0) * 100 / u64::from(CONNECTIONS);
-    Ok(format!(
-        "{} and {} connects, none failed; {kept} records kept; affinity=none failed {failed} %",
-        inside["ok"], local["ok"]
+    let failed = everywhere["failed"].as_f64();
+    let failed = failed.with_context(|| format!("no count of failures: {everywhere}"))?;
+    let failed = failed * 100.0 / f64::from(CONNECTIONS);
+    Ok(Measured::new(
+        failed,
+        "% failed, affinity=none",
+        format!(
+            "{} and {} connects, none failed; {kept} records kept; affinity=none failed {failed} %",
+            inside["ok"], local["ok"]
+        ),
     ))
 }
 
-pub async fn healed(scene: &mut Scene) -> Result<String> {
+pub async fn healed(scene: &mut Scene) -> Result<Measured> {
     // With sabotage the link stays cut while the row looks.
     if !scene.sabotaged() {
         scene.lab.wan().heal();
@@ -94,13 +101,15 @@ pub async fn healed(scene: &mut Scene) -> Result<String> {
             break;
         }
     }
-    let ms = begun.elapsed().as_millis();
+    let ms = begun.elapsed().as_secs_f64() * 1e3;
     scene.lab.wan().heal();
     result?;
     // The identity was made during the cut, in cluster a.
     let identity = scene.lab.cluster(1).identity_labelled("app=late").await?;
-    Ok(format!(
-        "converged {ms} ms after healing, with identity {identity} made during the cut"
+    Ok(Measured::new(
+        ms,
+        "ms until converged",
+        format!("converged {ms:.0} ms after healing, with identity {identity} made during the cut"),
     ))
 }
 
