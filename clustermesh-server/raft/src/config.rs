@@ -7,7 +7,7 @@ use std::{
 };
 
 use clustermesh_core::limits::FEATURE_LEVEL;
-use clustermesh_store::{Identity, MemoryLog, Node, SnapshotStore};
+use clustermesh_store::{DiskFaults, Identity, MemoryLog, Node, ReplicaId, SnapshotStore};
 use parking_lot::Mutex;
 
 use crate::error::StartError;
@@ -93,6 +93,7 @@ pub struct MemoryData {
     pub(crate) log: MemoryLog,
     pub(crate) snapshots: SnapshotStore,
     pub(crate) identity: Arc<Mutex<Option<Identity>>>,
+    faults: DiskFaults,
 }
 
 impl Default for MemoryData {
@@ -101,23 +102,41 @@ impl Default for MemoryData {
             log: MemoryLog::default(),
             snapshots: SnapshotStore::memory(),
             identity: Arc::default(),
+            faults: DiskFaults::default(),
         }
     }
 }
 
 impl MemoryData {
-    /// Data whose log is on a simulated disk: a sync of it takes what `sync_time` says, and [`MemoryData::crash`] loses what was not synced.
+    /// Data on a simulated disk: a sync of the log takes what `sync_time` says, [`MemoryData::crash`] loses what was not synced, and
+    /// [`MemoryData::faults`] break it.
     pub fn on_disk(sync_time: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
+        let faults = DiskFaults::default();
         Self {
-            log: MemoryLog::on_disk(sync_time),
-            ..Self::default()
+            log: MemoryLog::on_disk(sync_time, faults.clone()),
+            snapshots: SnapshotStore::on_disk(faults.clone()),
+            identity: Arc::default(),
+            faults,
         }
     }
 
-    /// What is left after a crash: of the writes to the log that were not synced, as many of the oldest as `keep` says, given their number.
-    /// All tasks of the replica must have ended.
+    /// What is left after a crash: of the entries and other changes of the log that were not synced, as many of the oldest as `keep` says,
+    /// given their number. The disk works again. All tasks of the replica must have ended.
     pub fn crash(&self, keep: impl FnOnce(usize) -> usize) {
         self.log.crash(keep);
+        self.faults.set(None);
+    }
+
+    /// The disk's state.
+    #[must_use]
+    pub const fn faults(&self) -> &DiskFaults {
+        &self.faults
+    }
+
+    /// The replica that lives here.
+    #[must_use]
+    pub fn replica_id(&self) -> Option<ReplicaId> {
+        self.identity.lock().as_ref().map(|own| own.replica_id)
     }
 }
 

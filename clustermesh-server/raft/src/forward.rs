@@ -111,18 +111,20 @@ impl<R: AsyncRuntime> Router<R> {
             .is_leader()
     }
 
-    /// Waits until another replica leads than `leader`, a little while at most.
-    pub(crate) async fn other_leader(&self, leader: Option<ReplicaId>, most: Duration) {
+    /// Waits until another replica leads than `leader`, a little while at most: either way the caller looks again. False once Raft has ended
+    /// here, as after a failure of the disk: then there is nothing to wait for, and looking again would be a busy loop.
+    #[must_use]
+    pub(crate) async fn other_leader(&self, leader: Option<ReplicaId>, most: Duration) -> bool {
         let mut metrics = self.raft.server_metrics();
         let changed = async move {
             while metrics.borrow_and_update().current_leader == leader {
                 if metrics.changed().await.is_err() {
-                    return;
+                    return false;
                 }
             }
+            true
         };
-        // Either way the caller looks again.
-        let _changed_or_not = R::timeout(most, changed).await;
+        R::timeout(most, changed).await.unwrap_or(true)
     }
 
     /// Proposes where the leader is; again only when surely nothing was proposed.
@@ -159,7 +161,7 @@ impl<R: AsyncRuntime> Router<R> {
                 return;
             }
             let pause = self.other_leader(leader.map(|(id, _)| id), ROUTE_RETRY_PAUSE);
-            if stop.or(pause).await.is_none() {
+            if stop.or(pause).await != Some(true) {
                 for waiting in batch {
                     waiting.tell(Err(ProposeError::Stopped));
                 }
@@ -198,7 +200,7 @@ impl<R: AsyncRuntime> Router<R> {
             .links
             .call(&target, Call::Forward(Forward { proposals }), left);
         let deposed = async {
-            self.other_leader(Some(leader), left).await;
+            let _other_or_ended = self.other_leader(Some(leader), left).await;
             // The answer may be on its way.
             R::sleep(LEADER_CHANGE_GRACE).await;
         };
@@ -270,8 +272,10 @@ impl<R: AsyncRuntime> Router<R> {
             if R::Instant::now() >= deadline {
                 return Err(ReadError::NotLeader { leader });
             }
-            self.other_leader(leader.map(|(id, _)| id), ROUTE_RETRY_PAUSE)
-                .await;
+            let leader = leader.map(|(id, _)| id);
+            if !self.other_leader(leader, ROUTE_RETRY_PAUSE).await {
+                return Err(ReadError::Stopped);
+            }
         }
     }
 }

@@ -2,6 +2,7 @@
 
 mod divergence;
 mod network;
+mod starts;
 
 use std::{
     collections::BTreeSet,

@@ -36,7 +36,7 @@ pub mod wire;
 
 pub use backup_file::{BackupError, BackupFile, BackupSummary, Restore, Restored};
 pub use check_data::{CheckReport, Finding, Severity, SnapshotFound, check_data};
-pub use clustermesh_store::{Node, ReplicaId, SnapshotFile, StoreError};
+pub use clustermesh_store::{DiskFault, DiskFaults, Node, ReplicaId, SnapshotFile, StoreError};
 pub use config::{
     AutoCompaction, DEFAULT_QUOTA_BYTES, Data, InitialMember, MemoryData, ReplicaConfig, Start,
     wall_clock,

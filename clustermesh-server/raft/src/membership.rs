@@ -176,7 +176,9 @@ impl<R: AsyncRuntime> Members<R> {
                     if R::Instant::now() < deadline =>
                 {
                     let leader = leader.map(|(id, _)| id);
-                    self.router.other_leader(leader, ROUTE_RETRY_PAUSE).await;
+                    if !self.router.other_leader(leader, ROUTE_RETRY_PAUSE).await {
+                        return Err(MemberError::Stopped);
+                    }
                 }
                 Err(error) => return Err(error),
             }

@@ -176,9 +176,10 @@ async fn read_index<R: AsyncRuntime>(
             Err(ReadError::Stopped) => return Err(ReadError::Stopped),
             Err(error) if R::Instant::now() >= deadline => return Err(error),
             Err(_) => {
-                router
-                    .other_leader(Some(router.own), ROUTE_RETRY_PAUSE)
-                    .await
+                let own = Some(router.own);
+                if !router.other_leader(own, ROUTE_RETRY_PAUSE).await {
+                    return Err(ReadError::Stopped);
+                }
             }
         }
     }

@@ -297,10 +297,10 @@ impl<R: AsyncRuntime> Replica<R> {
             if R::Instant::now() >= deadline {
                 return Err(ReadError::NotLeader { leader: None });
             }
-            inner
-                .router
-                .other_leader(Some(inner.replica_id), ROUTE_RETRY_PAUSE)
-                .await;
+            let own = Some(inner.replica_id);
+            if !inner.router.other_leader(own, ROUTE_RETRY_PAUSE).await {
+                return Err(ReadError::Stopped);
+            }
         }
     }
 

@@ -47,6 +47,7 @@ impl<R: AsyncRuntime> Stop<R> {
 }
 
 /// Starts a task that nobody waits for.
+#[track_caller]
 pub(crate) fn spawn<R: AsyncRuntime>(future: impl Future<Output = ()> + Send + 'static) {
     drop(R::spawn(future));
 }

@@ -9,13 +9,21 @@ use clustermesh_api::etcd::rpc::{
     compare::{CompareResult, CompareTarget, TargetUnion},
     request_op::Request,
 };
-use clustermesh_core::{KvError, Outcome, pb, pb::proposal::Command};
+use clustermesh_core::{
+    KvError, Outcome,
+    auth::{Access as AccessKind, Actor},
+    pb,
+    pb::proposal::Command,
+};
 use clustermesh_oracle::{Action, Answer, Operation};
 use clustermesh_raft::{Committed, ProposeError, Replica};
 use openraft::async_runtime::AsyncRuntime;
 
 use crate::{
-    runtime::{SimRuntime, draw, elapsed},
+    access::{Access, Asker, Need, ROOT, Said, sign},
+    member::Member,
+    runtime::{Life, SimRuntime, draw, elapsed, spawn_in},
+    spy::MAX_LAST_WORDS,
     world::{MAX_LEASE_TTL_S, PATIENCE, World},
 };
 
@@ -75,28 +83,21 @@ fn swap(key: &Bytes, value: &Bytes, expected: i64) -> TxnRequest {
     }
 }
 
-fn answer(told: Result<Committed, ProposeError>) -> Answer {
+/// What came of a proposal, and whether it was said to be permitted.
+fn answer(told: Result<Committed, ProposeError>) -> (Answer, Option<Said>) {
     let committed = match told {
         Ok(committed) => committed,
         Err(ProposeError::Unknown | ProposeError::Timeout | ProposeError::Stopped) => {
-            return Answer::Unknown;
+            return (Answer::Unknown, None);
         }
-        Err(_) => return Answer::Refused,
+        Err(_) => return (Answer::Refused, None),
     };
     let revision = committed.revision;
-    match committed.outcome {
-        Ok(Outcome::Put(_)) => Answer::Written {
-            revision,
-            deleted: 0,
-        },
-        Ok(Outcome::DeleteRange(response)) => Answer::Written {
-            revision,
-            deleted: response.deleted,
-        },
-        Ok(Outcome::Txn(response)) if response.succeeded => Answer::Written {
-            revision,
-            deleted: 0,
-        },
+    let written = |deleted| Answer::Written { revision, deleted };
+    let answer = match committed.outcome {
+        Ok(Outcome::Put(_)) => written(0),
+        Ok(Outcome::DeleteRange(response)) => written(response.deleted),
+        Ok(Outcome::Txn(response)) if response.succeeded => written(0),
         Ok(Outcome::Txn(response)) => {
             use clustermesh_api::etcd::rpc::response_op::Response;
             let found =
@@ -113,21 +114,45 @@ fn answer(told: Result<Committed, ProposeError>) -> Answer {
             }
         }
         Ok(_) => Answer::Done,
-        Err(_) => Answer::Refused,
-    }
+        Err(KvError::PermissionDenied) => return (Answer::Refused, Some(Said::Denied)),
+        Err(_) => return (Answer::Refused, None),
+    };
+    (answer, Some(Said::Done))
 }
 
-async fn read(replica: &Replica<SimRuntime>, key: &Bytes, linearizable: bool, at: i64) -> Answer {
+async fn read(
+    replica: &Replica<SimRuntime>,
+    key: &Bytes,
+    linearizable: bool,
+    at: i64,
+    access: Option<(&Access, &mut Asker)>,
+) -> (Answer, Option<Said>) {
     if linearizable && replica.linearize().await.is_err() {
-        return Answer::Unknown;
+        return (Answer::Unknown, None);
     }
     let request = RangeRequest {
         key: key.clone(),
         revision: at,
         ..RangeRequest::default()
     };
-    let (revision, found) = replica.read(|state| (state.revision(), state.range(&request)));
-    match found {
+    let (revision, permitted, found) = replica.read(|state| {
+        let permitted = access.is_none_or(|(access, asker)| {
+            // A server finds the user out where it reads.
+            asker.auth_revision = state.auth().revision();
+            let actor = Actor {
+                user: &asker.user,
+                auth_revision: asker.auth_revision,
+            };
+            let noted = access.note(state).is_ok();
+            let checked = state.auth().check_range(actor, key, &[], AccessKind::Read);
+            noted && checked.is_ok()
+        });
+        (state.revision(), permitted, state.range(&request))
+    });
+    if !permitted {
+        return (Answer::Refused, Some(Said::Denied));
+    }
+    let answer = match found {
         Ok(response) => Answer::Read {
             revision,
             found: response
@@ -137,44 +162,91 @@ async fn read(replica: &Replica<SimRuntime>, key: &Bytes, linearizable: bool, at
                 .map(|kv| (kv.value, kv.mod_revision)),
         },
         Err(KvError::Compacted) => Answer::Compacted,
-        Err(_) => Answer::Refused,
+        Err(_) => return (Answer::Refused, None),
+    };
+    let said = if linearizable {
+        Said::Done
+    } else {
+        Said::DoneHere
+    };
+    (answer, Some(said))
+}
+
+/// What somebody needs to be permitted.
+fn needs(action: &Action) -> Vec<Need> {
+    match action {
+        Action::Put { key, .. } | Action::Delete { key } => vec![(key.clone(), true)],
+        Action::Swap { key, .. } => {
+            vec![(key.clone(), true), (twin(key), true), (key.clone(), false)]
+        }
+        Action::Get { key, .. } => vec![(key.clone(), false)],
+        Action::Compact { .. } | Action::Grant { .. } | Action::KeepAlive { .. } => Vec::new(),
     }
 }
 
-async fn act(replica: &Replica<SimRuntime>, action: &Action) -> Answer {
+/// Asks a replica, within its life.
+async fn act(
+    replica: Replica<SimRuntime>,
+    action: Action,
+    access: Option<(Access, Asker)>,
+) -> Result<Answer, String> {
+    let needs = needs(&action);
+    let (access, mut asker) = access.unzip();
     let command = match action {
-        Action::Put { key, value, lease } => Command::Put(put(key, value, *lease)),
+        Action::Put { key, value, lease } => Command::Put(put(&key, &value, lease)),
         Action::Swap {
             key,
             value,
             expected,
-        } => Command::Txn(swap(key, value, *expected)),
+        } => Command::Txn(swap(&key, &value, expected)),
         Action::Delete { key } => Command::DeleteRange(DeleteRangeRequest {
-            key: key.clone(),
+            key,
             ..DeleteRangeRequest::default()
         }),
         Action::Get {
             key,
             linearizable,
             revision,
-        } => return read(replica, key, *linearizable, *revision).await,
+        } => {
+            let who = access.as_ref().zip(asker.as_mut());
+            let (answer, said) = read(&replica, &key, linearizable, revision, who).await;
+            return judge(access, asker, &needs, answer, said);
+        }
         Action::Compact { revision } => Command::Compact(CompactionRequest {
-            revision: *revision,
+            revision,
             physical: false,
         }),
         Action::Grant { lease, ttl_s } => Command::LeaseGrant(LeaseGrantRequest {
-            id: *lease,
-            ttl: *ttl_s,
+            id: lease,
+            ttl: ttl_s,
         }),
         Action::KeepAlive { lease, .. } => {
-            return match replica.keep_alive(*lease).await {
+            return Ok(match replica.keep_alive(lease).await {
                 Ok(Some(_)) => Answer::Done,
                 Ok(None) => Answer::Refused,
                 Err(_) => Answer::Unknown,
-            };
+            });
         }
     };
-    answer(replica.propose(pb::Proposal::from(command)).await)
+    let mut proposal = pb::Proposal::from(command);
+    sign(&mut proposal, asker.as_ref());
+    let (answer, said) = answer(replica.propose(proposal).await);
+    judge(access, asker, &needs, answer, said)
+}
+
+fn judge(
+    access: Option<Access>,
+    asker: Option<Asker>,
+    needs: &[Need],
+    answer: Answer,
+    said: Option<Said>,
+) -> Result<Answer, String> {
+    if let (Some(access), Some(asker), Some(said)) = (access, asker, said)
+        && !needs.is_empty()
+    {
+        access.check(&asker, needs, said)?;
+    }
+    Ok(answer)
 }
 
 impl Client {
@@ -250,27 +322,56 @@ impl Client {
         known.unwrap_or(0)
     }
 
-    async fn step(&mut self) {
-        if draw(|random| random.chance(30)) {
-            self.replica = draw(|random| random.place(self.world.members.len()));
+    /// Whoever asks, where permissions are checked.
+    fn asker(&self, replica: &Replica<SimRuntime>, action: &Action) -> Option<(Access, Asker)> {
+        let access = self.world.access.clone()?;
+        let anyone = match action {
+            Action::Put { lease, .. } => *lease == 0,
+            Action::Swap { .. } | Action::Delete { .. } | Action::Get { .. } => true,
+            Action::Compact { .. } | Action::Grant { .. } | Action::KeepAlive { .. } => false,
+        };
+        let user = if anyone {
+            Access::some_user()
+        } else {
+            ROOT.to_owned()
+        };
+        match access.resolve(replica, &user) {
+            Ok(asker) => Some((access, asker)),
+            Err(fault) => {
+                self.world.history.fault(fault);
+                None
+            }
         }
-        let Some((life, replica)) = self
-            .world
-            .members
-            .get(self.replica)
-            .and_then(|member| member.alive())
+    }
+
+    async fn step(&mut self) {
+        let places: Vec<usize> = self.world.taken().map(|member| member.index).collect();
+        if draw(|random| random.chance(30)) || !places.contains(&self.replica) {
+            let place = draw(|random| random.place(places.len()));
+            self.replica = places.get(place).copied().unwrap_or(0);
+        }
+        let Some((life, replica)) = self.world.members.get(self.replica).and_then(Member::alive)
         else {
-            self.replica = draw(|random| random.place(self.world.members.len()));
+            self.replica = usize::MAX;
             return;
         };
         let action = self.choose();
         if let Action::Compact { revision } = action {
             self.world.compaction.fetch_max(revision, Ordering::Relaxed);
         }
+        let asker = self.asker(&replica, &action);
         let history = self.world.history.clone();
         let (asked, asked_at) = (history.moment(), elapsed());
-        let answered = SimRuntime::timeout(PATIENCE, act(&replica, &action)).await;
-        let answer = answered.unwrap_or(Answer::Unknown);
+        let acted = spawn_in(life, act(replica, action.clone(), asker));
+        let answered = SimRuntime::timeout(PATIENCE, acted).await;
+        let answer = match answered {
+            Ok(Ok(Ok(answer))) => answer,
+            Ok(Ok(Err(fault))) => {
+                history.fault(format!("replica {}: {fault}", self.replica));
+                Answer::Unknown
+            }
+            Ok(Err(_)) | Err(_) => Answer::Unknown,
+        };
         match (&action, &answer) {
             (Action::Grant { lease, ttl_s }, Answer::Done) => self.leases.push((*lease, *ttl_s)),
             (Action::KeepAlive { lease, .. }, Answer::Refused) => {
@@ -281,7 +382,7 @@ impl Client {
         if self.leases.len() > 4 {
             self.leases.remove(0);
         }
-        history.note(Operation {
+        let operation = Operation {
             client: self.number,
             replica: self.replica,
             life,
@@ -290,14 +391,34 @@ impl Client {
             answered: history.moment(),
             action,
             answer,
-        });
+        };
+        self.check_disk(life, &operation);
+        history.note(operation);
+    }
+
+    /// A replica whose disk has failed promises nothing any more.
+    fn check_disk(&self, life: Life, operation: &Operation) {
+        let acknowledged = match (&operation.action, &operation.answer) {
+            (Action::Get { linearizable, .. }, Answer::Read { .. }) => *linearizable,
+            (_, Answer::Written { .. } | Answer::Read { .. } | Answer::Done) => true,
+            (_, Answer::Unknown | Answer::Refused | Answer::Compacted) => false,
+        };
+        let failed = self.world.disk_failures.lock().get(&life).copied();
+        if let Some(at) = failed
+            && acknowledged
+            && operation.asked_at > at + MAX_LAST_WORDS
+        {
+            self.world
+                .history
+                .fault(format!("{operation:?}, although its disk failed at {at:?}"));
+        }
     }
 }
 
 /// One client, until the world ends.
 pub async fn run(world: Arc<World>, number: usize) {
     let mut client = Client {
-        replica: draw(|random| random.place(world.members.len())),
+        replica: usize::MAX,
         world,
         number,
         written: 0,
@@ -311,23 +432,21 @@ pub async fn run(world: Arc<World>, number: usize) {
 
 /// Everything works again through every replica.
 pub async fn check_liveness(world: &World) {
-    for member in &world.members {
-        let Some(replica) = member.replica() else {
+    for member in world.taken() {
+        let Some((life, replica)) = member.alive() else {
             continue;
         };
         let key = Bytes::from(format!("alive/{}", member.index));
-        let proposal = Command::Put(put(&key, &key, 0)).into();
-        let written = SimRuntime::timeout(PATIENCE, replica.propose(proposal)).await;
-        if !matches!(written, Ok(Ok(_))) {
+        let mut proposal: pb::Proposal = Command::Put(put(&key, &key, 0)).into();
+        proposal.system = true;
+        let alive = spawn_in(life, async move {
+            let written = replica.propose(proposal).await;
+            (written, replica.linearize().await)
+        });
+        let alive = SimRuntime::timeout(PATIENCE, alive).await;
+        if !matches!(&alive, Ok(Ok((Ok(written), Ok(())))) if written.outcome.is_ok()) {
             world.history.fault(format!(
-                "after healing, a write through replica {} came to {written:?}",
-                member.index
-            ));
-        }
-        let read = SimRuntime::timeout(PATIENCE, replica.linearize()).await;
-        if !matches!(read, Ok(Ok(()))) {
-            world.history.fault(format!(
-                "after healing, a read through replica {} came to {read:?}",
+                "after healing, a write and a read through replica {} came to {alive:?}",
                 member.index
             ));
         }

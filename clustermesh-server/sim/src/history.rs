@@ -8,6 +8,9 @@ use parking_lot::Mutex;
 
 use crate::runtime::elapsed;
 
+/// Faults noted of one run, most.
+const MAX_FAULTS: usize = 10;
+
 #[derive(Debug, Default)]
 struct Inner {
     moment: Moment,
@@ -58,7 +61,11 @@ impl History {
 
     /// Notes something that must not happen.
     pub fn fault(&self, fault: String) {
-        self.0.lock().faults.push(fault);
+        let mut inner = self.0.lock();
+        // One wrong thing is seen again and again.
+        if inner.faults.len() < MAX_FAULTS && !inner.faults.contains(&fault) {
+            inner.faults.push(fault);
+        }
     }
 
     /// What must not have happened, so far.
@@ -68,6 +75,7 @@ impl History {
 
     /// Notes what a replica has applied: every replica must have the same.
     pub fn note_applied(&self, replica: usize, groups: &[Arc<EventGroup>], compact_revision: i64) {
+        let mut faults = Vec::new();
         let mut inner = self.0.lock();
         for group in groups {
             let changes = changes(&group.events);
@@ -90,9 +98,11 @@ impl History {
                     "replica {replica} has at revision {} {changes:?}, another one had {:?}",
                     group.revision, known.changes
                 );
-                inner.faults.push(fault);
+                faults.push(fault);
             }
         }
+        drop(inner);
+        faults.into_iter().for_each(|fault| self.fault(fault));
     }
 
     /// The newest revision seen.

@@ -1,9 +1,15 @@
 //! Deterministic simulation of a group of replicas below gRPC: one seed decides clocks, network, disks and crashes.
 
+pub mod access;
+pub mod chaos;
 pub mod client;
+pub mod copies;
 pub mod history;
+pub mod member;
+mod membership;
 pub mod network;
 pub mod random;
 pub mod runtime;
+mod spy;
 pub mod watcher;
 pub mod world;

@@ -59,10 +59,10 @@ fn main() -> ExitCode {
         failed,
         operations,
         revisions,
-        crashes,
+        blows,
     } = totals.into_inner();
     println!(
-        "{} seeds, {failed} failed, {operations} operations, {revisions} revisions, {crashes} crashes, {:.1?}",
+        "{} seeds, {failed} failed, {operations} operations, {revisions} revisions, {blows} blows, {:.1?}",
         args.seeds,
         begun.elapsed()
     );
@@ -78,7 +78,7 @@ struct Totals {
     failed: u64,
     operations: usize,
     revisions: usize,
-    crashes: u64,
+    blows: u64,
 }
 
 fn run_one(args: &Args, seed: u64, totals: &Mutex<Totals>) {
@@ -92,7 +92,7 @@ fn run_one(args: &Args, seed: u64, totals: &Mutex<Totals>) {
         Ok(report) => {
             totals.operations += report.operations;
             totals.revisions += report.revisions;
-            totals.crashes += report.crashes;
+            totals.blows += report.blows.values().sum::<u64>();
             if args.verbose {
                 println!("seed {seed}: {report:?}");
             }

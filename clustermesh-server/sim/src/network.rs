@@ -17,11 +17,11 @@ use futures_util::{
     future::BoxFuture,
     stream::{self, BoxStream},
 };
-use openraft::async_runtime::{AsyncRuntime, Instant};
+use openraft::async_runtime::AsyncRuntime;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::runtime::{Life, SimInstant, SimRuntime, current_life, draw, spawn_in, trace};
+use crate::runtime::{Life, SimRuntime, current_life, draw, elapsed, spawn_in, trace};
 
 /// Messages of one stream on their way.
 const MAX_IN_FLIGHT: usize = 64;
@@ -181,16 +181,17 @@ impl Link {
         mut items: BoxStream<'static, T>,
         ended: oneshot::Receiver<()>,
     ) -> BoxStream<'static, T> {
-        let (sender, receiver) = mpsc::channel::<(SimInstant, T)>(MAX_IN_FLIGHT);
+        let (sender, receiver) = mpsc::channel::<(Duration, T)>(MAX_IN_FLIGHT);
         let (network, from, to) = (self.network.clone(), from.to_owned(), to.to_owned());
         let pump = async move {
-            let mut last = SimInstant::now();
+            // Time of the world: the ends have clocks of their own.
+            let mut last = elapsed();
             while let Some(item) = items.next().await {
                 if !network.passes(&from, &to) {
                     break_after().await;
                     return;
                 }
-                last = last.max(SimInstant::now() + network.delay());
+                last = last.max(elapsed() + network.delay());
                 if sender.send((last, item)).await.is_err() {
                     return;
                 }
@@ -201,7 +202,7 @@ impl Link {
         }));
         stream::unfold(receiver, |mut receiver| async move {
             let (at, item) = receiver.recv().await?;
-            SimRuntime::sleep_until(at).await;
+            SimRuntime::sleep(at.saturating_sub(elapsed())).await;
             Some((item, receiver))
         })
         .boxed()

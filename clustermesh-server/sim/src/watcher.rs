@@ -9,14 +9,19 @@ use std::{
 };
 
 use bytes::Bytes;
-use clustermesh_core::KeyRange;
+use clustermesh_core::{
+    KeyRange,
+    auth::{Access as AccessKind, Actor},
+};
 use clustermesh_oracle::{Seen, Watched};
-use clustermesh_raft::{WatchEnd, WatchItem, WatchSpec};
+use clustermesh_raft::{Replica, WatchEnd, WatchItem, WatchSpec};
 use openraft::async_runtime::AsyncRuntime;
 
 use crate::{
+    access::Access,
     history::changes,
-    runtime::{SimRuntime, draw, elapsed},
+    member::Member,
+    runtime::{SimRuntime, draw, elapsed, is_alive},
     world::World,
 };
 
@@ -58,32 +63,90 @@ pub async fn run(world: Arc<World>, stop: Arc<AtomicBool>) {
     }
 }
 
+/// What a server looks after for a watch of one user.
+struct Permit {
+    access: Access,
+    user: String,
+    version: u64,
+}
+
+impl Permit {
+    fn new(world: &World) -> Option<Self> {
+        Some(Self {
+            access: world.access.clone()?,
+            user: Access::some_user(),
+            // Another one than any replica's.
+            version: u64::MAX,
+        })
+    }
+
+    /// Whether the user may see the range still, by what this replica knows.
+    fn holds(&mut self, replica: &Replica<SimRuntime>, watched: &Watched) -> bool {
+        let version = replica.auth_version();
+        if std::mem::replace(&mut self.version, version) == version {
+            return true;
+        }
+        replica.read(|state| {
+            // Were it wrong, the spy would say so.
+            let _noted = self.access.note(state);
+            let actor = Actor {
+                user: &self.user,
+                auth_revision: state.auth().revision(),
+            };
+            state
+                .auth()
+                .check_range(actor, &watched.first, &watched.end, AccessKind::Read)
+                .is_ok()
+        })
+    }
+}
+
 /// Until it is told to stop and has everything, or history is gone, or now and then for no reason.
 async fn follow(world: &World, stop: &AtomicBool, watched: &mut Watched) {
+    let mut permit = Permit::new(world);
     let mut next = watched.from;
     let mut stopped_at = None;
     loop {
         let place = draw(|random| random.place(world.members.len()));
-        let replica = world.members.get(place).and_then(|member| member.replica());
-        let Some(replica) = replica else {
-            SimRuntime::sleep(WAIT).await;
+        let Some((life, replica)) = world.members.get(place).and_then(Member::alive) else {
+            SimRuntime::sleep(WAIT / 10).await;
             continue;
         };
+        if let Some(permit) = &mut permit {
+            permit.version = u64::MAX;
+            if !permit.holds(&replica, watched) {
+                SimRuntime::sleep(WAIT).await;
+                return;
+            }
+        }
         let mut watcher = replica.watch(WatchSpec {
             ranges: vec![KeyRange::new(&watched.first, &watched.end)],
             start_revision: next,
             ..WatchSpec::default()
         });
-        drop(replica);
-        loop {
+        while is_alive(life) {
             if draw(|random| random.chance(20)) || stop.load(Ordering::Relaxed) {
                 watcher.request_progress();
             }
-            match SimRuntime::timeout(WAIT, watcher.next()).await {
+            let item = SimRuntime::timeout(WAIT, watcher.next()).await;
+            if let Some(permit) = &mut permit
+                && !permit.holds(&replica, watched)
+            {
+                return;
+            }
+            match item {
                 Ok(Ok(WatchItem::Events(events))) => {
                     next = events.revision() + 1;
-                    let seen = Seen::Events(events.revision(), changes(events.events()));
-                    watched.seen.push(seen);
+                    let changes = changes(events.events());
+                    if let Some(permit) = &permit {
+                        let keys: Vec<Bytes> =
+                            changes.iter().map(|change| change.key.clone()).collect();
+                        let (user, revision) = (&permit.user, events.revision());
+                        if let Err(fault) = permit.access.check_seen(user, revision, &keys) {
+                            world.history.fault(fault);
+                        }
+                    }
+                    watched.seen.push(Seen::Events(events.revision(), changes));
                 }
                 Ok(Ok(WatchItem::Progress { revision })) => {
                     // A watcher of the future may be told of what is before it.
@@ -108,7 +171,7 @@ async fn follow(world: &World, stop: &AtomicBool, watched: &mut Watched) {
                 if next > newest || elapsed() > since + LAST_EVENTS {
                     if next <= newest {
                         world.history.fault(format!(
-                            "a watcher of {:?} from {} got nothing after {} up to {newest}",
+                            "a watcher of {:?} from {} got nothing at replica {place} after {} up to {newest}",
                             watched.first,
                             watched.from,
                             next - 1
@@ -122,5 +185,8 @@ async fn follow(world: &World, stop: &AtomicBool, watched: &mut Watched) {
                 return;
             }
         }
+        drop(watcher);
+        // The end of a connection takes a while to notice.
+        SimRuntime::sleep(LAST_LOOK).await;
     }
 }

@@ -3,6 +3,7 @@
 mod codec;
 mod data_dir;
 mod error;
+mod faults;
 mod folder;
 mod log;
 pub mod pb;
@@ -11,6 +12,7 @@ mod types;
 
 pub use data_dir::{DataDir, Identity, NewDataDir};
 pub use error::StoreError;
+pub use faults::{DiskFault, DiskFaults};
 pub use log::{Closed, LogStats, MAX_ENTRY_BYTES, MAX_READ_BYTES, MemoryLog, SledLog};
 pub use snapshot::{MAX_CHUNK_BYTES, SnapshotFile, SnapshotReader, SnapshotStore, SnapshotWriter};
 pub use types::{

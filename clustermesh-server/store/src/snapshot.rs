@@ -15,7 +15,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use self::frame::{Frame, FrameReader};
-use crate::{error::StoreError, types::SnapshotMeta};
+use crate::{error::StoreError, faults::DiskFaults, types::SnapshotMeta};
 
 pub use self::file::SnapshotWriter;
 
@@ -31,7 +31,10 @@ pub struct SnapshotStore(Arc<Place>);
 #[derive(Debug)]
 enum Place {
     Folder(PathBuf),
-    Memory(Mutex<VecDeque<SnapshotFile>>),
+    Memory {
+        kept: Mutex<VecDeque<SnapshotFile>>,
+        faults: DiskFaults,
+    },
 }
 
 /// A complete snapshot.
@@ -60,13 +63,19 @@ impl SnapshotStore {
 
     /// Snapshots that live as long as one of the clones.
     pub fn memory() -> Self {
-        Self(Arc::new(Place::Memory(Mutex::default())))
+        Self::on_disk(DiskFaults::default())
+    }
+
+    /// The same on a simulated disk: what is written while it fails does not exist.
+    pub fn on_disk(faults: DiskFaults) -> Self {
+        let kept = Mutex::default();
+        Self(Arc::new(Place::Memory { kept, faults }))
     }
 
     /// Whether snapshots are kept in memory, where nothing blocks.
     #[must_use]
     pub fn is_memory(&self) -> bool {
-        matches!(&*self.0, Place::Memory(_))
+        matches!(&*self.0, Place::Memory { .. })
     }
 
     /// Starts writing a snapshot; it exists once [`SnapshotWriter::finish`] returns.
@@ -84,7 +93,7 @@ impl SnapshotStore {
     fn all(&self) -> Result<Vec<Result<SnapshotFile, StoreError>>, StoreError> {
         match &*self.0 {
             Place::Folder(path) => file::all(path),
-            Place::Memory(kept) => Ok(kept.lock().iter().rev().cloned().map(Ok).collect()),
+            Place::Memory { kept, .. } => Ok(kept.lock().iter().rev().cloned().map(Ok).collect()),
         }
     }
 
@@ -122,7 +131,7 @@ impl SnapshotStore {
     }
 
     fn add_to_memory(&self, snapshot: SnapshotFile) {
-        if let Place::Memory(kept) = &*self.0 {
+        if let Place::Memory { kept, .. } = &*self.0 {
             let mut kept = kept.lock();
             kept.retain(|other| other.meta.last_log_id != snapshot.meta.last_log_id);
             kept.push_back(snapshot);
@@ -143,15 +152,6 @@ impl SnapshotFile {
         file::open(path.to_owned())
     }
 
-    /// What it covers.
-    pub fn meta(&self) -> &SnapshotMeta {
-        &self.meta
-    }
-
-    /// Format that it was written in.
-    #[must_use]
-    pub fn format(&self) -> u32 {
-        self.format
     /// A snapshot whose bytes are in memory.
     ///
     /// # Errors
@@ -166,6 +166,15 @@ impl SnapshotFile {
         })
     }
 
+    /// What it covers.
+    pub fn meta(&self) -> &SnapshotMeta {
+        &self.meta
+    }
+
+    /// Format that it was written in.
+    #[must_use]
+    pub fn format(&self) -> u32 {
+        self.format
     }
 
     /// Whether it is kept in memory, where nothing blocks.

@@ -4,8 +4,8 @@ use bytes::Bytes;
 use clustermesh_core::Outcome;
 
 use crate::{
-    AutoCompaction, Data, MemoryData, ProposeError, Replica, Start, StartError, StoreError,
-    WatchEnd,
+    AutoCompaction, Data, DiskFault, MemoryData, ProposeError, ReadError, Replica, Start,
+    StartError, StoreError, WatchEnd,
     test_support::{R, config, everything, folder, grant, memory, next_revision, put, value},
 };
 
@@ -348,4 +348,33 @@ async fn a_new_group_from_lost_ones_data_has_new_ids_and_revisions() {
     let replica = Replica::<R>::start(folder(dir.path())).await.unwrap();
     assert_eq!(value(&replica, "more").unwrap(), "v");
     replica.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_replica_whose_disk_fails_stops_and_says_so_at_once() {
+    for fault in [DiskFault::Failed, DiskFault::Full] {
+        let data = MemoryData::on_disk(|| Duration::from_millis(1));
+        let replica = Replica::<R>::start(config(Data::Memory(data.clone())))
+            .await
+            .unwrap();
+        replica.propose(put("a", "1", 0)).await.unwrap();
+        data.faults().set(Some(fault));
+        replica.propose(put("a", "2", 0)).await.unwrap_err();
+        replica.stopped().await;
+        assert!(replica.status().failure.is_some());
+        // Nothing to wait for: no answer takes the time of a request, or the processor.
+        let told = async {
+            assert_eq!(replica.linearize().await, Err(ReadError::Stopped));
+            assert_eq!(
+                replica.propose(put("a", "3", 0)).await,
+                Err(ProposeError::Stopped)
+            );
+            assert_eq!(replica.keep_alive(1).await, Err(ReadError::Stopped));
+        };
+        tokio::time::timeout(Duration::from_secs(3), told)
+            .await
+            .unwrap();
+        assert_eq!(value(&replica, "a").unwrap(), "1");
+        replica.shutdown().await;
+    }
 }

@@ -20,7 +20,10 @@ use super::{
     LogStats, MAX_READ_BYTES,
     tail::{Tail, index_range},
 };
-use crate::types::{Entry, LogId, Reply, TypeConfig, Vote};
+use crate::{
+    faults::DiskFaults,
+    types::{Entry, LogId, Reply, TypeConfig, Vote},
+};
 
 /// A log that lives as long as one of its clones: a "restart" hands a clone to the next replica.
 #[derive(Debug, Clone, Default)]
@@ -33,6 +36,7 @@ pub struct MemoryLog {
 /// A disk whose writes are durable only after a sync, in their order.
 struct Disk {
     sync_time: Box<dyn Fn() -> Duration + Send + Sync>,
+    faults: DiskFaults,
     state: Mutex<DiskState>,
 }
 
@@ -43,9 +47,11 @@ struct DiskState {
     syncing: bool,
 }
 
+type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
+
 struct Write {
     change: Change,
-    done: Option<Box<dyn FnOnce() + Send>>,
+    done: Option<Done>,
 }
 
 enum Change {
@@ -63,6 +69,14 @@ impl Debug for Disk {
 }
 
 impl Change {
+    /// Into how many parts a crash may tear it.
+    fn parts(&self) -> usize {
+        match self {
+            Self::Append(entries) => entries.len(),
+            Self::Vote(_) | Self::Committed(_) | Self::Truncate(_) | Self::Purge(_) => 1,
+        }
+    }
+
     fn make(&self, tail: &mut Tail) {
         match self {
             Self::Vote(vote) => tail.vote = Some(*vote),
@@ -75,15 +89,39 @@ impl Change {
 }
 
 impl DiskState {
-    fn settle(&mut self, writes: usize) -> Vec<Write> {
-        let settled: Vec<Write> = self
-            .volatile
-            .drain(..writes.min(self.volatile.len()))
-            .collect();
-        for write in &settled {
+    /// The oldest writes are durable; those who wait for them.
+    fn settle(&mut self, writes: usize) -> Vec<Done> {
+        let settled = self.volatile.drain(..writes.min(self.volatile.len()));
+        let mut done = Vec::new();
+        for write in settled {
+            write.change.make(&mut self.durable);
+            done.extend(write.done);
+        }
+        done
+    }
+
+    /// What a crash leaves: the oldest entries and other changes, `kept` of them; one write of several entries may be torn.
+    fn tear(&mut self, mut kept: usize) {
+        while let Some(write) = self.volatile.pop_front() {
+            let parts = write.change.parts();
+            if parts > kept {
+                if let Change::Append(mut entries) = write.change {
+                    entries.truncate(kept);
+                    Change::Append(entries).make(&mut self.durable);
+                }
+                break;
+            }
+            kept -= parts;
             write.change.make(&mut self.durable);
         }
-        settled
+        self.volatile.clear();
+        self.syncing = false;
+    }
+
+    /// Those who wait for writes that will never be durable for sure.
+    fn waiting(&mut self) -> Vec<Done> {
+        let waiting = self.volatile.iter_mut();
+        waiting.filter_map(|write| write.done.take()).collect()
     }
 }
 
@@ -99,46 +137,60 @@ async fn sync<R: AsyncRuntime>(disk: Arc<Disk>) {
             return;
         }
         R::sleep((disk.sync_time)()).await;
+        if let Err(error) = disk.faults.check() {
+            let waiting = disk.state.lock().waiting();
+            for done in waiting {
+                done(Err(io::Error::new(error.kind(), error.to_string())));
+            }
+            // As with a real disk: what failed once may be there or not, and nothing more is written.
+            return;
+        }
         let settled = disk.state.lock().settle(writes);
-        for done in settled.into_iter().filter_map(|write| write.done) {
-            done();
+        for done in settled {
+            done(Ok(()));
         }
     }
 }
 
 impl MemoryLog {
     /// A log on a simulated disk, whose syncs take what `sync_time` says. [`MemoryLog::crash`] loses what was not synced.
-    pub fn on_disk(sync_time: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
+    pub fn on_disk(
+        sync_time: impl Fn() -> Duration + Send + Sync + 'static,
+        faults: DiskFaults,
+    ) -> Self {
         Self {
             tail: Arc::default(),
             disk: Some(Arc::new(Disk {
                 sync_time: Box::new(sync_time),
+                faults,
                 state: Mutex::default(),
             })),
         }
     }
 
-    /// The log as it is after a crash: of the writes that were not synced, as many of the oldest are kept as `keep` says, given their number.
-    /// All tasks that use the log must have ended.
+    /// The log as it is after a crash: of the entries and other changes that were not synced, as many of the oldest are kept as `keep` says,
+    /// given their number. All tasks that use the log must have ended.
     pub fn crash(&self, keep: impl FnOnce(usize) -> usize) {
         let Some(disk) = &self.disk else {
             return;
         };
         let mut state = disk.state.lock();
-        let kept = keep(state.volatile.len());
-        drop(state.settle(kept));
-        state.volatile.clear();
-        state.syncing = false;
+        let parts = state.volatile.iter().map(|write| write.change.parts());
+        let kept = keep(parts.sum());
+        state.tear(kept);
         *self.tail.lock() = state.durable.clone();
     }
 
-    fn write<R: AsyncRuntime>(&self, change: Change, done: Option<Box<dyn FnOnce() + Send>>) {
+    fn write<R: AsyncRuntime>(&self, change: Change, done: Option<Done>) -> io::Result<()> {
+        if let Some(disk) = &self.disk {
+            disk.faults.check()?;
+        }
         change.make(&mut self.tail.lock());
         let Some(disk) = &self.disk else {
             if let Some(done) = done {
-                done();
+                done(Ok(()));
             }
-            return;
+            return Ok(());
         };
         let idle = {
             let mut state = disk.state.lock();
@@ -148,6 +200,19 @@ impl MemoryLog {
         if idle {
             drop(R::spawn(sync::<R>(disk.clone())));
         }
+        Ok(())
+    }
+
+    /// Returns once the change is durable; openraft waits for it.
+    async fn durably<R: AsyncRuntime>(&self, change: Change) -> io::Result<()> {
+        let (done, synced) = R::Oneshot::channel();
+        let done = move |written| {
+            let _gone = done.send(written);
+        };
+        self.write::<R>(change, Some(Box::new(done)))?;
+        synced
+            .await
+            .map_err(|gone| io::Error::other(gone.to_string()))?
     }
 
     /// Bounds and size of the log.
@@ -211,24 +276,23 @@ impl<R: AsyncRuntime, A: Reply> RaftLogStorage<TypeConfig<R, A>> for MemoryLog {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
-        let (done, synced) = R::Oneshot::channel();
-        let done = move || {
-            // openraft waits for it.
-            let _gone = done.send(());
-        };
-        self.write::<R>(Change::Vote(*vote), Some(Box::new(done)));
-        synced
-            .await
-            .map_err(|gone| io::Error::other(gone.to_string()))
+        self.durably::<R>(Change::Vote(*vote)).await
     }
 
+    // As with the durable log: it goes with the next sync, and nobody hears when that fails.
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
-        self.write::<R>(Change::Committed(committed), None);
+        self.tail.lock().committed = committed;
+        if let Some(disk) = &self.disk {
+            let change = Change::Committed(committed);
+            let mut state = disk.state.lock();
+            state.volatile.push_back(Write { change, done: None });
+        }
         Ok(())
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
-        Ok(self.tail.lock().committed)
+        let tail = self.tail.lock();
+        Ok(tail.committed.min(tail.last))
     }
 
     async fn append<I>(
@@ -241,18 +305,15 @@ impl<R: AsyncRuntime, A: Reply> RaftLogStorage<TypeConfig<R, A>> for MemoryLog {
         I::IntoIter: OptionalSend,
     {
         let entries = entries.into_iter().collect();
-        let done = move || callback.io_completed(Ok(()));
-        self.write::<R>(Change::Append(entries), Some(Box::new(done)));
-        Ok(())
+        let done = move |written| callback.io_completed(written);
+        self.write::<R>(Change::Append(entries), Some(Box::new(done)))
     }
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
-        self.write::<R>(Change::Truncate(last_log_id), None);
-        Ok(())
+        self.durably::<R>(Change::Truncate(last_log_id)).await
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
-        self.write::<R>(Change::Purge(log_id), None);
-        Ok(())
+        self.durably::<R>(Change::Purge(log_id)).await
     }
 }

@@ -80,7 +80,7 @@ impl SnapshotWriter {
                     path,
                 )
             }
-            Place::Memory(_) => (Sink::Memory(Vec::new()), "(memory)".into()),
+            Place::Memory { .. } => (Sink::Memory(Vec::new()), "(memory)".into()),
         };
         let frames = FrameWriter::new(sink, &meta).map_err(StoreError::io("write", path))?;
         Ok(Self {
@@ -143,7 +143,12 @@ impl SnapshotWriter {
                 }
                 Content::File { path: named, bytes }
             }
-            Sink::Memory(buffer) => Content::Memory(std::mem::take(buffer).into()),
+            Sink::Memory(buffer) => {
+                if let Place::Memory { faults, .. } = &*store.0 {
+                    faults.check().map_err(StoreError::io("sync", "(memory)"))?;
+                }
+                Content::Memory(std::mem::take(buffer).into())
+            }
         };
         let snapshot = SnapshotFile {
             meta,
