@@ -55,6 +55,8 @@ async fn every_row_fails_when_its_ground_is_pulled_away() {
     assert_eq!(ids, row_ids().collect::<Vec<_>>());
     let passed: Vec<&Value> = rows.iter().filter(|row| row["passed"] != false).collect();
     assert!(passed.is_empty(), "passed without ground: {passed:?}");
+    let numbers: Vec<&Value> = rows.iter().filter(|row| !row["ours"].is_null()).collect();
+    assert!(numbers.is_empty(), "measured without ground: {numbers:?}");
     assert_eq!(traces_of(pid).await, Vec::<String>::new());
 }
 
@@ -87,6 +89,54 @@ async fn an_interrupted_run_leaves_nothing_behind() {
     drain.await.unwrap();
     assert_eq!(status.code(), Some(130));
     assert_eq!(traces_of(pid).await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lab_that_is_kept_can_be_entered_and_ends_well_when_it_is_told_to() {
+    let results = tempfile::tempdir().unwrap();
+    let mut child = Command::new(demo())
+        .args(["--keep", "--until", "up", "--results"])
+        .arg(results.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = child.id().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut said = Vec::new();
+    while let Some(line) = output.next_line().await.unwrap() {
+        let last = line.contains("Ctrl-C");
+        said.push(line);
+        if last {
+            break;
+        }
+    }
+    let command = |of: &str| {
+        let line = said.iter().find(|line| line.trim_start().starts_with(of));
+        let (_, command) = line
+            .unwrap_or_else(|| panic!("{said:#?}"))
+            .split_once(": ")
+            .unwrap();
+        command.to_owned()
+    };
+    let status = sh("sh", &["-c", &command("cluster ")]).await.unwrap();
+    assert!(status.contains("n1"), "{status}");
+    let inside = format!("{} ip -brief link", command("node n1"));
+    let links = sh("sh", &["-c", &inside]).await.unwrap();
+    assert!(links.contains("cm_host"), "{links}");
+
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGINT).unwrap();
+    let status = tokio::time::timeout(Duration::from_secs(30), child.wait())
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(status.code(), Some(0));
+    assert_eq!(traces_of(pid).await, Vec::<String>::new());
+    let rows = std::fs::read(results.path().join("demo.json")).unwrap();
+    let rows: Value = serde_json::from_slice(&rows).unwrap();
+    assert_eq!(rows[0]["passed"], true);
+    assert!(rows[0]["ours"].as_f64().unwrap() > 0.0, "{rows}");
 }
 
 #[tokio::test]
