@@ -17,6 +17,7 @@ help: ## Show the targets
 setup: ## Install what a fresh Debian 12 machine with rustup lacks (idempotent)
 	@deploy/setup.sh $(BPF_LINKER_VERSION) $(CARGO_DENY_VERSION)
 	@integration/peers/build.sh >/dev/null
+	@integration/older/build.sh >/dev/null
 
 peers: ## Build the programs of others that ours are compared with (etcd)
 	@integration/peers/build.sh
@@ -49,6 +50,9 @@ differential: setup build ## Random operations on etcd and on ours, answers comp
 sim: ## Simulated groups of replicas, seed after seed (SEEDS=1000 SEED=1 STEPS=60)
 	@cargo build --locked --release -p clustermesh-sim
 	@$(CARGO_TARGET_DIR)/release/clustermesh-sim --seed $(or $(SEED),1) --seeds $(or $(SEEDS),1000) --steps $(or $(STEPS),60)
+
+faults: setup build ## Faults under load with real processes (ONLY=leader_alone: one scenario)
+	@cargo test --locked -p clustermesh-integration --test faults -- --nocapture $(ONLY)
 
 power: ## Power cuts under the Raft log on a FUSE disk (CUTS=1000 SEED=1)
 	@cargo build --locked -p clustermesh-power

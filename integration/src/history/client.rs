@@ -26,8 +26,10 @@ const KEYS: u32 = 6;
 pub(super) const PREFIX: &str = "load/";
 /// What has no answer by then has an unknown outcome.
 const PATIENCE: Duration = Duration::from_secs(4);
-/// One operation in so many goes to another replica than the one before.
+/// One operation in so many goes to another replica than the one before, for clients that move.
 const MOVES_ONE_IN: u32 = 6;
+/// Lives of different replicas have different numbers.
+const LIVES_MAX: u64 = 1 << 32;
 /// Refused before it was proposed, by etcd's words.
 const REFUSALS: [&str; 2] = ["database space exceeded", "too many requests"];
 
@@ -38,6 +40,8 @@ struct Recorder {
     replica: usize,
     connections: Vec<Option<Client>>,
     written: u64,
+    /// Its last operation had no answer.
+    failed: bool,
     /// Last change of each key that it was told.
     changed: BTreeMap<Bytes, i64>,
 }
@@ -46,7 +50,8 @@ pub(super) fn key(number: u32) -> Bytes {
     format!("{PREFIX}k{number}").into()
 }
 
-/// One client, until it is told to end.
+/// One client, until it is told to end. There is one that stays at each replica, whatever becomes of it; others move,
+/// and leave one that does not answer.
 pub(super) async fn run(shared: Arc<Shared>, config: LoadConfig, number: usize) {
     let replicas = shared.endpoints.len();
     let mut recorder = Recorder {
@@ -56,6 +61,7 @@ pub(super) async fn run(shared: Arc<Shared>, config: LoadConfig, number: usize) 
         shared,
         number,
         written: 0,
+        failed: false,
         changed: BTreeMap::new(),
     };
     while !recorder.shared.stops() {
@@ -92,7 +98,8 @@ impl Recorder {
 
     async fn step(&mut self) {
         let replicas = self.connections.len();
-        if self.random.random_range(0..MOVES_ONE_IN) == 0 {
+        let moves = self.number >= replicas;
+        if moves && (self.failed || self.random.random_range(0..MOVES_ONE_IN) == 0) {
             self.replica = self.random.random_range(0..replicas);
         }
         let action = self.choose();
@@ -120,7 +127,12 @@ impl Recorder {
         let answered = self.shared.moment();
         // Nobody knows which life an answer is of when there were two.
         let same = endpoint.lives.load(Ordering::SeqCst) == life;
-        let life = if same { life } else { u64::MAX - asked };
+        let life = if same {
+            life + self.replica as u64 * LIVES_MAX
+        } else {
+            u64::MAX - asked
+        };
+        self.failed = answer == Answer::Unknown;
         self.learn(&action, &answer);
         let mut records = self.shared.records();
         if matches!(answer, Answer::Written { .. }) {

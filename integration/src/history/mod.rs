@@ -8,7 +8,7 @@ mod verdict;
 mod watcher;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -84,6 +84,8 @@ struct Shared {
     newest: AtomicI64,
     /// Clients end.
     stops: AtomicBool,
+    /// Clients that have not.
+    clients: AtomicUsize,
     /// Watchers end once they have everything up to here; 0: not yet.
     last: AtomicI64,
     /// Nobody wants the history any more.
@@ -154,6 +156,7 @@ impl Load {
             moment: AtomicU64::new(1),
             newest: AtomicI64::new(from),
             stops: AtomicBool::new(false),
+            clients: AtomicUsize::new(config.clients),
             last: AtomicI64::new(0),
             abandoned: AtomicBool::new(false),
             records: Mutex::default(),
@@ -237,12 +240,16 @@ impl Load {
             .load(Ordering::SeqCst)
     }
 
-    /// Ends the load and judges it: all replicas must run.
+    /// Ends the load and judges it, by what the replicas that run have.
     ///
     /// # Errors
     /// When what happened cannot be read; faults are in the verdict.
     pub async fn finish(mut self, cluster: &Cluster) -> Result<Verdict> {
         self.shared.stops.store(true, Ordering::SeqCst);
+        // What is still under way may yet be acknowledged.
+        while self.shared.clients.load(Ordering::SeqCst) > 0 && !self.thread.is_finished() {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
         let last = verdict::last_revision(cluster).await?;
         self.shared.last.store(last, Ordering::SeqCst);
         (&mut self.thread)
@@ -256,7 +263,11 @@ impl Load {
 async fn run(shared: &Arc<Shared>, config: LoadConfig, from: i64) {
     let mut all = tokio::task::JoinSet::new();
     for number in 0..config.clients {
-        all.spawn(client::run(Arc::clone(shared), config, number));
+        let shared = Arc::clone(shared);
+        all.spawn(async move {
+            client::run(Arc::clone(&shared), config, number).await;
+            shared.clients.fetch_sub(1, Ordering::SeqCst);
+        });
     }
     for number in 0..config.watchers {
         all.spawn(watcher::run(Arc::clone(shared), config, number, from));

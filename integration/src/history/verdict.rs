@@ -13,11 +13,12 @@ use clustermesh_oracle::{Answer, Committed, Operation};
 use super::Shared;
 use super::watcher::by_revision;
 use crate::lab::cluster::Cluster;
+use crate::lab::replica::Replica;
 
 /// Longest that a replica may take to catch up and tell all that it has.
 const READ_ALL_SECONDS_MAX: u64 = 30;
 /// Errors that are shown, the most frequent ones.
-const ERRORS_SHOWN_MAX: usize = 4;
+const ERRORS_SHOWN_MAX: usize = 6;
 /// Pause between two looks.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -115,7 +116,8 @@ pub(super) async fn judge(cluster: &Cluster, shared: &Shared, last: i64) -> Resu
     (verdict.longest_gap, verdict.gap_at) = longest_gap(records.acknowledged_at);
 
     let mut first: Option<(&str, BTreeMap<i64, Committed>, HashKvResponse)> = None;
-    for (index, replica) in cluster.replicas().iter().enumerate() {
+    let running = |(_, replica): &(usize, &Replica)| replica.is_started();
+    for (index, replica) in cluster.replicas().iter().enumerate().filter(running) {
         let name = replica.name();
         let (history, hash) = cluster
             .store_at(index)?

@@ -184,16 +184,51 @@ impl Cluster {
         Ok(())
     }
 
-    /// Makes, or makes anew, the certificate that a replica shows to clients and to the other replicas.
+    async fn issue_server_certificate(&self, replica: &Replica) -> Result<()> {
+        self.issue_server_certificate_from(&self.pki()?, replica)
+            .await
+    }
+
+    /// Makes the certificate that a replica shows to clients and to the other replicas, by an authority's hand and
+    /// below its folder.
     ///
     /// # Errors
     /// When the command fails.
-    pub async fn issue_server_certificate(&self, replica: &Replica) -> Result<()> {
-        let pki = self.pki()?;
-        let authority = pki.to_str().context("folder name")?;
+    pub async fn issue_server_certificate_from(
+        &self,
+        authority: &Path,
+        replica: &Replica,
+    ) -> Result<()> {
+        let authority = authority.to_str().context("folder name")?;
         let names = ["--san", replica.address(), "--san", "127.0.0.1"];
         self.issue(authority, "server", replica.certificate(), &names)
             .await
+    }
+
+    /// Makes the operator's certificate, by an authority's hand and below its folder.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub async fn issue_operator_certificate_from(&self, authority: &Path) -> Result<()> {
+        let authority = authority.to_str().context("folder name")?;
+        self.issue(authority, "operator", "admin", &[]).await
+    }
+
+    /// Makes a further certificate authority in `folder`.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub async fn make_authority(&self, folder: &Path) -> Result<()> {
+        let folder = folder.to_str().context("folder name")?;
+        self.dev_ca(&["init", "--dir", folder]).await
+    }
+
+    /// Folder of the lab's certificate authority; this cluster's certificates are below it.
+    ///
+    /// # Errors
+    /// When the lab's folder is not there.
+    pub fn authority(&self) -> Result<PathBuf> {
+        self.pki()
     }
 
     async fn issue(&self, authority: &str, role: &str, name: &str, more: &[&str]) -> Result<()> {

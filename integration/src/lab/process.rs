@@ -153,6 +153,14 @@ impl Process {
         serde_json::from_str(last).with_context(|| format!("report of {name}: {last:?}"))
     }
 
+    /// Whether it has ended.
+    ///
+    /// # Errors
+    /// When that cannot be told.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
     /// Waits for the process to end by itself.
     ///
     /// # Errors

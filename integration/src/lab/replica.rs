@@ -143,6 +143,18 @@ impl Replica {
             .with_context(|| format!("{title} still runs after {END_SECONDS_MAX} s"))?
     }
 
+    /// Whether it was started and has ended by itself.
+    ///
+    /// # Errors
+    /// When it was not started.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        let title = self.title();
+        let process = self.process.as_mut();
+        process
+            .with_context(|| format!("{title} does not run"))?
+            .has_ended()
+    }
+
     /// Its process.
     ///
     /// # Errors

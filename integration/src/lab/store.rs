@@ -125,6 +125,25 @@ impl Store {
             .revision)
     }
 
+    /// Writes a record that hangs on a new lease of `ttl_seconds`, which nobody keeps alive.
+    ///
+    /// # Errors
+    /// When the server refuses it or does not answer.
+    pub async fn put_leased(&self, key: &str, ttl_seconds: i64) -> Result<()> {
+        let key = key.to_owned();
+        self.call(move |client| async move {
+            let lease = client.lease_grant(ttl_seconds, 0).await?.id;
+            let request = PutRequest {
+                key: key.into(),
+                lease,
+                ..PutRequest::default()
+            };
+            client.put(request).await?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Reads a record.
     ///
     /// # Errors
