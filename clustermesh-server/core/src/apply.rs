@@ -420,7 +420,8 @@ impl State {
         self.history.clear();
         let pins = self.pins.live();
         let compact_revision = self.compact_revision;
-        let keys: Vec<Bytes> = self.keyspace.index().keys().cloned().collect();
+        let keys = self.keyspace.index().iter();
+        let keys: Vec<Bytes> = keys.map(|(key, _)| key.clone()).collect();
         for key in keys {
             self.keyspace.trim(&key, compact_revision, |version| {
                 for pin in &pins {

@@ -116,7 +116,8 @@ impl HashCursor {
         let pin = Arc::clone(&self.pin);
         let mut kept = pin.lock();
         let from = (Bound::Included(self.next_key.clone()), Bound::Unbounded);
-        let mut indexed = state.keyspace.index().range(from.clone()).peekable();
+        let indexed = (Bound::Included(self.next_key.as_ref()), Bound::Unbounded);
+        let mut indexed = state.keyspace.index().range(indexed).peekable();
         let mut pinned = kept.versions.range(from).peekable();
         let mut looked_at = 0;
         loop {

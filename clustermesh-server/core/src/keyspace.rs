@@ -6,18 +6,16 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::{
+    index::{Index, Versions},
     key_range::KeyRange,
     peer::{PeerUsage, cached_cluster},
     version::{Version, VersionNumbers},
 };
 
-/// Versions of one key, by (mod revision, sub). Most keys have one.
-pub(crate) type Versions = SmallVec<[Arc<Version>; 2]>;
-
 /// Ordered index over all keys that have a version which is still readable.
 #[derive(Debug, Default)]
 pub(crate) struct Keyspace {
-    index: BTreeMap<Bytes, Versions>,
+    index: Index,
     bytes: u64,
     /// Live records below `cilium/cache/`, by peer.
     copies: BTreeMap<Bytes, PeerUsage>,
@@ -33,22 +31,22 @@ pub(crate) struct Added {
 }
 
 impl Keyspace {
-    pub(crate) fn from_sorted(index: BTreeMap<Bytes, Versions>) -> Self {
-        let bytes = index
-            .values()
-            .flatten()
-            .map(|version| version.approximate_bytes())
-            .sum();
-        let mut keyspace = Self {
-            index: BTreeMap::new(),
-            bytes,
-            copies: BTreeMap::new(),
-        };
-        for versions in index.values() {
+    /// Of keys in ascending order.
+    pub(crate) fn from_sorted(sorted: impl IntoIterator<Item = (Bytes, Versions)>) -> Self {
+        let mut keyspace = Self::default();
+        let mut bytes = 0;
+        let index = Index::from_sorted(sorted.into_iter().inspect(|(_, versions)| {
+            bytes += versions
+                .iter()
+                .map(|version| version.approximate_bytes())
+                .sum::<u64>();
             keyspace.count_copy(None, versions.last().and_then(live));
+        }));
+        Self {
+            index,
+            bytes,
+            ..keyspace
         }
-        keyspace.index = index;
-        keyspace
     }
 
     /// What a peer's copy holds.
@@ -87,7 +85,7 @@ impl Keyspace {
         }
     }
 
-    pub(crate) const fn index(&self) -> &BTreeMap<Bytes, Versions> {
+    pub(crate) const fn index(&self) -> &Index {
         &self.index
     }
 
@@ -109,8 +107,15 @@ impl Keyspace {
         range
             .bounds()
             .into_iter()
-            .flat_map(|bounds| self.index.range::<[u8], _>(bounds))
+            .flat_map(|bounds| self.index.range(bounds))
             .filter_map(move |(_, versions)| visible_at(versions, revision))
+    }
+
+    /// Number of keys in a range that live now.
+    pub(crate) fn count_live(&self, range: &KeyRange) -> usize {
+        range
+            .bounds()
+            .map_or(0, |bounds| self.index.count_live(bounds))
     }
 
     pub(crate) fn put(
@@ -121,7 +126,7 @@ impl Keyspace {
         revision: i64,
         sub: u32,
     ) -> Added {
-        if let Some(versions) = self.index.get_mut(key) {
+        let known = self.index.update(key, |versions| {
             let replaced = versions.last().and_then(live).cloned();
             let shared_key = versions.first().map_or_else(
                 || Bytes::copy_from_slice(key),
@@ -142,14 +147,17 @@ impl Keyspace {
                     lease,
                 },
             ));
-            self.bytes += added.approximate_bytes();
             versions.push(Arc::clone(&added));
-            self.count_copy(replaced.as_ref(), Some(&added));
-            return Added {
+            Added {
                 version: added,
                 before_revision,
                 replaced,
-            };
+            }
+        });
+        if let Some(added) = known {
+            self.bytes += added.version.approximate_bytes();
+            self.count_copy(added.replaced.as_ref(), Some(&added.version));
+            return added;
         }
         // A copy: a slice of the request would keep the whole log entry in memory.
         let own_key = Bytes::copy_from_slice(key);
@@ -177,31 +185,29 @@ impl Keyspace {
 
     /// Adds a tombstone; `None` where the key does not live.
     pub(crate) fn delete(&mut self, key: &[u8], revision: i64, sub: u32) -> Option<Added> {
-        let versions = self.index.get_mut(key)?;
-        let replaced = Arc::clone(live(versions.last()?)?);
-        let before_revision = visible_at(versions, revision - 1).cloned();
-        let added = Arc::new(Version::tombstone(replaced.key().clone(), revision, sub));
-        self.bytes += added.approximate_bytes();
-        versions.push(Arc::clone(&added));
-        self.count_copy(Some(&replaced), None);
-        Some(Added {
-            version: added,
-            before_revision,
-            replaced: Some(replaced),
-        })
+        let added = self.index.update(key, |versions| {
+            let replaced = Arc::clone(live(versions.last()?)?);
+            let before_revision = visible_at(versions, revision - 1).cloned();
+            let added = Arc::new(Version::tombstone(replaced.key().clone(), revision, sub));
+            versions.push(Arc::clone(&added));
+            Some(Added {
+                version: added,
+                before_revision,
+                replaced: Some(replaced),
+            })
+        })??;
+        self.bytes += added.version.approximate_bytes();
+        self.count_copy(added.replaced.as_ref(), None);
+        Some(added)
     }
 
     /// Takes back the newest version of a key: a transaction that fails half-way leaves no trace.
     pub(crate) fn take_back(&mut self, key: &[u8]) {
-        let Some(versions) = self.index.get_mut(key) else {
-            return;
-        };
-        let taken = versions.pop();
-        let now = versions.last().and_then(live).cloned();
-        if versions.is_empty() {
-            self.index.remove(key);
-        }
-        if let Some(version) = taken {
+        let taken = self.index.update(key, |versions| {
+            let taken = versions.pop();
+            (taken, versions.last().and_then(live).cloned())
+        });
+        if let Some((Some(version), now)) = taken {
             self.bytes -= version.approximate_bytes();
             self.count_copy(live(&version), now.as_ref());
         }
@@ -216,31 +222,31 @@ impl Keyspace {
         compact_revision: i64,
         mut dropped: impl FnMut(Arc<Version>),
     ) {
-        let Some(versions) = self.index.get_mut(key) else {
-            return;
-        };
-        let older = versions.partition_point(|version| version.mod_revision() < compact_revision);
-        let replaced_at_compact = versions
-            .get(older)
-            .is_some_and(|version| version.mod_revision() == compact_revision);
-        let last_is_live = older
-            .checked_sub(1)
-            .and_then(|last| versions.get(last))
-            .is_some_and(|version| !version.is_tombstone());
-        let count = if last_is_live && !replaced_at_compact {
-            older - 1
-        } else {
-            older
-        };
-        for version in versions.drain(..count) {
-            self.bytes -= version.approximate_bytes();
-            dropped(version);
-        }
-        if versions.is_empty() {
-            self.index.remove(key);
-        } else if versions.spilled() && versions.len() <= versions.inline_size() {
-            versions.shrink_to_fit();
-        }
+        let mut bytes = 0;
+        self.index.update(key, |versions| {
+            let older =
+                versions.partition_point(|version| version.mod_revision() < compact_revision);
+            let replaced_at_compact = versions
+                .get(older)
+                .is_some_and(|version| version.mod_revision() == compact_revision);
+            let last_is_live = older
+                .checked_sub(1)
+                .and_then(|last| versions.get(last))
+                .is_some_and(|version| !version.is_tombstone());
+            let count = if last_is_live && !replaced_at_compact {
+                older - 1
+            } else {
+                older
+            };
+            for version in versions.drain(..count) {
+                bytes += version.approximate_bytes();
+                dropped(version);
+            }
+            if versions.spilled() && versions.len() <= versions.inline_size() {
+                versions.shrink_to_fit();
+            }
+        });
+        self.bytes -= bytes;
     }
 }
 

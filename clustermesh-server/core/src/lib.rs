@@ -11,6 +11,7 @@ mod group;
 mod hash;
 mod hash_kv;
 mod key_range;
+mod index;
 mod keyspace;
 mod lease;
 pub mod limits;

@@ -43,9 +43,16 @@ impl ReadView<'_> {
         }
         let range = KeyRange::new(&request.key, &request.range_end);
         let mut found = self.keyspace.visible(&range, revision);
+        // What lives now is counted by the index; an older revision costs a walk.
+        let is_newest = revision >= self.revision;
         if request.count_only {
+            let count = if is_newest {
+                self.keyspace.count_live(&range)
+            } else {
+                found.count()
+            };
             return Ok(RangeResponse {
-                count: length(found.count()),
+                count: length(count),
                 ..RangeResponse::default()
             });
         }
@@ -60,7 +67,9 @@ impl ReadView<'_> {
         };
         let mut versions: Vec<&Arc<Version>> = found.by_ref().take(fetch).collect();
         // The count is that of the whole range: limit and filters do not change it.
-        let count = if counted {
+        let count = if counted && is_newest && versions.len() == fetch {
+            length(self.keyspace.count_live(&range))
+        } else if counted {
             length(versions.len() + found.count())
         } else {
             0

@@ -230,7 +230,8 @@ impl SnapshotCursor {
         let pin = Arc::clone(&self.pin);
         let mut kept = pin.lock();
         let from = (Bound::Included(self.next_key.clone()), Bound::Unbounded);
-        let mut indexed = state.keyspace.index().range(from.clone()).peekable();
+        let indexed = (Bound::Included(self.next_key.as_ref()), Bound::Unbounded);
+        let mut indexed = state.keyspace.index().range(indexed).peekable();
         let mut pinned = kept.versions.range(from).peekable();
         let mut bytes = 0;
         let mut looked_at = 0;
@@ -270,7 +271,8 @@ impl SnapshotCursor {
                     whole = false;
                     break;
                 }
-                let value = version.value();
+                // A copy: a slice would leave every version with a count of its owners, for as long as it lives.
+                let value = Bytes::copy_from_slice(version.value_bytes());
                 bytes += value.len() + ITEM_OVERHEAD_BYTES;
                 entry.versions.push(pb::SnapshotVersion {
                     mod_revision: place.0,

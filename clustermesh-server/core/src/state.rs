@@ -345,7 +345,7 @@ impl State {
         hash.u64(self.cluster_id);
         hash.i64(self.revision);
         hash.i64(self.compact_revision);
-        for versions in self.keyspace.index().values() {
+        for (_, versions) in self.keyspace.index().iter() {
             // Compacted versions that are still to be dropped do not count.
             let seen = visible_at(versions, self.compact_revision);
             for version in versions.iter().filter(|version| {
@@ -353,7 +353,7 @@ impl State {
                     || seen.is_some_and(|seen| Arc::ptr_eq(seen, version))
             }) {
                 hash.bytes(version.key());
-                hash.bytes(&version.value());
+                hash.bytes(version.value_bytes());
                 for number in [
                     version.mod_revision(),
                     i64::from(version.sub()),
@@ -420,7 +420,8 @@ impl State {
         let floor = self.floor_revision();
         let mut bytes = 0;
         let mut attached = 0;
-        for (key, versions) in self.keyspace.index() {
+        self.keyspace.index().check()?;
+        for (key, versions) in self.keyspace.index().iter() {
             let newest = versions
                 .last()
                 .ok_or_else(|| format!("{key:?} has no version"))?;

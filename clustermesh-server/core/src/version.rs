@@ -2,11 +2,17 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes};
 use clustermesh_api::etcd::mvcc::{Event, KeyValue, event::EventType};
-use prost::Message;
+use prost::{
+    Message,
+    encoding::{self, WireType},
+};
 
 use crate::limits::VERSION_OVERHEAD_BYTES;
+
+/// `prev_kv` in `mvccpb.Event`.
+const PREV_KV_TAG: u32 = 3;
 
 /// What an event did to its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -242,6 +248,33 @@ impl StoredEvent {
         &self.kv.encoded
     }
 
+    /// The version before, where it is wanted and there is one.
+    fn prev_if(&self, with_prev: bool) -> Option<&[u8]> {
+        let prev = self.prev.as_ref().filter(|_| with_prev)?;
+        Some(prev.encoded_key_value())
+    }
+
+    /// Bytes that [`StoredEvent::encode`] writes.
+    #[must_use]
+    pub fn encoded_len(&self, with_prev: bool) -> usize {
+        let prev = self.prev_if(with_prev).map_or(0, |prev| {
+            encoding::key_len(PREV_KV_TAG)
+                + encoding::encoded_len_varint(prev.len() as u64)
+                + prev.len()
+        });
+        self.encoded().len() + prev
+    }
+
+    /// Writes what [`StoredEvent::to_event`] encodes to, from what is encoded already.
+    pub fn encode(&self, with_prev: bool, buffer: &mut impl BufMut) {
+        buffer.put_slice(self.encoded());
+        if let Some(prev) = self.prev_if(with_prev) {
+            encoding::encode_key(PREV_KV_TAG, WireType::LengthDelimited, buffer);
+            encoding::encode_varint(prev.len() as u64, buffer);
+            buffer.put_slice(prev);
+        }
+    }
+
     /// The protobuf message; values are shared.
     #[must_use]
     pub fn to_event(&self, with_prev: bool) -> Event {
@@ -286,6 +319,58 @@ impl EventGroup {
                 .iter()
                 .map(|event| StoredEvent::new(Arc::clone(&event.kv), None))
                 .collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn version(key: &Bytes) -> impl Strategy<Value = Arc<Version>> + use<> {
+        let key = key.clone();
+        let value = proptest::collection::vec(any::<u8>(), 0..300);
+        let numbers = (
+            1_i64..i64::MAX,
+            any::<u32>(),
+            1_i64..400,
+            0_i64..400,
+            any::<i64>(),
+        );
+        (value, numbers).prop_map(
+            move |(value, (mod_revision, sub, create, version, lease))| {
+                if version == 0 {
+                    return Arc::new(Version::tombstone(key.clone(), mod_revision, sub));
+                }
+                let numbers = VersionNumbers {
+                    mod_revision,
+                    sub,
+                    create_revision: create,
+                    version,
+                    lease,
+                };
+                Arc::new(Version::put(key.clone(), &value.into(), numbers))
+            },
+        )
+    }
+
+    fn event() -> impl Strategy<Value = StoredEvent> {
+        proptest::collection::vec(any::<u8>(), 1..200).prop_flat_map(|key| {
+            let key = Bytes::from(key);
+            let prev = proptest::option::of(version(&key));
+            (version(&key), prev).prop_map(|(kv, prev)| StoredEvent::new(kv, prev))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_stored_encodes_as_the_message_does(event in event(), with_prev: bool) {
+            let mut encoded = Vec::new();
+            event.encode(with_prev, &mut encoded);
+            prop_assert_eq!(encoded.len(), event.encoded_len(with_prev));
+            prop_assert_eq!(encoded, event.to_event(with_prev).encode_to_vec());
         }
     }
 }

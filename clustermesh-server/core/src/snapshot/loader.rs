@@ -6,7 +6,8 @@ use bytes::Bytes;
 use prost::Message;
 
 use crate::{
-    keyspace::{Keyspace, Versions, visible_at},
+    index::Versions,
+    keyspace::{Keyspace, visible_at},
     limits::{FEATURE_LEVEL, SNAPSHOT_FORMAT_GROUP},
     pb,
     peer::PeerCursor,
@@ -111,7 +112,7 @@ impl SnapshotLoader {
             }
             state.leases.move_key(key, 0, lease);
         }
-        state.keyspace = Keyspace::from_sorted(keys.into_iter().collect());
+        state.keyspace = Keyspace::from_sorted(keys);
         // Installing is rare and a replica must never serve a broken state.
         state.check().map_err(|reason| self.damaged(reason))?;
         Ok(state)
