@@ -9,7 +9,7 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup peers build lint test differential fuzz sim faults power judges judged-1 judged-3 demo kernels bench bench-store clean
+.PHONY: help setup peers build lint test differential fuzz sim faults power judges judged-1 judged-3 demo kernels bench bench-store soak clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,9 +80,16 @@ bench: setup ## Figures against peers, as ratios
 	@$(CARGO_TARGET_DIR)/release/clustermesh-bench
 
 REPLICAS ?= 3
-bench-store: setup ## The store against etcd, as ratios (REPLICAS=1 or 3)
-	@cargo build --locked --release -p clustermesh-server -p clustermesh-cli -p clustermesh-integration --bins
-	@$(CARGO_TARGET_DIR)/release/clustermesh-bench-store --replicas $(REPLICAS)
+ROUNDS ?= 3
+STORE_BINS := cargo build --locked --release -p clustermesh-server -p clustermesh-cli -p clustermesh-integration --bins
+bench-store: setup ## The store against etcd, as ratios (REPLICAS=1 or 3, ROUNDS=3, ONLY=put-64,get-lin)
+	@integration/peers/debian.sh
+	@$(STORE_BINS)
+	@$(CARGO_TARGET_DIR)/release/clustermesh-bench-store --replicas $(REPLICAS) --rounds $(ROUNDS) $(if $(ONLY),--only $(ONLY))
+
+soak: setup ## Disk and memory of the store over many puts on the same keys (PUTS=10000000)
+	@$(STORE_BINS)
+	@$(CARGO_TARGET_DIR)/release/clustermesh-soak --puts $(or $(PUTS),10000000)
 
 clean: ## Remove build output and whatever a killed lab left behind
 	@if [ -x $(CARGO_TARGET_DIR)/debug/clustermesh-lab ]; then $(CARGO_TARGET_DIR)/debug/clustermesh-lab clean; fi

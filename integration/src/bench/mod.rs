@@ -9,6 +9,7 @@ pub mod program;
 pub mod propagate;
 mod services;
 mod site;
+pub mod soak;
 pub mod store;
 pub mod tunnel;
 
@@ -149,9 +150,54 @@ pub fn write(folder: &Path, name: &str, figures: &[Figure]) -> Result<()> {
         .with_context(|| path.display().to_string())
 }
 
+/// As [`write()`], but rows of the file that are not among `figures` stay.
+///
+/// # Errors
+/// When the folder or the file cannot be written, or what is there is no such file.
+pub fn update(folder: &Path, name: &str, figures: &[Figure]) -> Result<()> {
+    let path = folder.join(format!("{name}.json"));
+    let mut rows: Vec<serde_json::Value> = match std::fs::read(&path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| path.display().to_string())?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error).with_context(|| path.display().to_string()),
+    };
+    for figure in figures {
+        let row = serde_json::json!(figure);
+        match rows.iter_mut().find(|old| old["id"] == row["id"]) {
+            Some(old) => *old = row,
+            None => rows.push(row),
+        }
+    }
+    std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(&path, format!("{:#}\n", serde_json::json!(rows))))
+        .with_context(|| path.display().to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_that_are_not_measured_again_stay() {
+        use compare::{Named, Target, alone};
+        let figure = |id, value| {
+            let named = Named {
+                id,
+                row: "x",
+                unit: "s",
+            };
+            alone(named, &[value], Target::Report)
+        };
+        let folder = tempfile::tempdir().unwrap();
+        update(folder.path(), "x", &[figure("a", 1.0), figure("b", 2.0)]).unwrap();
+        update(folder.path(), "x", &[figure("b", 3.0)]).unwrap();
+        let text = std::fs::read(folder.path().join("x.json")).unwrap();
+        let rows: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        assert_eq!(
+            (&rows[0]["ours"], &rows[1]["ours"]),
+            (&1.0.into(), &3.0.into())
+        );
+    }
 
     #[test]
     fn rows_are_wanted_by_id_by_suite_or_all() {

@@ -1,12 +1,16 @@
 //! The store against etcd: the same load on a group of each in turn, both behind mutual TLS, both durable.
 //!
 //! The load generator shares the machine with the servers. Every round starts a fresh group of each contender, the one
-//! after the other, in alternating order.
+//! after the other, in an order that changes from round to round.
 
+mod gap;
 mod lease;
-mod load;
+pub(in crate::bench) mod load;
+mod loaded;
 mod million;
-mod usage;
+mod rows;
+mod stall;
+pub(in crate::bench) mod usage;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -16,10 +20,11 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 
-use super::compare::{Figure, Named, Series, Target, against};
+use super::compare::{Figure, Named, Series, against, median};
 use crate::judges::group::{Group, Kind, Settings};
-use crate::judges::programs::Programs;
+use crate::judges::programs::{ETCD_VERSION, Programs};
 use load::Load;
+use rows::{Part, Peer, ROWS, Row};
 
 /// Bytes of every value.
 const VALUE_BYTES: usize = 500;
@@ -29,6 +34,8 @@ const KEYS: u32 = 10_000;
 const CLIENTS_PER_CONNECTION: usize = 8;
 /// The percentile of the latency rows.
 const PERCENTILE: f64 = 0.99;
+/// `-cpu` rows of calls are about so many.
+const CALLS: f64 = 1_000.0;
 
 /// How the rows are measured.
 #[derive(Clone, Debug)]
@@ -45,188 +52,51 @@ pub struct Options {
     pub folder: PathBuf,
     /// Rows that are wanted; none = all.
     pub only: Vec<String>,
+    /// Without those that ours are compared with.
+    pub ours_alone: bool,
 }
 
-/// One row and its goal.
-#[derive(Clone, Copy, Debug)]
-struct Row {
-    id: &'static str,
-    what: &'static str,
-    unit: &'static str,
-    target: Target,
-    /// Measured in one go with the others of its part.
-    part: Part,
-}
+impl Options {
+    fn wants(&self, row: &Row) -> bool {
+        self.only.is_empty() || self.only.iter().any(|id| id == row.id)
+    }
 
-/// What is measured with one group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Part {
-    Put(usize),
-    Get { serializable: bool },
-    Watch,
-    Lease,
-    Million,
-}
-
-impl Part {
-    const ALL: [Self; 8] = [
-        Self::Put(1),
-        Self::Put(64),
-        Self::Put(256),
-        Self::Get {
-            serializable: false,
-        },
-        Self::Get { serializable: true },
-        Self::Watch,
-        Self::Lease,
-        Self::Million,
-    ];
-}
-
-const fn row(
-    id: &'static str,
-    what: &'static str,
-    unit: &'static str,
-    target: Target,
-    part: Part,
-) -> Row {
-    Row {
-        id,
-        what,
-        unit,
-        target,
-        part,
+    fn wants_part(&self, part: Part) -> bool {
+        self.replicas >= part.replicas()
+            && ROWS.iter().any(|row| row.part == part && self.wants(row))
     }
 }
 
-const LINEARIZABLE: Part = Part::Get {
-    serializable: false,
-};
-const SERIALIZABLE: Part = Part::Get { serializable: true };
+/// Whose group is measured.
+#[derive(Clone, Debug)]
+struct Contender {
+    kind: Kind,
+    name: String,
+    programs: Programs,
+}
 
-const ROWS: [Row; 16] = [
-    row(
-        "put-1",
-        "puts, 1 client",
-        "puts/s",
-        Target::RatioAtLeast(1.0),
-        Part::Put(1),
-    ),
-    row(
-        "put-1-p99",
-        "latency of put-1, p99",
-        "ms",
-        Target::Report,
-        Part::Put(1),
-    ),
-    row(
-        "put-64",
-        "puts, 64 clients",
-        "puts/s",
-        Target::RatioAtLeast(1.8),
-        Part::Put(64),
-    ),
-    row(
-        "put-64-p99",
-        "latency of put-64, p99",
-        "ms",
-        Target::RatioAtMost(0.5),
-        Part::Put(64),
-    ),
-    row(
-        "put-256",
-        "puts, 256 clients",
-        "puts/s",
-        Target::RatioAtLeast(2.0),
-        Part::Put(256),
-    ),
-    row(
-        "put-256-p99",
-        "latency of put-256, p99",
-        "ms",
-        Target::RatioAtMost(0.5),
-        Part::Put(256),
-    ),
-    row(
-        "get-lin",
-        "linearizable reads, 64 clients",
-        "reads/s",
-        Target::RatioAtLeast(1.3),
-        LINEARIZABLE,
-    ),
-    row(
-        "get-lin-p99",
-        "latency of get-lin, p99",
-        "ms",
-        Target::Report,
-        LINEARIZABLE,
-    ),
-    row(
-        "get-ser",
-        "serializable reads, 64 clients",
-        "reads/s",
-        Target::RatioAtLeast(1.5),
-        SERIALIZABLE,
-    ),
-    row(
-        "get-ser-p99",
-        "latency of get-ser, p99",
-        "ms",
-        Target::Report,
-        SERIALIZABLE,
-    ),
-    row(
-        "watch-1000",
-        "events delivered to 1,000 watchers of one prefix",
-        "events/s",
-        Target::RatioAtLeast(2.0),
-        Part::Watch,
-    ),
-    row(
-        "watch-1000-p99",
-        "from put to delivery, p99",
-        "ms",
-        Target::RatioAtMost(0.5),
-        Part::Watch,
-    ),
-    row(
-        "watch-cpu",
-        "server CPU per million delivered events",
-        "s",
-        Target::RatioAtMost(0.4),
-        Part::Watch,
-    ),
-    row(
-        "lease-100k",
-        "put with a lease of 100,000 keys; peer: etcd the same",
-        "ms",
-        Target::Report,
-        Part::Lease,
-    ),
-    row(
-        "mem-1m",
-        "resident memory per replica with many keys of 500 B",
-        "MiB",
-        Target::RatioAtMost(0.7),
-        Part::Million,
-    ),
-    row(
-        "restart-1m",
-        "from kill -9 of all to serving, with many keys",
-        "s",
-        Target::RatioAtMost(0.5),
-        Part::Million,
-    ),
-];
-
-/// The row that compares ours with ours.
-const LEASE_ROW: Row = row(
-    "lease-100k-own",
-    "put with a lease of 100,000 keys; peer: ours, a lease of one key",
-    "ms",
-    Target::RatioAtMost(1.1),
-    Part::Lease,
-);
+/// Ours first.
+fn contenders(programs: &Programs, ours_alone: bool) -> Result<Vec<Contender>> {
+    let mut contenders = vec![Contender {
+        kind: Kind::Ours,
+        name: Kind::Ours.name().to_owned(),
+        programs: programs.clone(),
+    }];
+    if ours_alone {
+        return Ok(contenders);
+    }
+    contenders.push(Contender {
+        kind: Kind::Etcd,
+        name: format!("etcd {ETCD_VERSION}"),
+        programs: programs.clone(),
+    });
+    contenders.extend(programs.debian()?.map(|(version, programs)| Contender {
+        kind: Kind::Etcd,
+        name: format!("etcd {version}"),
+        programs,
+    }));
+    Ok(contenders)
+}
 
 /// Values by row of one contender, one a round.
 type Measured = BTreeMap<&'static str, Series>;
@@ -240,74 +110,70 @@ pub async fn run_all(
     programs: &Programs,
     progress: &dyn Fn(&str),
 ) -> Result<Vec<Figure>> {
-    let wanted = |row: &Row| options.only.is_empty() || options.only.iter().any(|id| id == row.id);
     for id in &options.only {
-        anyhow::ensure!(
-            ROWS.iter().chain([&LEASE_ROW]).any(|row| row.id == id),
-            "no row is named {id}"
-        );
+        anyhow::ensure!(ROWS.iter().any(|row| row.id == id), "no row is named {id}");
     }
-    let mut ours = Measured::new();
-    let mut etcd = Measured::new();
+    let contenders = contenders(programs, options.ours_alone)?;
+    let mut measured = vec![Measured::new(); contenders.len()];
     for round in 0..options.rounds {
-        for part in Part::ALL {
-            if !ROWS
-                .iter()
-                .chain([&LEASE_ROW])
-                .any(|row| row.part == part && wanted(row))
-            {
-                continue;
-            }
-            let mut kinds = [Kind::Etcd, Kind::Ours];
-            kinds.rotate_left(round % 2);
-            for kind in kinds {
-                let values = measure(kind, part, options, programs)
+        for part in Part::ALL
+            .into_iter()
+            .filter(|part| options.wants_part(*part))
+        {
+            for turn in 0..contenders.len() {
+                let place = (turn + round) % contenders.len();
+                let contender = &contenders[place];
+                if contender.kind != Kind::Ours && part.is_ours_alone() {
+                    continue;
+                }
+                let values = measure(contender, part, options)
                     .await
-                    .with_context(|| format!("{part:?} of {}", kind.name()))?;
-                progress(&format!(
-                    "round {}, {}: {}",
-                    round + 1,
-                    kind.name(),
-                    shown(&values)
-                ));
-                let series = match kind {
-                    Kind::Etcd => &mut etcd,
-                    Kind::Ours => &mut ours,
-                };
+                    .with_context(|| format!("{part:?} of {}", contender.name))?;
+                let (round, name) = (round + 1, &contender.name);
+                progress(&format!("round {round}, {name}: {}", shown(&values)));
                 for (id, value) in values {
-                    series.entry(id).or_default().push(value);
+                    measured[place].entry(id).or_default().push(value);
                 }
             }
         }
     }
-    Ok(figures(&ours, &etcd, wanted))
+    let names: Vec<&str> = contenders.iter().map(|one| one.name.as_str()).collect();
+    Ok(figures(&names, &measured, |row| options.wants(row)))
 }
 
-fn figures(ours: &Measured, etcd: &Measured, wanted: impl Fn(&Row) -> bool) -> Vec<Figure> {
-    let of = |measured: &Measured, id: &str| measured.get(id).cloned().unwrap_or_default();
-    let named = |row: &Row| Named {
-        id: row.id,
-        row: row.what,
-        unit: row.unit,
+fn figures(names: &[&str], measured: &[Measured], wanted: impl Fn(&Row) -> bool) -> Vec<Figure> {
+    let Some((ours, peers)) = measured.split_first() else {
+        return Vec::new();
     };
-    let mut figures: Vec<Figure> = ROWS
-        .iter()
-        .filter(|row| wanted(row) && ours.contains_key(row.id))
-        .map(|row| {
-            let (mine, theirs) = (of(ours, row.id), of(etcd, row.id));
-            against(named(row), &mine, "etcd 3.7.3", &theirs, row.target)
-        })
+    let rows = ROWS.iter().filter(|row| wanted(row));
+    rows.filter_map(|row| {
+        let mine = ours.get(row.id)?;
+        let named = Named {
+            id: row.id,
+            row: row.what,
+            unit: row.unit,
+        };
+        let (name, series) = match row.peer {
+            Peer::Own { id, what } => (what, ours.get(id).cloned().unwrap_or_default()),
+            Peer::More | Peer::Less => best(&names[1..], peers, row),
+        };
+        Some(against(named, mine, name, &series, row.target))
+    })
+    .collect()
+}
+
+/// The peer that is best in this row.
+fn best<'a>(names: &[&'a str], peers: &[Measured], row: &Row) -> (&'a str, Series) {
+    let all = names.iter().zip(peers);
+    let mut found: Vec<(&str, Series)> = all
+        .filter_map(|(name, values)| Some((*name, values.get(row.id)?.clone())))
         .collect();
-    if wanted(&LEASE_ROW) && ours.contains_key("lease-100k") {
-        figures.push(against(
-            named(&LEASE_ROW),
-            &of(ours, "lease-100k"),
-            "a lease of one key",
-            &of(ours, "lease-one"),
-            LEASE_ROW.target,
-        ));
-    }
-    figures
+    found.sort_by(|(_, a), (_, b)| median(a).total_cmp(&median(b)));
+    let best = match row.peer {
+        Peer::Less => found.into_iter().next(),
+        Peer::More | Peer::Own { .. } => found.pop(),
+    };
+    best.unwrap_or_default()
 }
 
 fn shown(values: &[(&'static str, f64)]) -> String {
@@ -320,45 +186,73 @@ fn shown(values: &[(&'static str, f64)]) -> String {
 
 /// Starts a group, measures one part, takes it down.
 async fn measure(
-    kind: Kind,
+    contender: &Contender,
     part: Part,
     options: &Options,
-    programs: &Programs,
 ) -> Result<Vec<(&'static str, f64)>> {
-    let folder = options.folder.join(kind.name());
+    let folder = options.folder.join(contender.name.replace(' ', "-"));
     remove(&folder)?;
     let settings = Settings {
         replicas: options.replicas,
         durable: true,
     };
-    let mut group = Group::start(kind, settings, programs, &folder).await?;
-    let values = match part {
-        Part::Put(clients) => {
-            let load = load::puts(&group, clients, options.time).await?;
-            let (rate, latency) = match clients {
-                1 => ("put-1", "put-1-p99"),
-                64 => ("put-64", "put-64-p99"),
-                _ => ("put-256", "put-256-p99"),
-            };
-            rows_of(rate, latency, &load)
-        }
-        Part::Get { serializable } => {
-            let load = load::gets(&group, serializable, options.time).await?;
-            if serializable {
-                rows_of("get-ser", "get-ser-p99", &load)
-            } else {
-                rows_of("get-lin", "get-lin-p99", &load)
-            }
-        }
-        Part::Watch => watch::measure(&group, options.time).await?,
-        Part::Lease => lease::measure(&group).await?,
-        Part::Million => million::measure(&mut group, options.many_keys).await?,
-    };
+    let programs = &contender.programs;
+    let mut group = Group::start(contender.kind, settings, programs, &folder).await?;
+    let values = measure_part(&mut group, part, options, programs).await?;
     for member in 0..group.members().len() {
         group.stop(member, Signal::SIGTERM).await?;
     }
     remove(&folder)?;
     Ok(values)
+}
+
+async fn measure_part(
+    group: &mut Group,
+    part: Part,
+    options: &Options,
+    programs: &Programs,
+) -> Result<Vec<(&'static str, f64)>> {
+    let time = options.time;
+    match part {
+        Part::Put(clients) => {
+            let before = usage::cpu_seconds(group)?;
+            let load = load::puts(group, clients, time).await?;
+            let cpu = usage::cpu_seconds(group)? - before;
+            let (rate, latency) = match clients {
+                1 => ("put-1", "put-1-p99"),
+                64 => ("put-64", "put-64-p99"),
+                _ => ("put-256", "put-256-p99"),
+            };
+            let mut rows = rows_of(rate, latency, &load);
+            if clients == 64 {
+                rows.push(("put-64-cpu", cpu_per_thousand(cpu, &load)));
+            }
+            Ok(rows)
+        }
+        Part::Get { serializable } => {
+            load::fill(group, KEYS).await?;
+            let before = usage::cpu_seconds(group)?;
+            let load = load::gets(group, serializable, time).await?;
+            let cpu = usage::cpu_seconds(group)? - before;
+            if serializable {
+                return Ok(rows_of("get-ser", "get-ser-p99", &load));
+            }
+            let mut rows = rows_of("get-lin", "get-lin-p99", &load);
+            rows.push(("get-lin-cpu", cpu_per_thousand(cpu, &load)));
+            Ok(rows)
+        }
+        Part::Watch => watch::measure(group, time).await,
+        Part::Stall => stall::measure(group, &programs.etcdctl(), time).await,
+        Part::Lease => lease::measure(group).await,
+        Part::Gaps => gap::measure(group).await,
+        Part::Million => million::measure(group, options.many_keys).await,
+        Part::Loaded => loaded::measure(group, options.many_keys, time).await,
+    }
+}
+
+/// Of the servers; what the load's warm-up cost is counted by its calls.
+fn cpu_per_thousand(cpu: f64, load: &Load) -> f64 {
+    cpu / load.calls_with_warm_up() * CALLS
 }
 
 fn rows_of(rate: &'static str, latency: &'static str, load: &Load) -> Vec<(&'static str, f64)> {
@@ -381,13 +275,34 @@ fn remove(folder: &Path) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn of(id: &'static str, values: &[f64]) -> Measured {
+        Measured::from([(id, values.to_vec())])
+    }
+
+    fn only(id: &'static str) -> impl Fn(&Row) -> bool {
+        move |row| row.id == id
+    }
+
     #[test]
-    fn every_row_has_an_id_of_its_own_and_a_part_that_is_run() {
-        let ids: std::collections::BTreeSet<_> =
-            ROWS.iter().chain([&LEASE_ROW]).map(|row| row.id).collect();
-        assert_eq!(ids.len(), ROWS.len() + 1);
-        for row in &ROWS {
-            assert!(Part::ALL.contains(&row.part), "{}", row.id);
-        }
+    fn ours_is_compared_with_the_best_of_the_others() {
+        let names = ["ours", "a", "b"];
+        let rates = [
+            of("put-1", &[3.0]),
+            of("put-1", &[1.0]),
+            of("put-1", &[2.0]),
+        ];
+        let figure = figures(&names, &rates, only("put-1")).remove(0);
+        assert_eq!((figure.peer, figure.peer_name.as_str()), (Some(2.0), "b"));
+        let p99 = "put-64-p99";
+        let times = [of(p99, &[3.0]), of(p99, &[1.0]), of(p99, &[2.0])];
+        let figure = figures(&names, &times, only(p99)).remove(0);
+        assert_eq!((figure.peer, figure.peer_name.as_str()), (Some(1.0), "a"));
+    }
+
+    #[test]
+    fn rows_of_ours_alone_need_no_others() {
+        let ours = Measured::from([("watch-stall", vec![2.0]), ("watch-stall-none", vec![2.0])]);
+        let figure = figures(&["ours"], &[ours], only("watch-stall")).remove(0);
+        assert!(figure.met, "{figure:?}");
     }
 }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::Parser;
 use clustermesh_integration::bench::compare::print_table;
 use clustermesh_integration::bench::store::{Options, run_all};
-use clustermesh_integration::bench::write;
+use clustermesh_integration::bench::update;
 use clustermesh_integration::judges::programs::{Programs, cache_folder};
 use clustermesh_integration::lab::binaries_folder;
 
@@ -29,7 +29,10 @@ struct Arguments {
     /// Only these rows (default: all)
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Where results are written
+    /// Without etcd
+    #[arg(long)]
+    ours_alone: bool,
+    /// Where results are written; rows that are not measured now keep what they had there
     #[arg(long, default_value = "bench-results")]
     results: PathBuf,
 }
@@ -46,12 +49,15 @@ async fn main() -> Result<()> {
         many_keys: arguments.keys,
         folder: folder.clone(),
         only: arguments.only,
+        ours_alone: arguments.ours_alone,
     };
     let measured = run_all(&options, &programs, &|what| eprintln!("bench: {what}")).await;
     let _ = std::fs::remove_dir_all(&folder);
     let figures = measured?;
     let name = format!("store-{}", arguments.replicas);
-    write(&arguments.results, &name, &figures)?;
+    if !arguments.ours_alone {
+        update(&arguments.results, &name, &figures)?;
+    }
     print_table(&figures);
     Ok(())
 }

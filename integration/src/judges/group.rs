@@ -137,6 +137,12 @@ impl Member {
         self.address
     }
 
+    /// Its data folder.
+    #[must_use]
+    pub fn data(&self) -> PathBuf {
+        self.folder.join("data")
+    }
+
     /// Where clients reach it.
     #[must_use]
     pub fn endpoint(&self) -> String {

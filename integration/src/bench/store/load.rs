@@ -39,6 +39,16 @@ impl Load {
         Self { time, latencies_us }
     }
 
+    /// Latencies in microseconds, sorted.
+    pub fn latencies_us(&self) -> &[u32] {
+        &self.latencies_us
+    }
+
+    /// Calls that ended, those of the warm-up at the same rate among them.
+    pub fn calls_with_warm_up(&self) -> f64 {
+        self.per_second() * (self.time + WARM_UP).as_secs_f64()
+    }
+
     /// Calls that ended, by second.
     pub fn per_second(&self) -> f64 {
         count(self.latencies_us.len()) / self.time.as_secs_f64()
@@ -61,7 +71,7 @@ pub(super) fn percentile_us(sorted: &[u32], share: f64) -> f64 {
     clippy::cast_precision_loss,
     reason = "numbers of calls stay far below 2^52"
 )]
-pub(super) const fn count(number: usize) -> f64 {
+pub(in crate::bench) const fn count(number: usize) -> f64 {
     number as f64
 }
 
@@ -78,7 +88,7 @@ pub(super) async fn connections(group: &Group, clients: usize) -> Result<Vec<Cha
     Ok(channels)
 }
 
-pub(super) fn key(number: u32) -> Bytes {
+pub(in crate::bench) fn key(number: u32) -> Bytes {
     format!("bench/{number:08}").into()
 }
 
@@ -102,9 +112,8 @@ pub async fn puts(group: &Group, clients: usize, time: Duration) -> Result<Load>
     .await
 }
 
-/// Clients that each read one key, wait for the answer, and read again.
+/// Clients that each read one of the keys that are there, wait for the answer, and read again.
 pub async fn gets(group: &Group, serializable: bool, time: Duration) -> Result<Load> {
-    fill(group, KEYS).await?;
     closed_loop(group, READERS, time, move |random| {
         let request = RangeRequest {
             key: key(random.random_range(0..KEYS)),
@@ -167,6 +176,47 @@ async fn closed_loop(
     Ok(Load::new(time, all))
 }
 
+/// One loader's share of many keys, many a transaction.
+pub(in crate::bench) struct Batches {
+    random: SmallRng,
+    first: u32,
+    step: u32,
+}
+
+impl Batches {
+    /// The share of `loader` of so many.
+    pub(in crate::bench) fn new(loader: u32, loaders: u32) -> Self {
+        Self {
+            random: SmallRng::seed_from_u64(loader.into()),
+            first: loader * PUTS_PER_TXN,
+            step: loaders * PUTS_PER_TXN,
+        }
+    }
+
+    /// Number of puts and the transaction of the next keys below `keys`.
+    pub(in crate::bench) fn next(&mut self, keys: u32, lease: i64) -> Option<(u64, TxnRequest)> {
+        if self.first >= keys {
+            return None;
+        }
+        let last = self.first.saturating_add(PUTS_PER_TXN).min(keys);
+        let put = |number| RequestOp {
+            request: Some(Request::RequestPut(PutRequest {
+                key: key(number),
+                value: value(&mut self.random),
+                lease,
+                ..PutRequest::default()
+            })),
+        };
+        let request = TxnRequest {
+            success: (self.first..last).map(put).collect(),
+            ..TxnRequest::default()
+        };
+        let count = u64::from(last - self.first);
+        self.first += self.step;
+        Some((count, request))
+    }
+}
+
 /// Puts keys 0 to `keys`, many a transaction.
 pub async fn fill(group: &Group, keys: u32) -> Result<()> {
     fill_with(group, keys, 0).await
@@ -181,24 +231,9 @@ pub async fn fill_with(group: &Group, keys: u32, lease: i64) -> Result<()> {
         let channel = &channels[usize::try_from(loader)? % channels.len()];
         let mut kv = KvClient::new(channel.clone());
         running.spawn(async move {
-            let mut random = SmallRng::seed_from_u64(loader.into());
-            let mut first = loader * PUTS_PER_TXN;
-            while first < keys {
-                let put = |number| RequestOp {
-                    request: Some(Request::RequestPut(PutRequest {
-                        key: key(number),
-                        value: value(&mut random),
-                        lease,
-                        ..PutRequest::default()
-                    })),
-                };
-                let last = first.saturating_add(PUTS_PER_TXN).min(keys);
-                let request = TxnRequest {
-                    success: (first..last).map(put).collect(),
-                    ..TxnRequest::default()
-                };
+            let mut batches = Batches::new(loader, LOADERS);
+            while let Some((_, request)) = batches.next(keys, lease) {
                 kv.txn(request).await.context("loading keys")?;
-                first += PUTS_PER_TXN * LOADERS;
             }
             anyhow::Ok(())
         });

@@ -21,13 +21,35 @@ use super::load::{Load, connections, count, micros};
 use super::{CLIENTS_PER_CONNECTION, PERCENTILE, VALUE_BYTES, usage};
 use crate::judges::group::Group;
 
-/// Watchers, each on a stream of its own.
-const WATCHERS: u32 = 1_000;
+/// Who watches and who writes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Plan {
+    /// Watchers, each on a stream of its own.
+    pub(super) watchers: u32,
+    /// Writers. Each puts again once all watchers have got its last event: without that bound, what is measured is the
+    /// length of a queue.
+    pub(super) writers: u32,
+}
+
+/// What the rows of 1,000 watchers are taken with.
+pub(super) const THOUSAND: Plan = Plan {
+    watchers: 1_000,
+    writers: 16,
+};
+
+/// What was seen.
+#[derive(Debug)]
+pub(super) struct Watched {
+    /// Events delivered, with their latencies.
+    pub(super) load: Load,
+    /// CPU seconds of all servers for a million delivered events.
+    pub(super) cpu_per_million: f64,
+    /// Mean resident memory of the servers at the end.
+    pub(super) resident_mib: f64,
+}
+
 /// Connections that the watchers share.
 const CONNECTIONS: usize = 20;
-/// Writers. Each puts again once all watchers have got its last event: without that bound, what is measured is the
-/// length of a queue.
-const WRITERS: u32 = 16;
 /// Load before anything counts.
 const WARM_UP: Duration = Duration::from_secs(1);
 /// Longest that one event may take to all watchers.
@@ -54,14 +76,25 @@ struct Shared {
     start: Instant,
     begin: Instant,
     end: Instant,
+    watchers: u32,
     writers: Vec<Writer>,
 }
 
 /// Rows `watch-1000`, `watch-1000-p99` and `watch-cpu`.
 pub async fn measure(group: &Group, time: Duration) -> Result<Vec<(&'static str, f64)>> {
+    let watched = run(group, THOUSAND, time).await?;
+    Ok(vec![
+        ("watch-1000", watched.load.per_second()),
+        ("watch-1000-p99", watched.load.percentile_ms(PERCENTILE)),
+        ("watch-cpu", watched.cpu_per_million),
+    ])
+}
+
+/// Watches and writes for `time`.
+pub(super) async fn run(group: &Group, plan: Plan, time: Duration) -> Result<Watched> {
     let channels = connections(group, CONNECTIONS * CLIENTS_PER_CONNECTION).await?;
     let mut streams = Vec::new();
-    for number in 0..usize::try_from(WATCHERS)? {
+    for number in 0..usize::try_from(plan.watchers)? {
         streams.push(open_watch(channels[number % channels.len()].clone()).await?);
     }
     let start = Instant::now();
@@ -70,7 +103,8 @@ pub async fn measure(group: &Group, time: Duration) -> Result<Vec<(&'static str,
         start,
         begin,
         end: begin + time,
-        writers: (0..WRITERS).map(|_| Writer::default()).collect(),
+        watchers: plan.watchers,
+        writers: (0..plan.writers).map(|_| Writer::default()).collect(),
     });
     let mut watchers = JoinSet::new();
     for stream in streams {
@@ -78,7 +112,7 @@ pub async fn measure(group: &Group, time: Duration) -> Result<Vec<(&'static str,
         watchers.spawn(async move { follow(stream, &shared).await });
     }
     let mut writers = JoinSet::new();
-    for number in 0..WRITERS {
+    for number in 0..plan.writers {
         let kv = KvClient::new(group.connect(usize::try_from(number)?).await?.channel());
         let shared = Arc::clone(&shared);
         writers.spawn(async move { write(kv, &shared, number).await });
@@ -87,6 +121,7 @@ pub async fn measure(group: &Group, time: Duration) -> Result<Vec<(&'static str,
     let cpu_before = usage::cpu_seconds(group)?;
     tokio::time::sleep_until(shared.end.into()).await;
     let cpu = usage::cpu_seconds(group)? - cpu_before;
+    let resident_mib = usage::resident_mib(group)?;
     while let Some(ended) = writers.join_next().await {
         ended??;
     }
@@ -101,12 +136,11 @@ pub async fn measure(group: &Group, time: Duration) -> Result<Vec<(&'static str,
     }
     ensure!(!latencies.is_empty(), "no event was delivered");
     let events = count(latencies.len());
-    let load = Load::new(time, latencies);
-    Ok(vec![
-        ("watch-1000", load.per_second()),
-        ("watch-1000-p99", load.percentile_ms(PERCENTILE)),
-        ("watch-cpu", cpu / events * 1e6),
-    ])
+    Ok(Watched {
+        load: Load::new(time, latencies),
+        cpu_per_million: cpu / events * 1e6,
+        resident_mib,
+    })
 }
 
 /// An open watch: its requests must stay open as long as its responses are wanted.
@@ -167,7 +201,7 @@ async fn follow((_requests, mut responses): OpenWatch, shared: &Shared) -> Resul
 async fn write(mut kv: KvClient<Channel>, shared: &Shared, number: u32) -> Result<()> {
     let writer = &shared.writers[usize::try_from(number)?];
     while Instant::now() < shared.end {
-        writer.missing.store(WATCHERS, Ordering::Release);
+        writer.missing.store(shared.watchers, Ordering::Release);
         let sent = u64::try_from(shared.start.elapsed().as_micros())?;
         writer.sent_us.store(sent, Ordering::Release);
         kv.put(request(number)).await?;
