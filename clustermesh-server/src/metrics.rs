@@ -1,5 +1,7 @@
 //! Metrics of the server process, in Prometheus' text format.
 
+mod data;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,8 +12,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 
+use self::data::DataCollector;
 use crate::etcd::answers::AnswerMetrics;
 use crate::serve::handled::HandledCounters;
+use crate::store::Store;
 
 /// Of the metrics that are this server's own.
 const PREFIX: &str = "clustermesh_server";
@@ -160,15 +164,12 @@ impl Metrics {
 }
 
 impl Metrics {
-    /// Also shows what the replica counts.
-    pub fn register_replica(
-        &self,
-        registry: &mut Registry,
-        replica: Arc<clustermesh_raft::Metrics>,
-    ) {
-        registry
-            .sub_registry_with_prefix(PREFIX)
-            .register_collector(Box::new(ReplicaCollector(replica)));
+    /// Also shows what the replica counts and holds.
+    pub fn register_store(&self, registry: &mut Registry, store: Store) {
+        let registry = registry.sub_registry_with_prefix(PREFIX);
+        let counted = ReplicaCollector(store.replica().metrics());
+        registry.register_collector(Box::new(counted));
+        registry.register_collector(Box::new(DataCollector(store)));
     }
 }
 

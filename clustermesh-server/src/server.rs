@@ -88,7 +88,7 @@ impl Server {
         let (replica, peer_port) = start_replica(config, &sessions).await?;
         let store = Store::new(replica, config.auth_token_ttl_seconds);
         drop(store_token);
-        metrics.register_replica(&mut registry, store.replica().metrics());
+        metrics.register_store(&mut registry, store.clone());
 
         let health = {
             let store = store.clone();

@@ -54,6 +54,9 @@ async fn version_health_and_metrics_share_the_port() {
         "clustermesh_server_raft_entries_applied_total",
         "clustermesh_server_client_port_connections 1",
         "clustermesh_server_answers_refused_total 0",
+        "clustermesh_server_data_quota_bytes 2147483648",
+        "clustermesh_server_compact_revision 0",
+        "clustermesh_server_alarms 0",
     ] {
         assert!(metrics.contains(name), "{name}: {metrics}");
     }

@@ -307,6 +307,12 @@ async fn after_a_compaction_only_what_changed_is_read_again() {
     let values: u64 = line.rsplit(' ').next().unwrap().parse().unwrap();
     // Two addresses that changed, one that was refused.
     assert_eq!(values, 3, "{line}");
+    // The node, its addresses, and what says that the copy is complete.
+    let held = r#"clustermesh_server_peer_copy_records{cluster="c1"} "#;
+    let records = metrics.lines().find_map(|line| line.strip_prefix(held));
+    let records: usize = records.unwrap().parse().unwrap();
+    let copied = at_b.list_prefix("cilium/cache/").collect(1_000).await;
+    assert_eq!(records, copied.unwrap().kvs.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]
