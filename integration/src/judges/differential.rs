@@ -32,6 +32,9 @@ use perform::Side;
 /// Operations of one seed.
 pub const OPS_PER_SEED: usize = 600;
 
+/// Seeds of a run that time alone ends: enough for every operation to succeed now and then.
+pub const SEEDS_MIN: u64 = 6;
+
 /// One pair of fresh servers, one seed.
 ///
 /// # Errors
@@ -62,7 +65,7 @@ pub async fn run_seed(
     outcome.with_context(|| format!("seed {seed}"))
 }
 
-/// Seeds from `first` on until `count` are done or the time is over; at least one.
+/// Seeds from `first` on until `count` are done or the time is over; at least [`SEEDS_MIN`] of them.
 ///
 /// # Errors
 /// As [`run_seed`].
@@ -77,7 +80,7 @@ pub async fn run(
     let mut report = Report::default();
     for seed in first..first.saturating_add(count) {
         run_seed(seed, programs, folder, &mut report).await?;
-        if start.elapsed() >= at_most {
+        if seed >= first.saturating_add(SEEDS_MIN - 1) && start.elapsed() >= at_most {
             break;
         }
     }

@@ -77,6 +77,7 @@ impl Op {
             | Self::LeaseTimeToLive(_)
             | Self::LeaseLeases(_)
             | Self::HashKv(_)
+            | Self::Watch(WatchOp::Try(_))
             | Self::Queue(QueueOp::Leader(_)) => true,
             Self::Access(op) => op.only_reads(),
             Self::As { op, .. } => op.only_reads(),
@@ -101,6 +102,7 @@ impl Op {
             Self::LeaseLeases(_) => "lease-leases",
             Self::HashKv(_) => "hash-kv",
             Self::Watch(WatchOp::Create(..)) => "watch-create",
+            Self::Watch(WatchOp::Try(..)) => "watch-try",
             Self::Watch(WatchOp::Cancel(..)) => "watch-cancel",
             Self::Watch(WatchOp::Barrier { .. }) => "watch-events",
             Self::Queue(op) => op.name(),
@@ -324,7 +326,7 @@ impl Generator {
     /// Mostly one that can be streamed.
     fn streamed_range(&mut self) -> RangeRequest {
         let range = self.range();
-        if self.chance(0.1) {
+        if self.chance(0.3) {
             return range;
         }
         RangeRequest {

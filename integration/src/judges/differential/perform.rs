@@ -159,10 +159,14 @@ impl Answer {
                     message: "message above the limit".to_owned(),
                 }
             }
-            Err(status) => Self::Err {
-                code: status.code(),
-                message: status.message().to_owned(),
-            },
+            Err(status) => Self::refused(&status),
+        }
+    }
+
+    pub(super) fn refused(status: &Status) -> Self {
+        Self::Err {
+            code: status.code(),
+            message: status.message().to_owned(),
         }
     }
 }
@@ -329,11 +333,14 @@ impl Side {
             Op::Compact(request) => ask!(kv.compact(*request)),
             Op::LeaseGrant(request) => ask!(lease.lease_grant(*request)),
             Op::LeaseRevoke(request) => ask!(lease.lease_revoke(*request)),
-            Op::LeaseKeepAlive(request) => Answer::of(self.keep_alive(*request).await),
+            Op::LeaseKeepAlive(request) => {
+                let beat = self.tokens.asked_by(user, tokio_stream::once(*request))?;
+                Answer::of(self.keep_alive(beat).await)
+            }
             Op::LeaseTimeToLive(request) => ask!(lease.lease_time_to_live(*request)),
             Op::LeaseLeases(request) => ask!(lease.lease_leases(*request)),
             Op::HashKv(request) => ask!(maintenance.hash_kv(*request)),
-            Op::Watch(op) => self.watching.perform(op).await?,
+            Op::Watch(op) => self.watching.perform(op, &self.tokens, user).await?,
             Op::Queue(op) => self.queue.perform(op).await?,
             Op::Access(op) => op.perform(&mut self.auth, &mut self.tokens, user).await?,
             Op::As { .. } => anyhow::bail!("one user asks, not two"),
@@ -359,13 +366,9 @@ impl Side {
 
     async fn keep_alive(
         &mut self,
-        request: LeaseKeepAliveRequest,
+        request: Request<tokio_stream::Once<LeaseKeepAliveRequest>>,
     ) -> Result<tonic::Response<LeaseKeepAliveResponse>, Status> {
-        let mut answers = self
-            .lease
-            .lease_keep_alive(tokio_stream::once(request))
-            .await?
-            .into_inner();
+        let mut answers = self.lease.lease_keep_alive(request).await?.into_inner();
         let answer = answers.message().await?;
         answer
             .map(tonic::Response::new)

@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use bytes::Bytes;
 use clustermesh_api::etcd::election::election_client::ElectionClient;
 use clustermesh_api::etcd::election::{
-    CampaignRequest, LeaderKey, LeaderRequest, ProclaimRequest, ResignRequest,
+    CampaignRequest, LeaderKey, LeaderRequest, LeaderResponse, ProclaimRequest, ResignRequest,
 };
 use clustermesh_api::etcd::lock::lock_client::LockClient;
 use clustermesh_api::etcd::lock::{LockRequest, UnlockRequest};
-use tonic::{Code, Request, transport::Channel};
+use tonic::{Code, Request, Streaming, transport::Channel};
 
-use super::perform::Answer;
+use super::perform::{Answer, set_ids_aside};
 
 /// Nobody stands in the way of any of these calls.
 const WAIT_MAX: Duration = Duration::from_secs(10);
@@ -24,6 +25,8 @@ pub enum QueueOp {
     Campaign(CampaignRequest),
     Proclaim(ProclaimRequest),
     Leader(LeaderRequest),
+    /// Follows an office while its leader proclaims this.
+    Observe(LeaderRequest, Bytes),
     Resign(ResignRequest),
 }
 
@@ -37,6 +40,7 @@ impl QueueOp {
             Self::Campaign(_) => "campaign",
             Self::Proclaim(_) => "proclaim",
             Self::Leader(_) => "leader",
+            Self::Observe(..) => "observe",
             Self::Resign(_) => "resign",
         }
     }
@@ -56,6 +60,38 @@ impl Queue {
         }
     }
 
+    /// The leader, and what it says then; without a leader there is nothing to be told.
+    async fn observe(&mut self, office: LeaderRequest, value: Bytes) -> Result<Answer> {
+        let known = self.election.leader(bounded(office.clone())).await;
+        let leader = match &known {
+            Ok(known) => known.get_ref().kv.clone().unwrap_or_default(),
+            Err(_) => return Ok(Answer::of(known)),
+        };
+        let mut told = self
+            .election
+            .observe(bounded(office.clone()))
+            .await?
+            .into_inner();
+        let first = told_next(&mut told).await;
+        let proclaim = ProclaimRequest {
+            leader: Some(LeaderKey {
+                name: office.name,
+                key: leader.key,
+                rev: leader.create_revision,
+                lease: leader.lease,
+            }),
+            value,
+        };
+        let proclaimed = self.election.proclaim(bounded(proclaim)).await;
+        Ok(match Answer::of(proclaimed) {
+            Answer::Ok { text, revision, .. } => {
+                let second = told_next(&mut told).await;
+                Answer::ok([first, text, second].join("\n"), revision)
+            }
+            refused => refused,
+        })
+    }
+
     pub(super) async fn perform(&mut self, op: &QueueOp) -> Result<Answer> {
         let mut leader = None;
         let answer = match op.clone() {
@@ -72,6 +108,7 @@ impl Queue {
                 Answer::of(self.election.proclaim(bounded(request)).await)
             }
             QueueOp::Leader(request) => Answer::of(self.election.leader(bounded(request)).await),
+            QueueOp::Observe(office, value) => self.observe(office, value).await?,
             QueueOp::Resign(request) => Answer::of(self.election.resign(bounded(request)).await),
         };
         Ok(match answer {
@@ -81,6 +118,17 @@ impl Queue {
             },
             answer => answer.with_leader(leader),
         })
+    }
+}
+
+async fn told_next(told: &mut Streaming<LeaderResponse>) -> String {
+    match told.message().await {
+        Ok(Some(mut response)) => {
+            set_ids_aside(&mut response.header);
+            format!("{response:#?}")
+        }
+        Ok(None) => "the end".to_owned(),
+        Err(status) => status.message().to_owned(),
     }
 }
 

@@ -22,7 +22,7 @@ use tonic::Streaming;
 use tonic::transport::Channel;
 
 use super::generate::SENTINEL_KEY;
-use super::perform::{Answer, set_ids_aside};
+use super::perform::{Answer, Tokens, set_ids_aside};
 
 /// Requests waiting to be sent.
 const REQUESTS_QUEUED: usize = 64;
@@ -59,6 +59,8 @@ const LANES: [Lane; 3] = [Lane::Caught, Lane::Future, Lane::Compacted];
 pub enum WatchOp {
     /// Begins one; the answer says whether and with which id.
     Create(Lane, WatchCreateRequest),
+    /// The same on a stream of its own, for one user, only to see whether it may begin.
+    Try(WatchCreateRequest),
     /// Ends one.
     Cancel(Lane, i64),
     /// Everything that watches got since the last time; at least up to `revision`.
@@ -76,6 +78,7 @@ type Sequences = BTreeMap<(Lane, i64), Vec<String>>;
 /// The streams of one server.
 pub struct Watching {
     kv: KvClient<Channel>,
+    attempts: WatchClient<Channel>,
     streams: BTreeMap<Lane, Stream>,
     sequences: Sequences,
     /// Watches that the server must end by itself.
@@ -139,6 +142,7 @@ impl Watching {
         }
         Ok(Self {
             kv,
+            attempts: WatchClient::new(channel),
             streams,
             sequences: Sequences::new(),
             doomed: BTreeSet::new(),
@@ -146,11 +150,44 @@ impl Watching {
         })
     }
 
-    pub async fn perform(&mut self, op: &WatchOp) -> Result<Answer> {
+    pub async fn perform(
+        &mut self,
+        op: &WatchOp,
+        tokens: &Tokens,
+        user: Option<&str>,
+    ) -> Result<Answer> {
         match op {
             WatchOp::Create(lane, create) => self.create(*lane, create).await,
+            WatchOp::Try(create) => self.attempt(create, tokens, user).await,
             WatchOp::Cancel(lane, id) => self.cancel(*lane, *id).await,
             WatchOp::Barrier { revision, last } => self.barrier(*revision, *last).await,
+        }
+    }
+
+    async fn attempt(
+        &mut self,
+        create: &WatchCreateRequest,
+        tokens: &Tokens,
+        user: Option<&str>,
+    ) -> Result<Answer> {
+        let request = WatchRequest {
+            request_union: Some(RequestUnion::CreateRequest(create.clone())),
+        };
+        // The other end stays open: a stream that is ended gets no answer of every server.
+        let (requests, queue) = mpsc::channel(1);
+        requests.send(request).await?;
+        let asked = tokens.asked_by(user, ReceiverStream::new(queue))?;
+        let mut responses = match self.attempts.watch(asked).await {
+            Ok(responses) => responses.into_inner(),
+            Err(status) => return Ok(Answer::refused(&status)),
+        };
+        match timeout(WAIT_MAX, responses.message()).await? {
+            Ok(Some(mut response)) => {
+                let revision = set_ids_aside(&mut response.header);
+                Ok(Answer::ok(format!("{response:#?}"), revision))
+            }
+            Ok(None) => Ok(Answer::ok("the end".to_owned(), 0)),
+            Err(status) => Ok(Answer::refused(&status)),
         }
     }
 

@@ -5,12 +5,14 @@ use clustermesh_api::etcd::rpc::{
     AuthRoleAddRequest, AuthRoleDeleteRequest, AuthRoleGetRequest, AuthRoleGrantPermissionRequest,
     AuthRoleRevokePermissionRequest, AuthUserAddRequest, AuthUserChangePasswordRequest,
     AuthUserDeleteRequest, AuthUserGetRequest, AuthUserGrantRoleRequest, AuthUserRevokeRoleRequest,
-    AuthenticateRequest, LeaseLeasesRequest, LeaseTimeToLiveRequest,
+    AuthenticateRequest, LeaseKeepAliveRequest, LeaseLeasesRequest, LeaseRevokeRequest,
+    LeaseTimeToLiveRequest, WatchCreateRequest,
 };
 use rand::RngExt;
 
 use super::{Generator, Op};
 use crate::judges::differential::access::AccessOp;
+use crate::judges::differential::watching::WatchOp;
 
 /// Names that operations are about; the empty one and the last one are never there.
 const USERS: [&str; 4] = ["alice", "bob", "", "nobody"];
@@ -23,7 +25,7 @@ const PASSWORD: &str = "correct";
 /// Ranges that the member may read, write or both.
 const MEMBER_PERMISSIONS: usize = 4;
 /// Operations while permissions are checked.
-const CHECKED_OPS: usize = 60;
+const CHECKED_OPS: usize = 90;
 
 impl Generator {
     fn user(&mut self) -> String {
@@ -175,8 +177,23 @@ impl Generator {
         ops
     }
 
+    /// A watch that has nothing to tell yet.
+    fn tried_watch(&mut self) -> WatchCreateRequest {
+        let (key, range_end) = self.key_range();
+        WatchCreateRequest {
+            key,
+            range_end,
+            prev_kv: self.chance(0.3),
+            ..WatchCreateRequest::default()
+        }
+    }
+
     fn checked_op(&mut self) -> Op {
-        match self.rng.random_range(0..20) {
+        match self.rng.random_range(0..28) {
+            20 | 21 => Op::Watch(WatchOp::Try(self.tried_watch())),
+            22 | 23 => Op::LeaseGrant(self.lease_grant()),
+            24 | 25 => Op::LeaseRevoke(LeaseRevokeRequest { id: self.lease() }),
+            26 | 27 => Op::LeaseKeepAlive(LeaseKeepAliveRequest { id: self.lease() }),
             0..6 => Op::Range(self.range()),
             6..10 => Op::Put(self.put()),
             10..12 => Op::DeleteRange(self.delete_range()),

@@ -91,7 +91,20 @@ impl Generator {
                 leader,
                 value: self.value(),
             }),
-            7 | 8 => QueueOp::Leader(LeaderRequest { name: name.into() }),
+            7 => QueueOp::Leader(LeaderRequest { name: name.into() }),
+            8 => {
+                let office = LeaderRequest { name: name.into() };
+                let value = self.value();
+                self.queued
+                    .push_back(Op::Queue(QueueOp::Leader(office.clone())));
+                self.queued
+                    .push_back(Op::Queue(QueueOp::Observe(office, value)));
+                QueueOp::Campaign(CampaignRequest {
+                    name: name.into(),
+                    lease: self.contender(name),
+                    value: self.value(),
+                })
+            }
             _ => {
                 // Its key is gone after this, if it is who leads.
                 if leader.is_some() && self.leaders.remove(name).is_some() {

@@ -1,14 +1,17 @@
 //! Random transactions, nested ones too.
 
+use bytes::Bytes;
 use clustermesh_api::etcd::rpc::compare::TargetUnion;
 use clustermesh_api::etcd::rpc::request_op::Request;
-use clustermesh_api::etcd::rpc::{Compare, RequestOp, TxnRequest};
+use clustermesh_api::etcd::rpc::{Compare, PutRequest, RequestOp, TxnRequest};
 use rand::RngExt;
 
 use super::Generator;
 
 /// Transactions inside transactions.
 const DEPTH_MAX: usize = 3;
+/// Two of them fit into a request.
+const LARGE_VALUE_BYTES: usize = 600_000;
 /// etcd takes 128 operations.
 const TOO_MANY_OPS: usize = 129;
 
@@ -16,6 +19,9 @@ impl Generator {
     pub(super) fn txn(&mut self) -> TxnRequest {
         if self.chance(0.02) {
             return self.wide_txn();
+        }
+        if self.chance(0.01) {
+            return large_txn();
         }
         self.nested_txn(DEPTH_MAX)
     }
@@ -90,5 +96,21 @@ impl Generator {
         } else {
             self.any_revision()
         }
+    }
+}
+
+/// Values that do not fit together into one fragment of a watch, where many such changes are told at once.
+fn large_txn() -> TxnRequest {
+    let puts = [b"a", b"b"].map(|key| RequestOp {
+        request: Some(Request::RequestPut(PutRequest {
+            key: Bytes::from_static(key),
+            value: vec![b'l'; LARGE_VALUE_BYTES].into(),
+            prev_kv: true,
+            ..PutRequest::default()
+        })),
+    });
+    TxnRequest {
+        success: puts.into(),
+        ..TxnRequest::default()
     }
 }
