@@ -12,6 +12,9 @@ use clustermesh_server::config::Config;
 use clustermesh_server::server::Server;
 use tracing::{error, warn};
 
+/// Exit code of a server that could not go on.
+const EXIT_FAILED: i32 = 1;
+
 const EXAMPLES: &str = "\
 Examples:
   clustermesh-server --config /etc/clustermesh/server.toml
@@ -222,7 +225,7 @@ async fn run(config: &Config, force_new_cluster: bool) -> anyhow::Result<()> {
     }
     // Before the start, so that a signal during it is not lost.
     let mut signal = tokio::spawn(shutdown_signal());
-    let server = tokio::select! {
+    let mut server = tokio::select! {
         server = Server::start(config) => server?,
         _ = &mut signal => return Ok(()),
     };
@@ -239,7 +242,12 @@ async fn run(config: &Config, force_new_cluster: bool) -> anyhow::Result<()> {
     if let Err(error) = notify_stopping() {
         warn!(%error, "the service manager was not told that the server ends");
     }
+    server.drain().await;
+    if failed {
+        error!("the replica stopped by itself; its log says why");
+        // Not by returning: a log whose disk has failed cannot be closed, and sled panics when it tries.
+        std::process::exit(EXIT_FAILED);
+    }
     server.shutdown().await;
-    anyhow::ensure!(!failed, "the replica stopped by itself; its log says why");
     Ok(())
 }

@@ -46,7 +46,8 @@ pub struct Server {
     admin_address: SocketAddr,
     /// Ends the port of the other replicas.
     peer_port: Option<tokio::task::AbortHandle>,
-    trigger: DrainTrigger,
+    /// Until the drain.
+    trigger: Option<DrainTrigger>,
     drain_deadline: Duration,
     tasks: JoinSet<()>,
 }
@@ -120,8 +121,8 @@ impl Server {
             };
             match written {
                 Ok(()) => drop(records_token),
-                // The others of the group are not up: what is there is served meanwhile.
-                Err(status) if store.check_leader().is_err() => {
+                // The others of the group are not up, or change their leader: what is there is served meanwhile.
+                Err(status) if may_pass(&status) || store.check_leader().is_err() => {
                     warn!(
                         error = status.message(),
                         "the group has no leader: only serializable reads are served, the server is ready later"
@@ -194,7 +195,7 @@ impl Server {
             clear_address,
             admin_address,
             peer_port,
-            trigger,
+            trigger: Some(trigger),
             drain_deadline: Duration::from_secs(config.drain_seconds),
             tasks,
         })
@@ -229,17 +230,30 @@ impl Server {
         self.store.replica().stopped().await;
     }
 
-    /// Ends calls and streams, then the tasks, then the replica.
-    pub async fn shutdown(mut self) {
+    /// Ends calls and streams, then the tasks. The replica goes on.
+    pub async fn drain(&mut self) {
         // Another replica leads before this one takes no more calls.
         self.store.replica().resign().await;
-        self.trigger.drain(self.drain_deadline).await;
+        if let Some(trigger) = self.trigger.take() {
+            trigger.drain(self.drain_deadline).await;
+        }
         self.tasks.shutdown().await;
+    }
+
+    /// Ends calls and streams, then the tasks, then the replica.
+    pub async fn shutdown(mut self) {
+        self.drain().await;
         self.store.replica().shutdown().await;
         if let Some(port) = self.peer_port {
             port.abort();
         }
     }
+}
+
+/// Whether the group may take the same a little later: it had no leader, or lost it over it.
+fn may_pass(status: &tonic::Status) -> bool {
+    use tonic::Code;
+    matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded)
 }
 
 /// What a cluster's server writes before it is ready.

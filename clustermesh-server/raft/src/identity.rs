@@ -17,6 +17,18 @@ pub(crate) enum Kept {
     Closed,
 }
 
+impl Kept {
+    /// Makes it the data of another replica, durably.
+    pub(crate) fn replace(&mut self, identity: Identity) -> Result<(), StoreError> {
+        match self {
+            Self::Folder(data_dir) => data_dir.set_identity(identity)?,
+            Self::Memory(kept) => *kept.lock() = Some(identity),
+            Self::Closed => {}
+        }
+        Ok(())
+    }
+}
+
 /// The group's id as this replica knows it.
 pub(crate) struct IdentityKeeper {
     kept: Mutex<Kept>,

@@ -32,7 +32,8 @@ fn storage(error: impl std::fmt::Display) -> StartError {
     StartError::Raft(error.to_string())
 }
 
-/// The state with everything that this replica knows to be committed: that of its newest snapshot, and what the log adds.
+/// The state of a replica's newest snapshot, and all that its log adds: also the last entries. What it knows to be committed is written down
+/// later than it is acknowledged, so that would be too little.
 pub(crate) async fn recover_state<R: AsyncRuntime>(
     log: &mut SledLog<R, Answer>,
     newest: Option<&SnapshotFile>,
@@ -42,8 +43,9 @@ pub(crate) async fn recover_state<R: AsyncRuntime>(
         None => (State::new(), SnapshotMeta::default()),
     };
     let mut applied = Applied::new(state, meta);
-    let committed = log.read_committed().await.map_err(storage)?;
-    let end = committed.map_or(0, |committed| committed.index + 1);
+    let state = log.get_log_state().await.map_err(storage)?;
+    let last = state.last_log_id;
+    let end = last.map_or(0, |last| last.index + 1);
     loop {
         let next = applied.last.map_or(0, |last| last.index + 1);
         let upto = end.min(next + READ_ENTRIES);
@@ -139,8 +141,9 @@ pub(crate) async fn close<R: AsyncRuntime>(log: SledLog<R, Answer>) {
 
 impl<R: AsyncRuntime> Replica<R> {
     /// Makes a group of one of the data in `path`: new ids of the group and of the replica, a revision that no client has seen, everything below it
-    /// compacted. Only for a group whose majority is lost for good: what this replica did not know to be committed is lost, and no other
-    /// replica of the old group may run again. The old log and snapshots stay beside the new ones, under `before-<group id>`.
+    /// compacted. Only for a group whose majority is lost for good: what this replica has not is lost, and no other replica of the old group may
+    /// run again. All of its log is taken, also the last entries, of which nobody can know whether they were committed. The old log and
+    /// snapshots stay beside the new ones, under `before-<group id>`.
     ///
     /// # Errors
     /// [`StartError`]: the folder holds no replica, or cannot be read or written.
@@ -190,3 +193,6 @@ impl<R: AsyncRuntime> Replica<R> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

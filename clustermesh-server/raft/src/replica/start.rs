@@ -7,12 +7,14 @@ use clustermesh_store::{DataDir, Identity, LogId, SledLog, SnapshotStore};
 use openraft::{
     Raft,
     async_runtime::{AsyncRuntime, Mpsc, Watch},
+    storage::{RaftLogReader, RaftLogStorage},
 };
 use parking_lot::Mutex;
 use rand::Rng;
 
 use super::{Inner, LogHandle, Replica, bootstrap};
 use crate::{
+    Types,
     batcher::{Batcher, Entries},
     compaction,
     config::{
@@ -126,10 +128,42 @@ async fn open<R: AsyncRuntime>(
             Some(fresh(replica_id, cluster_id))
         }
     };
-    match &config.data {
-        Data::Folder(path) => open_folder(path, new, &config.cluster_name),
-        Data::Memory(data) => open_memory(data, new),
+    let mut opened: Opened<R> = match &config.data {
+        Data::Folder(path) => open_folder(path, new, &config.cluster_name)?,
+        Data::Memory(data) => open_memory(data, new)?,
+    };
+    if let Start::Join(urls) = &config.start
+        && opened.never_began().await?
+    {
+        // It waited for a group that begins without it, or was refused there: nobody knows its id.
+        let (replica_id, cluster_id) = bootstrap::ask_to_join::<R>(config, transport, urls).await?;
+        opened.identity = fresh(replica_id, cluster_id);
+        opened.kept.replace(opened.identity.clone())?;
     }
+    Ok(opened)
+}
+
+impl<R: AsyncRuntime> Opened<R> {
+    /// No group has ever addressed this replica, and it has promised nothing to any.
+    async fn never_began(&mut self) -> Result<bool, StartError> {
+        if self.identity.cluster_id != 0 {
+            return Ok(false);
+        }
+        match &mut self.log {
+            LogHandle::Sled(log) => is_blank::<R, _>(log).await,
+            LogHandle::Memory(log) => is_blank::<R, _>(log).await,
+        }
+    }
+}
+
+/// Whether a log has neither entries nor a vote.
+async fn is_blank<R: AsyncRuntime, L: RaftLogStorage<Types<R>> + RaftLogReader<Types<R>>>(
+    log: &mut L,
+) -> Result<bool, StartError> {
+    let unreadable = |error: std::io::Error| StartError::Raft(error.to_string());
+    let state = log.get_log_state().await.map_err(unreadable)?;
+    let vote = log.read_vote().await.map_err(unreadable)?;
+    Ok(state.last_log_id.is_none() && vote.is_none())
 }
 
 impl<R: AsyncRuntime> Replica<R> {

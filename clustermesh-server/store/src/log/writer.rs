@@ -176,7 +176,10 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
                     acks.into_iter().for_each(|ack| ack.send(Ok(())));
                 }
                 Err(error) => {
-                    tracing::error!(%error, "the log takes no more writes");
+                    tracing::error!(
+                        %error,
+                        "the log takes no more writes, this replica ends: make room on its disk or replace it, then start the server again"
+                    );
                     let reason = error.to_string();
                     let unwritten = self.queue.fail(reason.clone());
                     acks.extend(unwritten.into_iter().map(Op::into_ack));
