@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 
 use clustermesh_api::IdentitySplit;
 use clustermesh_api::identity_split::NumberingError;
-use clustermesh_api::limits::{MAX_PEERS, SESSION_TTL_DEFAULT_SECONDS};
+use clustermesh_api::limits::{
+    MAX_PEER_COPY_BYTES, MAX_PEER_COPY_RECORDS, MAX_PEERS, SESSION_TTL_DEFAULT_SECONDS,
+};
 use clustermesh_api::names::check_cluster_name;
 use clustermesh_api::validate::ClusterError;
 use clustermesh_mesh::{ClusterSettings, SettingsError};
@@ -141,6 +143,10 @@ pub struct LimitsConfig {
     pub max_connections: usize,
     /// HTTP/2 streams of one connection.
     pub max_streams_per_connection: u32,
+    /// Records that are copied of one peer; those past it are refused and shown in its status.
+    pub max_records_per_peer: usize,
+    /// Keys and values that are copied of one peer, bytes.
+    pub max_bytes_per_peer: usize,
 }
 
 impl Default for LimitsConfig {
@@ -148,6 +154,8 @@ impl Default for LimitsConfig {
         Self {
             max_connections: 16_384,
             max_streams_per_connection: 1_024,
+            max_records_per_peer: MAX_PEER_COPY_RECORDS,
+            max_bytes_per_peer: MAX_PEER_COPY_BYTES,
         }
     }
 }
@@ -439,6 +447,18 @@ impl LimitsConfig {
             usize::try_from(self.max_streams_per_connection).unwrap_or(usize::MAX),
             8,
             1 << 20,
+        )?;
+        inside(
+            "limits.max_records_per_peer",
+            self.max_records_per_peer,
+            1,
+            MAX_PEER_COPY_RECORDS,
+        )?;
+        inside(
+            "limits.max_bytes_per_peer",
+            self.max_bytes_per_peer,
+            1 << 10,
+            MAX_PEER_COPY_BYTES,
         )
     }
 }

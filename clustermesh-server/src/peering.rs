@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use clustermesh_api::keys::RecordKey;
 use clustermesh_client::ClientConfig;
-use clustermesh_mesh::peering::{CidrOwners, PeerCopyState, accept_config, forget};
+use clustermesh_mesh::peering::{CidrOwners, CopyQuota, PeerCopyState, accept_config, forget};
 use clustermesh_mesh::{ClusterSettings, View};
 use clustermesh_process::Drain;
 use parking_lot::Mutex;
@@ -51,6 +51,8 @@ struct Shared {
     owners: Mutex<CidrOwners>,
     /// Cluster ids in use by peers, with their names.
     ids: Mutex<BTreeMap<u32, String>>,
+    /// How much of each peer is copied.
+    quota: CopyQuota,
     statuses: PeerStatuses,
     metrics: PeeringMetrics,
 }
@@ -72,6 +74,10 @@ impl Peering {
             settings: Arc::clone(settings),
             owners: Mutex::new(CidrOwners::new(settings)),
             ids: Mutex::new(BTreeMap::new()),
+            quota: CopyQuota {
+                records_max: config.limits.max_records_per_peer,
+                bytes_max: config.limits.max_bytes_per_peer,
+            },
             statuses: statuses.clone(),
             metrics: metrics.clone(),
         });

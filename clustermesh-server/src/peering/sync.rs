@@ -101,7 +101,7 @@ impl<'a> Sync<'a> {
                         .read(|state| PeerCopyState::restore(peer, &mut owners, &StateView(state)))
                 };
                 writer.write(changes).await?;
-                state
+                state.with_quota(shared.quota)
             }
         };
         Ok(Self {

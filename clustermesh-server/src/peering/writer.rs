@@ -20,6 +20,12 @@ pub(super) struct Writer<'a> {
     synced: bool,
 }
 
+/// The judge keeps to the quota; what is applied keeps to it but for one entry's worth, which may put before the next
+/// one deletes. A record has at least a byte.
+const fn with_slack(limit: usize) -> u64 {
+    limit.saturating_add(MAX_COPY_BYTES) as u64
+}
+
 impl<'a> Writer<'a> {
     /// Where the stored cursor stands; at nothing when there is none.
     pub(super) fn new(shared: &'a Shared, cluster: &str) -> Self {
@@ -119,7 +125,8 @@ impl<'a> Writer<'a> {
                     revision,
                     synced,
                     changes,
-                    ..PeerCopy::default()
+                    max_records: with_slack(self.shared.quota.records_max),
+                    max_bytes: with_slack(self.shared.quota.bytes_max),
                 })
                 .await?;
             self.metrics(written, revision, synced);

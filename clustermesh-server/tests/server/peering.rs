@@ -353,6 +353,52 @@ async fn claims_that_a_peer_may_not_make_are_refused_and_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_peer_is_copied_up_to_its_quota_and_goes_on_when_there_is_room() {
+    const RECORDS: usize = 10;
+    let pki = Pki::new();
+    let a = Cluster::start(&pki, 1, &[]).await;
+    let at_a = a.operator(&pki);
+    write(&at_a, node(1, "w1", 1)).await;
+    for host in 10..30 {
+        write(&at_a, address(1, 1, host, 65_600)).await;
+    }
+    let limit = "[limits]\nmax_records_per_peer = 10";
+    let b = Cluster::start_with(&pki, 2, &[&a], limit).await;
+    let at_b = b.operator(&pki);
+    let copied = || async {
+        let records = at_b.list_prefix("cilium/cache/").collect(1_000).await;
+        records.unwrap().kvs.len()
+    };
+    let status = until_state(&at_b, State::Synced).await;
+    assert_eq!(copied().await, RECORDS);
+    assert_eq!(
+        status.refused_records.get("quota"),
+        Some(&11),
+        "{:?}",
+        status.refused_records
+    );
+    // What is there may change and go, what is new finds no room before.
+    write(&at_a, address(1, 1, 10, 65_601)).await;
+    until(&at_b, &format!("{COPY}10"), |value| {
+        value.is_some_and(|value| value.contains("65601"))
+    })
+    .await;
+    let last = write(&at_a, address(1, 1, 40, 65_600)).await;
+    soon("the watermark", async {
+        while until_state(&at_b, State::Synced).await.revision < last {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(copied().await, RECORDS);
+    delete(&at_a, "cilium/state/ip/v1/default/10.1.1.11").await;
+    until(&at_b, &format!("{COPY}11"), |value| value.is_none()).await;
+    write(&at_a, address(1, 1, 41, 65_600)).await;
+    until(&at_b, &format!("{COPY}41"), |value| value.is_some()).await;
+    assert_eq!(copied().await, RECORDS);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_peer_with_our_id_is_refused_with_the_reason_and_its_revision_is_not_waited_for_silently()
 {
     let pki = Pki::new();
