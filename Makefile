@@ -47,9 +47,9 @@ test: setup build ## All tests: unit, property, conformance, and the scenarios i
 differential: setup build ## Random operations on etcd and on ours, answers compared (SEEDS=n, or SEED=n again)
 	@$(if $(SEED),SEED=$(SEED)) SEEDS=$(or $(SEEDS),50) cargo test --locked -p clustermesh-integration --test differential -- --nocapture
 
-sim: ## Simulated groups of replicas, seed after seed (SEEDS=1000 SEED=1 STEPS=60)
+sim: ## Simulated groups of replicas, seed after seed (SEEDS=1000 SEED=1 STEPS=60 JOBS=all processors)
 	@cargo build --locked --release -p clustermesh-sim
-	@$(CARGO_TARGET_DIR)/release/clustermesh-sim --seed $(or $(SEED),1) --seeds $(or $(SEEDS),1000) --steps $(or $(STEPS),60)
+	@$(CARGO_TARGET_DIR)/release/clustermesh-sim --seed $(or $(SEED),1) --seeds $(or $(SEEDS),1000) --steps $(or $(STEPS),60) $(if $(JOBS),--jobs $(JOBS))
 
 faults: setup build ## Faults under load with real processes (ONLY=leader_alone: one scenario)
 	@cargo test --locked -p clustermesh-integration --test faults -- --nocapture $(ONLY)

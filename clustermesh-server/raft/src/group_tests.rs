@@ -3,6 +3,7 @@
 mod divergence;
 mod network;
 mod starts;
+mod terms;
 
 use std::{
     collections::BTreeSet,
