@@ -162,9 +162,16 @@ async fn forget_others(shared: Arc<Shared>, configured: BTreeSet<String>) {
                 .filter(|cluster| !configured.contains(cluster))
                 .collect()
         });
+        if gone.is_empty() {
+            return;
+        }
+        let Some(term) = shared.store.leading_term() else {
+            tokio::time::sleep(FORGET_RETRY_PAUSE).await;
+            continue;
+        };
         let mut failed = false;
         for cluster in gone {
-            match drain_copy(&shared, &cluster).await {
+            match drain_copy(&shared, term, &cluster).await {
                 Ok(records) => info!(cluster, records, "not a peer any more, its copy is removed"),
                 Err(status) => {
                     failed = true;
@@ -184,7 +191,8 @@ async fn forget_others(shared: Arc<Shared>, configured: BTreeSet<String>) {
 }
 
 /// Deletes all that is copied of `cluster`, then its cursor; the number of records.
-async fn drain_copy(shared: &Shared, cluster: &str) -> Result<usize, tonic::Status> {
+async fn drain_copy(shared: &Shared, term: u64, cluster: &str) -> Result<usize, tonic::Status> {
+    let mut writer = Writer::new(shared, term, cluster).await?;
     let changes = {
         let mut owners = shared.owners.lock();
         shared
@@ -192,7 +200,6 @@ async fn drain_copy(shared: &Shared, cluster: &str) -> Result<usize, tonic::Stat
             .read(|state| forget(cluster, &mut owners, &StateView(state)))
     };
     let records = changes.len();
-    let mut writer = Writer::new(shared, cluster);
     writer.unsync();
     writer.write(changes).await?;
     shared.store.peer_forget(cluster.to_owned()).await?;

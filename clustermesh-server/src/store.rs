@@ -13,7 +13,7 @@ use std::time::Duration;
 use clustermesh_api::etcd::rpc::ResponseHeader;
 use clustermesh_core::pb::{PeerCopy, PeerForget, proposal::Command};
 use clustermesh_core::{Outcome, State};
-use clustermesh_raft::{Committed, Replica, WatchSpec, Watcher};
+use clustermesh_raft::{Committed, ProposeError, Replica, WatchSpec, Watcher};
 use openraft_rt_tokio::TokioRuntime;
 use tonic::Status;
 
@@ -193,12 +193,20 @@ impl Store {
     /// Changes of a peer's copy with the cursor that they reach; the number of records that changed.
     ///
     /// # Errors
-    /// A key outside the copy's ranges, or no leader.
-    pub async fn peer_copy(&self, copy: PeerCopy) -> Result<usize, Status> {
-        match self.propose_as_leader(Command::PeerCopy(copy)).await? {
+    /// A key outside the copy's ranges, or this replica does not lead in `term` any more: another one may have copied on.
+    pub async fn peer_copy(&self, term: u64, copy: PeerCopy) -> Result<usize, Status> {
+        let proposal = clustermesh_core::pb::Proposal::system(Command::PeerCopy(copy));
+        let told = self.replica.propose_in_term(term, proposal).await;
+        match self.led(told)? {
             (Outcome::PeerCopy { written }, _) => Ok(written),
             _ => Err(mixed_up()),
         }
+    }
+
+    /// The term in which this replica leads. What earlier leaders copied is applied once [`Self::linearize`] returns.
+    #[must_use]
+    pub fn leading_term(&self) -> Option<u64> {
+        self.replica.leading_term()
     }
 
     /// Drops a peer's cursor.
@@ -234,11 +242,14 @@ impl Store {
         command: Command,
     ) -> Result<(Outcome, ResponseHeader), Status> {
         let proposal = clustermesh_core::pb::Proposal::system(command);
-        let committed = self
-            .replica
-            .propose_as_leader(proposal)
-            .await
-            .map_err(|error| propose_status(&error))?;
+        self.led(self.replica.propose_as_leader(proposal).await)
+    }
+
+    fn led(
+        &self,
+        told: Result<Committed, ProposeError>,
+    ) -> Result<(Outcome, ResponseHeader), Status> {
+        let committed = told.map_err(|error| propose_status(&error))?;
         self.shared
             .term
             .fetch_max(committed.term, Ordering::Relaxed);

@@ -9,11 +9,12 @@ use std::{
 };
 
 use clustermesh_core::{pb, pb::proposal::Command as CoreCommand};
-use clustermesh_store::{Command, Node, Origin, ReplicaId};
+use clustermesh_store::{Command, CommittedLeaderId, Node, Origin, ReplicaId};
 use openraft::{
     Raft,
     async_runtime::{
         AsyncRuntime, Instant, Mpsc, MpscReceiver, MpscSender, Oneshot, OneshotSender, Select2,
+        WatchReceiver,
     },
     errors::{ClientWriteError, ForwardToLeader},
     impls::ProgressResponder,
@@ -105,12 +106,22 @@ impl<R: AsyncRuntime> Drop for Forwarded<R> {
     }
 }
 
+/// Who may propose something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stays {
+    /// Whoever leads.
+    Anywhere,
+    /// This replica, while it leads.
+    Here,
+    /// This replica, while it leads in this term.
+    InTerm(u64),
+}
+
 /// A proposal that waits for its answer.
 pub(crate) struct Waiting<R: AsyncRuntime> {
     pub(crate) proposal: pb::Proposal,
     pub(crate) origin: Option<(ReplicaId, u64)>,
-    /// Proposed while this replica leads, or not at all.
-    pub(crate) stays: bool,
+    pub(crate) stays: Stays,
     bytes: usize,
     teller: Teller<R>,
     /// Given back when it is told.
@@ -179,15 +190,20 @@ impl<R: AsyncRuntime> Proposer<R> {
     /// Proposes wherever the leader is.
     pub(crate) async fn propose(&self, mut proposal: pb::Proposal) -> Told {
         choose_lease_id::<R>(&mut proposal);
-        self.propose_with(proposal, false).await
+        self.propose_with(proposal, Stays::Anywhere).await
     }
 
-    /// Proposes only while this replica leads: what a leader decided must not come after its successor's.
+    /// Proposes only while this replica leads.
     pub(crate) async fn propose_as_leader(&self, proposal: pb::Proposal) -> Told {
-        self.propose_with(proposal, true).await
+        self.propose_with(proposal, Stays::Here).await
     }
 
-    async fn propose_with(&self, proposal: pb::Proposal, stays: bool) -> Told {
+    /// Proposes only while this replica leads in `term`: what a leader decided must not come after its successor's.
+    pub(crate) async fn propose_in_term(&self, term: u64, proposal: pb::Proposal) -> Told {
+        self.propose_with(proposal, Stays::InTerm(term)).await
+    }
+
+    async fn propose_with(&self, proposal: pb::Proposal, stays: Stays) -> Told {
         let (teller, answer) = R::Oneshot::channel();
         let teller = Teller::Caller(teller);
         self.enqueue(proposal, None, stays, teller).await?;
@@ -199,7 +215,7 @@ impl<R: AsyncRuntime> Proposer<R> {
         &self,
         proposal: pb::Proposal,
         origin: Option<(ReplicaId, u64)>,
-        stays: bool,
+        stays: Stays,
         teller: Teller<R>,
     ) -> Result<(), ProposeError> {
         let bytes = proposal.encoded_len();
@@ -247,7 +263,7 @@ impl<R: AsyncRuntime> Proposer<R> {
             let origin = Some((from, forwarded.request_id));
             let proposal = forwarded.proposal.unwrap_or_default();
             let teller = Teller::Forwarded(group.clone());
-            if let Err(error) = self.enqueue(proposal, origin, true, teller).await {
+            if let Err(error) = self.enqueue(proposal, origin, Stays::Here, teller).await {
                 group.note(&Err(error));
             }
         }
@@ -389,7 +405,34 @@ pub(crate) struct Submitted<R: AsyncRuntime> {
 type OneshotReceiverOf<R, T> = <<R as AsyncRuntime>::Oneshot as Oneshot>::Receiver<T>;
 
 impl<R: AsyncRuntime> Entries<R> {
+    /// The term in which this replica leads, as far as it knows.
+    pub(crate) fn leading_term(&self) -> Option<u64> {
+        let metrics = self.raft.server_metrics();
+        let metrics = metrics.borrow_watched();
+        let leads = metrics.state.is_leader();
+        leads.then_some(metrics.vote.leader_id.term)
+    }
+
+    /// Tells those whose term is over; the term that the others insist on.
+    fn keep_term(&self, batch: &mut Vec<Waiting<R>>) -> Option<u64> {
+        let now = self.leading_term();
+        let mut insist = None;
+        for waiting in std::mem::take(batch) {
+            match waiting.stays {
+                Stays::InTerm(term) if Some(term) != now => {
+                    waiting.tell(Err(ProposeError::NotLeader { leader: None }));
+                    continue;
+                }
+                Stays::InTerm(term) => insist = Some(term),
+                Stays::Anywhere | Stays::Here => {}
+            }
+            batch.push(waiting);
+        }
+        insist
+    }
+
     pub(crate) async fn submit(&self, mut batch: Vec<Waiting<R>>) -> Submitted<R> {
+        let term = self.keep_term(&mut batch);
         let origins = (0_u32..)
             .zip(&batch)
             .filter_map(|(place, waiting)| {
@@ -412,10 +455,17 @@ impl<R: AsyncRuntime> Entries<R> {
         };
         add(&self.metrics.entries_proposed_total, 1);
         let (responder, answer) = ProgressResponder::complete_only();
-        let sent = self
-            .raft
-            .client_write_ff(command.clone(), Some(responder))
-            .await;
+        let mut write = self.raft.write(command.clone()).responder(responder);
+        if let Some(term) = term {
+            // Between our look at the term and the entry it may change.
+            write = write.with_leader(CommittedLeaderId::new(term));
+        }
+        let sent = if batch.is_empty() {
+            drop(write);
+            Ok(())
+        } else {
+            write.await
+        };
         Submitted {
             batch,
             command,

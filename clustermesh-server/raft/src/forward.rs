@@ -13,12 +13,13 @@ use clustermesh_store::{Node, Origin, ReplicaId};
 use openraft::{
     Raft,
     async_runtime::{AsyncRuntime, Instant, Mpsc, Select2, Watch, WatchReceiver},
+    metrics::RaftServerMetrics,
 };
 use parking_lot::Mutex;
 
 use crate::{
     Types,
-    batcher::{Entries, Told, Waiting},
+    batcher::{Entries, Stays, Told, Waiting},
     config::{LEADER_CHANGE_GRACE, MAX_FORWARDS_IN_FLIGHT, ROUTE_RETRY_PAUSE},
     error::{ProposeError, ReadError},
     metrics::add,
@@ -93,14 +94,28 @@ pub(crate) struct Router<R: AsyncRuntime> {
     pub(crate) progress: <R::Watch as Watch>::Receiver<Progress>,
 }
 
+/// One that this replica has heard of and cannot address does not count: it has not heard of the group's members yet.
+fn leader_with_node<R: AsyncRuntime>(
+    metrics: &RaftServerMetrics<Types<R>>,
+) -> Option<(ReplicaId, &Node)> {
+    let leader = metrics.current_leader?;
+    let node = metrics.membership_config.membership().get_node(&leader)?;
+    Some((leader, node))
+}
+
 impl<R: AsyncRuntime> Router<R> {
-    /// The leader as this replica knows it.
+    /// The leader, if this replica knows it and where it is.
     pub(crate) fn leader(&self) -> Option<(ReplicaId, Node)> {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched();
-        let leader = metrics.current_leader?;
-        let node = metrics.membership_config.membership().get_node(&leader);
-        Some((leader, node.cloned().unwrap_or_default()))
+        leader_with_node(&metrics).map(|(leader, node)| (leader, node.clone()))
+    }
+
+    /// Raft has ended here, as after a failure of the disk: this replica promises nothing any more, not even what another one would keep.
+    pub(crate) fn has_ended(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics.running_state.is_err()
     }
 
     pub(crate) fn leads(&self) -> bool {
@@ -117,12 +132,15 @@ impl<R: AsyncRuntime> Router<R> {
     pub(crate) async fn other_leader(&self, leader: Option<ReplicaId>, most: Duration) -> bool {
         let mut metrics = self.raft.server_metrics();
         let changed = async move {
-            while metrics.borrow_and_update().current_leader == leader {
+            loop {
+                let known = leader_with_node(&metrics.borrow_and_update()).map(|(id, _)| id);
+                if known != leader {
+                    return true;
+                }
                 if metrics.changed().await.is_err() {
                     return false;
                 }
             }
-            true
         };
         R::timeout(most, changed).await.unwrap_or(true)
     }
@@ -134,6 +152,12 @@ impl<R: AsyncRuntime> Router<R> {
         };
         let (done, _unheard) = R::Mpsc::channel::<()>(MAX_FORWARDS_IN_FLIGHT);
         loop {
+            if self.has_ended() {
+                for waiting in batch {
+                    waiting.tell(Err(ProposeError::Stopped));
+                }
+                return;
+            }
             let leader = self.leader();
             if leader.as_ref().is_none_or(|(id, _)| *id != self.own) {
                 batch = refuse_staying(batch, &leader);
@@ -252,6 +276,9 @@ impl<R: AsyncRuntime> Router<R> {
         patience: Duration,
     ) -> Result<Option<Answer>, ReadError> {
         loop {
+            if self.has_ended() {
+                return Err(ReadError::Stopped);
+            }
             let leader = self.leader();
             match &leader {
                 Some((id, _)) if *id == self.own => return Ok(None),
@@ -287,7 +314,7 @@ fn refuse_staying<R: AsyncRuntime>(
 ) -> Vec<Waiting<R>> {
     let mut rest = Vec::with_capacity(batch.len());
     for waiting in batch {
-        if waiting.stays {
+        if waiting.stays != Stays::Anywhere {
             waiting.tell(Err(ProposeError::NotLeader {
                 leader: leader.clone(),
             }));

@@ -158,6 +158,9 @@ impl<R: AsyncRuntime> Members<R> {
             change: Some(change),
         };
         loop {
+            if self.router.has_ended() {
+                return Err(MemberError::Stopped);
+            }
             let leader = self.router.leader();
             let changed = match &leader {
                 Some((id, _)) if *id == self.router.own => self.change_here(change.clone()).await,
@@ -499,8 +502,12 @@ impl<R: AsyncRuntime> Members<R> {
     pub(crate) async fn publish(self, node: Node, stop: Stop<R>) {
         let own = self.router.own;
         loop {
-            let (nodes, _) = self.nodes();
-            let Some(known) = nodes.get(&own) else {
+            // As applied: what a leader has only proposed, its successor may undo.
+            let known = {
+                let applied = self.shared.applied.read();
+                applied.membership.membership().get_node(&own).cloned()
+            };
+            let Some(known) = known else {
                 // Not a member yet, or no more.
                 if stop.or(R::sleep(MEMBERS_POLL)).await.is_none() {
                     return;
@@ -514,7 +521,7 @@ impl<R: AsyncRuntime> Members<R> {
                 join_as_voter: known.join_as_voter,
                 replaces: known.replaces,
             };
-            if *known == wanted {
+            if known == wanted {
                 return;
             }
             let update = Change::Update(MemberUpdate {

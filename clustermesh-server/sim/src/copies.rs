@@ -128,13 +128,16 @@ impl Copies {
 pub async fn run(copies: Copies, replica: Replica<SimRuntime>) {
     while !copies.ended.load(Ordering::Relaxed) {
         SimRuntime::sleep(draw(|random| random.time_ms(50..400))).await;
-        if replica.status().is_leader {
-            copy(&copies, &replica).await;
+        if let Some(term) = replica.leading_term() {
+            copy(&copies, &replica, term).await;
         }
     }
 }
 
-async fn copy(copies: &Copies, replica: &Replica<SimRuntime>) {
+async fn copy(copies: &Copies, replica: &Replica<SimRuntime>, term: u64) {
+    if replica.linearize().await.is_err() {
+        return;
+    }
     let stored = |state: &State| state.peer_cursor(CLUSTER).map(|cursor| cursor.revision);
     let mut cursor = replica.read(stored).unwrap_or(0);
     while !copies.ended.load(Ordering::Relaxed) {
@@ -147,7 +150,9 @@ async fn copy(copies: &Copies, replica: &Replica<SimRuntime>) {
             changes: (cursor + 1..=next).map(change_at).collect(),
             ..PeerCopy::default()
         });
-        let told = replica.propose_as_leader(Proposal::system(command)).await;
+        let told = replica
+            .propose_in_term(term, Proposal::system(command))
+            .await;
         if !told.is_ok_and(|committed| committed.outcome.is_ok()) {
             return;
         }

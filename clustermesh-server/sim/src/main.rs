@@ -23,6 +23,9 @@ struct Args {
     /// Blows of chaos in each
     #[arg(long, default_value_t = 60)]
     steps: u64,
+    /// Seeds at once; as many as there are processors unless given
+    #[arg(long)]
+    jobs: Option<usize>,
     /// Tell of each seed
     #[arg(long, short)]
     verbose: bool,
@@ -39,7 +42,8 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let begun = Instant::now();
-    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+    let processors = || std::thread::available_parallelism().map_or(1, usize::from);
+    let jobs = args.jobs.unwrap_or_else(processors).max(1);
     let next = AtomicU64::new(0);
     let totals = Mutex::new(Totals::default());
     std::thread::scope(|scope| {

@@ -266,7 +266,7 @@ impl World {
                     error,
                     StartError::NoLeader { .. } | StartError::Join(_) | StartError::Bootstrap(_)
                 );
-                if !expected && running.disk_failed.is_none() {
+                if !expected && running.disk_failed.is_none() && !data.faults().is_faulty() {
                     self.history
                         .fault(format!("replica {index} does not start: {error}"));
                 }

@@ -1,6 +1,6 @@
 //! Changes of who belongs to the group.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 use clustermesh_raft::{MemberError, Node, Replica, ReplicaId};
 use openraft::async_runtime::AsyncRuntime;
@@ -60,6 +60,7 @@ impl World {
             self.removals.lock().insert(id);
         }
         let world = self.clone();
+        self.changes_pending.fetch_add(1, Ordering::Relaxed);
         let url = free.and_then(|free| Some(self.members.get(free)?.url.clone()));
         let asked = spawn_in(life, ask(replica, change, url.unwrap_or_default()));
         drop(spawn_in(WORLD, async move {
@@ -67,6 +68,7 @@ impl World {
             // The replica may have ended with the change under way.
             let told = told.ok().and_then(Result::ok);
             world.follow(change, free, told.unwrap_or(Err(MemberError::Unknown)));
+            world.changes_pending.fetch_sub(1, Ordering::Relaxed);
         }));
     }
 
@@ -112,12 +114,15 @@ impl World {
         self.taken().filter_map(Member::replica).all(|replica| {
             let members = replica.status().members;
             let known = |id: ReplicaId| members.iter().any(|member| member.id == id);
-            members.iter().all(|member| {
-                let waits = member.node.join_as_voter && !member.voter;
-                let replaces = member.voter && known(member.node.replaces);
-                // One that was added and never started stays a learner.
-                !ids.contains(&member.id) || !waits && !replaces
-            })
+            // One that is being removed is about to make room.
+            let complete = ids.iter().all(|id| known(*id));
+            complete
+                && members.iter().all(|member| {
+                    let waits = member.node.join_as_voter && !member.voter;
+                    let replaces = member.voter && known(member.node.replaces);
+                    // One that was added and never started stays a learner.
+                    !ids.contains(&member.id) || !waits && !replaces
+                })
         })
     }
 

@@ -91,7 +91,12 @@ impl World {
 
     fn check_status(&self, member: &Member, running: &mut Running, replica: &Replica<SimRuntime>) {
         let index = member.index;
-        match (replica.status().failure, running.disk_failed) {
+        let failure = replica.status().failure;
+        if failure.is_some() && member.data().faults().is_faulty() {
+            // A snapshot that cannot be written ends a replica as well as a log that cannot.
+            running.disk_failed.get_or_insert_with(elapsed);
+        }
+        match (failure, running.disk_failed) {
             (Some(failure), _) if failure.contains("was removed") => {
                 self.check_asked_to_remove(index, replica.id());
                 running.removed = true;

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicI64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -90,6 +90,8 @@ pub struct World {
     pub disk_failures: Mutex<BTreeMap<Life, Duration>>,
     pub(crate) paused: Mutex<BTreeSet<Life>>,
     pub(crate) changes_members: bool,
+    /// Changes of the membership that were asked for and not answered.
+    pub(crate) changes_pending: AtomicUsize,
     /// Permissions, where they are checked.
     pub access: Option<Access>,
     /// The copy of a peer, where there is one.
@@ -119,6 +121,7 @@ impl World {
             disk_failures: Mutex::default(),
             paused: Mutex::default(),
             changes_members: draw(|random| random.chance(60)),
+            changes_pending: AtomicUsize::new(0),
             access: draw(|random| random.chance(40)).then(Access::default),
             copies: draw(|random| random.chance(50)).then(Copies::default),
         }
@@ -208,12 +211,14 @@ impl World {
 
 async fn settle(world: &Arc<World>) {
     world.heal();
-    world.wait("every replica up", || world.all_up()).await;
+    let settled = || {
+        world.free_removed();
+        world.all_up()
+            && world.changes_pending.load(Ordering::Relaxed) == 0
+            && world.members_settled()
+    };
     world
-        .wait("the membership settled", || {
-            world.free_removed();
-            world.all_up() && world.members_settled()
-        })
+        .wait("every replica up and the membership settled", settled)
         .await;
     SimRuntime::sleep(Duration::from_secs(1)).await;
     world.ended.store(true, Ordering::Relaxed);

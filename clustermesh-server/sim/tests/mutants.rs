@@ -7,21 +7,21 @@ use clustermesh_sim::world::{Options, run};
 /// Seeds tried, most.
 const SEEDS: u64 = 40;
 
-/// The seed that finds it, and what it finds.
-fn find(mutant: Mutant, first_seed: u64, steps: u64) -> Option<(u64, Vec<String>)> {
+/// The first seed that finds it for the right reason, and what it finds.
+fn find(mutant: Mutant, first_seed: u64, steps: u64, says: &[&str]) -> Option<(u64, Vec<String>)> {
     (first_seed..first_seed + SEEDS).find_map(|seed| {
         plant(Some(mutant));
         let report = run(Options { seed, steps });
         plant(None);
-        (!report.faults.is_empty()).then_some((seed, report.faults))
+        let said = |fault: &String| says.iter().any(|say| fault.contains(say));
+        let found = report.faults.iter().any(said);
+        found.then_some((seed, report.faults))
     })
 }
 
 fn must_find(mutant: Mutant, first_seed: u64, steps: u64, says: &[&str]) {
-    let (seed, faults) = find(mutant, first_seed, steps).expect("a seed that finds it");
+    let (seed, faults) = find(mutant, first_seed, steps, says).expect("a seed that finds it");
     println!("{mutant:?}: seed {seed}: {}", faults.join("\n"));
-    let said = |fault: &String| says.iter().any(|say| fault.contains(say));
-    assert!(faults.iter().any(said), "{faults:?}");
 }
 
 #[test]

@@ -55,6 +55,8 @@ pub(super) struct Link {
     client: ClientConfig,
     /// Kept over reconnections; lost with leadership.
     copy: Option<PeerCopyState>,
+    /// The term that `copy` is of.
+    term: u64,
 }
 
 impl Link {
@@ -70,6 +72,7 @@ impl Link {
             name: name.to_owned(),
             client,
             copy: None,
+            term: 0,
         })
     }
 
@@ -78,10 +81,14 @@ impl Link {
         let mut backoff = BACKOFF_MIN;
         let mut warnings = Warnings::default();
         loop {
-            if !self.shared.store.is_leader() {
+            let Some(term) = self.shared.store.leading_term() else {
                 self.copy = None;
                 tokio::time::sleep(FOLLOWER_PAUSE).await;
                 continue;
+            };
+            if std::mem::replace(&mut self.term, term) != term {
+                // Another replica may have copied on meanwhile.
+                self.copy = None;
             }
             let mut synced = false;
             let error = match self.connection(&mut synced).await {
@@ -135,7 +142,8 @@ impl Link {
     ) -> Result<std::convert::Infallible, LinkError> {
         let client = Client::connect(&self.client).await?;
         self.shared.statuses.connected(&self.name, client.clone());
-        let mut sync = Sync::begin(&self.shared, &self.name, client, &mut self.copy).await?;
+        let mut sync =
+            Sync::begin(&self.shared, self.term, &self.name, client, &mut self.copy).await?;
         sync.run(synced).await
     }
 }

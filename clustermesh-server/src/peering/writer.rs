@@ -14,6 +14,8 @@ const MAX_COPY_BYTES: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Writer<'a> {
     shared: &'a Shared,
+    /// What is copied in a later term goes on from another cursor.
+    term: u64,
     cluster: String,
     store_id: u64,
     revision: i64,
@@ -27,21 +29,26 @@ const fn with_slack(limit: usize) -> u64 {
 }
 
 impl<'a> Writer<'a> {
-    /// Where the stored cursor stands; at nothing when there is none.
-    pub(super) fn new(shared: &'a Shared, cluster: &str) -> Self {
+    /// Where the stored cursor stands, at nothing when there is none; for the leader of `term`.
+    ///
+    /// # Errors
+    /// No leader: what others copied before may not be known here.
+    pub(super) async fn new(shared: &'a Shared, term: u64, cluster: &str) -> Result<Self, Status> {
+        shared.store.linearize().await?;
         let cursor = shared
             .store
             .read(|state| state.peer_cursor(cluster).cloned());
         let (store_id, revision, synced) = cursor.map_or((0, 0, false), |cursor| {
             (cursor.store_id, cursor.revision, cursor.synced)
         });
-        Self {
+        Ok(Self {
             shared,
+            term,
             cluster: cluster.to_owned(),
             store_id,
             revision,
             synced,
-        }
+        })
     }
 
     pub(super) fn store_id(&self) -> u64 {
@@ -119,15 +126,18 @@ impl<'a> Writer<'a> {
             let written = self
                 .shared
                 .store
-                .peer_copy(PeerCopy {
-                    cluster: self.cluster.clone(),
-                    store_id: self.store_id,
-                    revision,
-                    synced,
-                    changes,
-                    max_records: with_slack(self.shared.quota.records_max),
-                    max_bytes: with_slack(self.shared.quota.bytes_max),
-                })
+                .peer_copy(
+                    self.term,
+                    PeerCopy {
+                        cluster: self.cluster.clone(),
+                        store_id: self.store_id,
+                        revision,
+                        synced,
+                        changes,
+                        max_records: with_slack(self.shared.quota.records_max),
+                        max_bytes: with_slack(self.shared.quota.bytes_max),
+                    },
+                )
                 .await?;
             self.metrics(written, revision, synced);
         }

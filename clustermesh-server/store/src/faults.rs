@@ -47,19 +47,21 @@ impl DiskFaults {
         self.fault.lock().is_some()
     }
 
-    /// Writes that failed.
+    /// Writes of the log that failed.
     #[must_use]
     pub fn refused_total(&self) -> u64 {
         self.refused_total.load(Ordering::Relaxed)
     }
 
     pub(crate) fn check(&self) -> io::Result<()> {
-        match *self.fault.lock() {
-            None => Ok(()),
-            Some(fault) => {
-                self.refused_total.fetch_add(1, Ordering::Relaxed);
-                Err(fault.error())
-            }
-        }
+        let fault = *self.fault.lock();
+        fault.map_or(Ok(()), |fault| Err(fault.error()))
+    }
+
+    /// Counts a refusal too: after one of the log, a replica is done.
+    pub(crate) fn check_log(&self) -> io::Result<()> {
+        self.check().inspect_err(|_| {
+            self.refused_total.fetch_add(1, Ordering::Relaxed);
+        })
     }
 }

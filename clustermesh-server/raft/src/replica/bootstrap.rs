@@ -274,8 +274,11 @@ impl<R: AsyncRuntime> Replica<R> {
             let stepped = self.catch_up_once().await;
             match stepped {
                 Ok(true) => break,
-                Ok(false) => {}
-                Err(ReadError::Stopped) => return Err(StartError::Raft("raft has stopped".into())),
+                Ok(false) => self.ask_whether_removed(config).await,
+                Err(ReadError::Stopped) => {
+                    self.check_not_removed()?;
+                    return Err(StartError::Raft("raft has stopped".into()));
+                }
                 Err(error) => tracing::debug!(%error, "not up to date yet"),
             }
             if self.inner.router.leads() && self.read(|state| state.cluster_id()) == 0 {
@@ -305,6 +308,25 @@ impl<R: AsyncRuntime> Replica<R> {
             .await
             .map_err(|error| StartError::Bootstrap(error.to_string()))?;
         Ok(())
+    }
+
+    /// No leader speaks to a replica that was removed; one that had not heard of its group's members before would wait for ever.
+    async fn ask_whether_removed(&self, config: &ReplicaConfig) {
+        let Start::Join(urls) = &config.start else {
+            return;
+        };
+        if self.inner.raft.voter_ids().next().is_some() {
+            return;
+        }
+        for peer_url in urls.iter().cloned() {
+            let target = Target { id: 0, peer_url };
+            let links = &self.inner.bound.links;
+            // It heeds a refusal; nothing else counts here.
+            let _heeded = links
+                .call(&target, Call::Hello(Hello {}), READ_INDEX_TIMEOUT)
+                .await;
+        }
+        R::sleep(BOOTSTRAP_POLL).await;
     }
 
     async fn catch_up_once(&self) -> Result<bool, ReadError> {

@@ -137,7 +137,7 @@ async fn sync<R: AsyncRuntime>(disk: Arc<Disk>) {
             return;
         }
         R::sleep((disk.sync_time)()).await;
-        if let Err(error) = disk.faults.check() {
+        if let Err(error) = disk.faults.check_log() {
             let waiting = disk.state.lock().waiting();
             for done in waiting {
                 done(Err(io::Error::new(error.kind(), error.to_string())));
@@ -183,7 +183,7 @@ impl MemoryLog {
 
     fn write<R: AsyncRuntime>(&self, change: Change, done: Option<Done>) -> io::Result<()> {
         if let Some(disk) = &self.disk {
-            disk.faults.check()?;
+            disk.faults.check_log()?;
         }
         change.make(&mut self.tail.lock());
         let Some(disk) = &self.disk else {
