@@ -9,7 +9,7 @@ KEEP ?= 0
 CARGO_DENY_VERSION := 0.20.2
 BPF_LINKER_VERSION := 0.13.0
 
-.PHONY: help setup peers build lint test differential fuzz sim faults power judges judged-1 judged-3 demo kernels bench bench-store soak clean
+.PHONY: bench-encryption help setup peers build lint test differential fuzz sim faults power judges judged-1 judged-3 demo kernels bench bench-store soak clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,10 +17,12 @@ help: ## Show the targets
 setup: ## Install what a fresh Debian 12 machine with rustup lacks (idempotent)
 	@deploy/setup.sh $(BPF_LINKER_VERSION) $(CARGO_DENY_VERSION)
 	@integration/peers/build.sh >/dev/null
+	@integration/peers/build.sh wireguard >/dev/null
 	@integration/older/build.sh >/dev/null
 
 peers: ## Build the programs of others that ours are compared with (etcd)
 	@integration/peers/build.sh
+	@integration/peers/build.sh wireguard
 
 WORKSPACE := --locked --workspace --exclude clustermesh-ebpf-programs
 
@@ -90,6 +92,10 @@ bench-store: setup ## The store against etcd, as ratios (REPLICAS=1 or 3, ROUNDS
 soak: setup ## Disk and memory of the store over many puts on the same keys (PUTS=10000000)
 	@$(STORE_BINS)
 	@$(CARGO_TARGET_DIR)/release/clustermesh-soak --puts $(or $(PUTS),10000000)
+
+bench-encryption: setup ## Our WireGuard device against wireguard-go and boringtun, as ratios
+	@cargo build --locked --release -p clustermesh-encryption -p clustermesh-integration --bins
+	@$(CARGO_TARGET_DIR)/release/clustermesh-bench-encryption
 
 clean: ## Remove build output and whatever a killed lab left behind
 	@if [ -x $(CARGO_TARGET_DIR)/debug/clustermesh-lab ]; then $(CARGO_TARGET_DIR)/debug/clustermesh-lab clean; fi

@@ -10,6 +10,7 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 command -v cargo >/dev/null || { say "cargo not found: install rustup first (https://rustup.rs)"; exit 2; }
 
 packages=(build-essential curl iproute2 iputils-ping ethtool tcpdump tshark iperf3 nftables iptables bpftool procps util-linux
+    wireguard-tools
     protobuf-compiler libprotobuf-dev python3-venv)
 # The kernel programs need a compiler with the sources of core. A rustup nightly with rust-src does as well.
 nightly_src=$(rustup run nightly rustc --print sysroot 2>/dev/null || true)

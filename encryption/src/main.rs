@@ -1,14 +1,21 @@
 //! Entry point of the WireGuard device of user space.
 
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Parser;
 use clustermesh_encryption::userspace::control_socket::{ControlSocket, SOCKET_DIR};
 use clustermesh_encryption::userspace::{Options, UserspaceDevice, WORKERS_MAX};
 use clustermesh_process::logging::{self, LogFormat};
+use clustermesh_process::notify::NOTIFY_SOCKET_VARIABLE;
 use nix::sys::signal::{SigSet, Signal};
+
+/// Longest that a device in the background may take until it is ready.
+const READY_SECONDS_MAX: u64 = 30;
 
 /// A WireGuard device in user space, fast by segmentation offload. Configure it with `wg` (package wireguard-tools).
 #[derive(Parser)]
@@ -16,7 +23,7 @@ use nix::sys::signal::{SigSet, Signal};
 struct Arguments {
     /// Name of the network device.
     name: String,
-    /// Stay in the foreground.
+    /// Stay in the foreground; otherwise the command returns when the device is ready.
     #[arg(short, long)]
     foreground: bool,
     /// Worker threads (default: one for each processor, 8 at most).
@@ -28,10 +35,19 @@ struct Arguments {
     /// Folder of the control socket.
     #[arg(long, default_value = SOCKET_DIR)]
     socket_dir: PathBuf,
+    /// Leave the terminal's session: this is the process in the background.
+    #[arg(long, hide = true)]
+    detached: bool,
 }
 
 fn main() -> ExitCode {
-    match start(&Arguments::parse()) {
+    let arguments = Arguments::parse();
+    let result = if arguments.foreground || arguments.detached {
+        run(&arguments)
+    } else {
+        start_in_background()
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("clustermesh-wireguard: {error:#}");
@@ -40,11 +56,39 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(arguments: &Arguments) -> Result<()> {
-    anyhow::ensure!(
-        arguments.foreground,
-        "--foreground is required: leave it to the service manager to keep the device in the background"
-    );
+/// Runs the same command once more, detached, and waits until it is ready.
+fn start_in_background() -> Result<()> {
+    let name = format!("clustermesh-wireguard-{}", std::process::id());
+    let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
+    socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+    let mut child = Command::new(std::env::current_exe().context("path of the running program")?)
+        .args(std::env::args_os().skip(1))
+        .arg("--detached")
+        .env(NOTIFY_SOCKET_VARIABLE, format!("@{name}"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()?;
+    let begun = Instant::now();
+    let mut message = [0; 256];
+    while begun.elapsed() < Duration::from_secs(READY_SECONDS_MAX) {
+        if let Ok(length) = socket.recv(&mut message)
+            && message[..length].starts_with(b"READY=1")
+        {
+            return Ok(());
+        }
+        if let Some(status) = child.try_wait()? {
+            // It has said why.
+            bail!("the device did not start ({status})");
+        }
+    }
+    child.kill()?;
+    bail!("the device was not ready after {READY_SECONDS_MAX} s")
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.detached {
+        nix::unistd::setsid().context("setsid")?;
+    }
     logging::init(LogFormat::Text)?;
     // Before there are threads: they inherit it.
     let mut signals = SigSet::empty();

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Builds the programs of others that ours are judged by, once per version, into the cache folder, and prints where.
+# Usage: build.sh [etcd | wireguard]
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -50,8 +51,31 @@ build() {
     printf '%s\n' "$folder"
 }
 
-etcd=$(version_of go.etcd.io/etcd/server/v3)
-build "etcd-$etcd" \
-    etcd=go.etcd.io/etcd/server/v3 \
-    etcdctl=go.etcd.io/etcd/etcdctl/v3 \
-    etcdutl=go.etcd.io/etcd/etcdutl/v3
+build_etcd() {
+    local etcd
+    etcd=$(version_of go.etcd.io/etcd/server/v3)
+    build "etcd-$etcd" \
+        etcd=go.etcd.io/etcd/server/v3 \
+        etcdctl=go.etcd.io/etcd/etcdctl/v3 \
+        etcdutl=go.etcd.io/etcd/etcdutl/v3
+}
+
+build_wireguard() {
+    local version=0.7.1
+    # A module of its own: it must not choose etcd's dependencies.
+    cd wireguard
+    build "wireguard-go-$(version_of golang.zx2c4.com/wireguard)" wireguard-go=golang.zx2c4.com/wireguard
+    if [ ! -x "$cache/boringtun-$version/bin/boringtun-cli" ]; then
+        say "building boringtun-$version"
+        made=$(mktemp -d "$cache/.build-XXXXXX")
+        trap 'rm -rf "$made"' EXIT
+        CARGO_TARGET_DIR=$made/target cargo install --quiet boringtun-cli --version "$version" --locked --root "$made" >&2
+        rm -rf "$made/target"
+        chmod 755 "$made"
+        mv -T "$made" "$cache/boringtun-$version" 2>/dev/null || rm -rf "$made"
+        trap - EXIT
+    fi
+    printf '%s\n' "$cache/boringtun-$version"
+}
+
+"build_${1:-etcd}"

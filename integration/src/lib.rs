@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod demo;
+pub mod encryption;
 pub mod history;
 pub mod judges;
 pub mod lab;

@@ -9,7 +9,7 @@ impl Sum {
     /// Adds bytes; all but the last slice added must be of even length.
     #[inline]
     #[must_use]
-    pub fn add(self, bytes: &[u8]) -> Self {
+    pub fn add_bytes(self, bytes: &[u8]) -> Self {
         // Four independent lanes of 64 bits over words of 32: no carry is lost below 16 GiB, and it vectorises.
         let mut lanes = [0_u64; 8];
         let mut blocks = bytes.chunks_exact(32);
@@ -68,7 +68,7 @@ impl Sum {
 #[inline]
 #[must_use]
 pub fn pseudo_header(addresses: &[u8], protocol: u8) -> Sum {
-    Sum::default().add(addresses).add_u16(protocol.into())
+    Sum::default().add_bytes(addresses).add_u16(protocol.into())
 }
 
 /// Writes the checksum of an IPv4 header into it.
@@ -76,7 +76,7 @@ pub fn pseudo_header(addresses: &[u8], protocol: u8) -> Sum {
 pub fn write_ipv4(header: &mut [u8]) {
     if header.len() >= 20 {
         header[10..12].fill(0);
-        let checksum = Sum::default().add(header).finish();
+        let checksum = Sum::default().add_bytes(header).finish();
         header[10..12].copy_from_slice(&checksum);
     }
 }
@@ -98,7 +98,7 @@ mod tests {
     // The example of RFC 1071, section 3.
     #[test]
     fn the_example_of_the_rfc() {
-        let sum = Sum::default().add(&[0, 1, 0xf2, 3, 0xf4, 0xf5, 0xf6, 0xf7]);
+        let sum = Sum::default().add_bytes(&[0, 1, 0xf2, 3, 0xf4, 0xf5, 0xf6, 0xf7]);
         assert_eq!(sum.folded(), [0xdd, 0xf2]);
         assert_eq!(sum.finish(), [0x22, 0x0d]);
         assert_eq!(Sum::default().add_u16(0x1234).folded(), [0x12, 0x34]);
@@ -108,7 +108,7 @@ mod tests {
         #[test]
         fn wide_sums_equal_slow_ones(bytes in proptest::collection::vec(any::<u8>(), 0..3000), cut in 0usize..1500) {
             let cut = (cut * 2).min(bytes.len() & !1);
-            let sum = Sum::default().add(&bytes[..cut]).add(&bytes[cut..]);
+            let sum = Sum::default().add_bytes(&bytes[..cut]).add_bytes(&bytes[cut..]);
             prop_assert_eq!(sum.folded(), slowly(&bytes));
         }
     }

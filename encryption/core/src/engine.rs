@@ -5,18 +5,19 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use zeroize::Zeroizing;
 
 use crate::key::{KEY_BYTES, PresharedKey, PrivateKey, PublicKey};
-use crate::mac::Stamper;
 use crate::message::{COOKIE_REPLY_BYTES, INITIATION_BYTES, RESPONSE_BYTES, word};
 use crate::noise::{Initiator, NoiseError, Responder, Seed, TIMESTAMP_BYTES};
-use crate::session::{
-    REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES, REKEY_AFTER_TIME, Role, Session, SessionKeys,
-};
+
+mod peer;
+mod sessions;
+
+use peer::{Due, Initiation, Peer};
+pub use sessions::Sessions;
 
 /// How often [`Engine::tick`] is to be called.
 pub const TICK: Duration = Duration::from_millis(100);
@@ -30,8 +31,6 @@ pub const HANDSHAKE_ATTEMPTS_MAX: u32 = 18;
 pub const INITIATION_INTERVAL_MIN: Duration = Duration::from_millis(20);
 /// Most that a retry is put off by chance, milliseconds.
 const JITTER_MS_MAX: u64 = 333;
-/// Sessions of a peer that open messages: the one before, the current, the next.
-pub const SESSIONS_PER_PEER: usize = 3;
 /// Bits of a session's index that count within a peer.
 const INDEX_COUNTER_BITS: u32 = 8;
 /// Seconds between TAI64 and the Unix epoch's label (the leap seconds before 1972 are all that is counted).
@@ -110,52 +109,6 @@ pub enum Output {
     },
 }
 
-/// The sessions of a peer.
-#[derive(Clone, Debug, Default)]
-pub struct Sessions {
-    /// The one before.
-    pub previous: Option<Arc<Session>>,
-    /// The one that seals.
-    pub current: Option<Arc<Session>>,
-    /// One whose keys the peer has not used yet.
-    pub next: Option<Arc<Session>>,
-}
-
-impl Sessions {
-    /// Makes the next session the current one, if the peer has used it.
-    pub fn promote(&mut self) -> bool {
-        if !self.next.as_ref().is_some_and(|next| next.is_confirmed()) {
-            return false;
-        }
-        self.previous = self.current.take();
-        self.current = self.next.take();
-        true
-    }
-
-    /// The session of this index.
-    #[must_use]
-    pub fn find(&self, local_index: u32) -> Option<&Arc<Session>> {
-        [&self.current, &self.next, &self.previous]
-            .into_iter()
-            .flatten()
-            .find(|session| session.local_index() == local_index)
-    }
-
-    fn drop_older_than(&mut self, age: Duration, now: Duration) -> bool {
-        let mut is_changed = false;
-        for place in [&mut self.previous, &mut self.current, &mut self.next] {
-            if place
-                .as_ref()
-                .is_some_and(|session| now.saturating_sub(session.established()) >= age)
-            {
-                *place = None;
-                is_changed = true;
-            }
-        }
-        is_changed
-    }
-}
-
 /// Why a handshake message is not answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HandshakeError {
@@ -182,66 +135,13 @@ pub enum HandshakeError {
     BadCookie,
 }
 
-#[derive(Debug)]
-struct Peer {
-    key: PublicKey,
-    preshared_key: Option<PresharedKey>,
-    keepalive: Option<Duration>,
-    stamper: Stamper,
-    index_counter: u32,
-    initiation: Option<Initiation>,
-    last_initiation_sent: Option<Duration>,
-    last_response_index: Option<u32>,
-    newest_timestamp: [u8; TIMESTAMP_BYTES],
-    last_initiation_taken: Option<Duration>,
-    sessions: Sessions,
-    last_handshake: Option<Duration>,
-    unanswered: Silence,
-    unacknowledged: Silence,
-}
-
-/// Since when something waits for an answer.
-#[derive(Clone, Copy, Debug, Default)]
-struct Silence {
-    since: Option<Duration>,
-    /// The last event that something was done about.
-    handled: Duration,
-}
-
-impl Silence {
-    /// Begins with an event that is newer than its answer, ends with an answer newer than its beginning.
-    fn note(&mut self, event: Duration, answer: Duration) {
-        if self.since.is_some_and(|since| answer >= since) {
-            self.since = None;
-        }
-        if self.since.is_none() && event > answer && event > self.handled {
-            self.since = Some(event);
-        }
-    }
-
-    fn lasts(&self, time: Duration, limit: Duration) -> bool {
-        self.since.is_some_and(|since| time >= since + limit)
-    }
-
-    fn handle(&mut self, event: Duration) {
-        self.since = None;
-        self.handled = event;
-    }
-}
-
-/// A handshake that we began.
-#[derive(Debug)]
-struct Initiation {
-    noise: Initiator,
-    attempts: u32,
-    retry_at: Duration,
-}
-
 /// The handshakes of one device.
 #[derive(Debug)]
 pub struct Engine {
     private_key: Option<PrivateKey>,
     peers: Vec<Option<Peer>>,
+    /// Empty places among them.
+    free: Vec<usize>,
     slots: HashMap<PublicKey, Slot>,
     /// Makes indices hard to tell for others.
     index_mask: u32,
@@ -256,6 +156,7 @@ impl Engine {
         Self {
             private_key: None,
             peers: Vec::new(),
+            free: Vec::new(),
             slots: HashMap::new(),
             index_mask: u32::from_le_bytes(mask),
             last_timestamp: Duration::ZERO,
@@ -298,24 +199,8 @@ impl Engine {
         }
         let mut counter = [0; 4];
         random(&mut counter);
-        let peer = Peer {
-            key,
-            preshared_key: None,
-            keepalive: None,
-            stamper: Stamper::new(&key),
-            index_counter: u32::from_le_bytes(counter),
-            initiation: None,
-            last_initiation_sent: None,
-            last_response_index: None,
-            newest_timestamp: [0; TIMESTAMP_BYTES],
-            last_initiation_taken: None,
-            sessions: Sessions::default(),
-            last_handshake: None,
-            unanswered: Silence::default(),
-            unacknowledged: Silence::default(),
-        };
-        let free = self.peers.iter().position(Option::is_none);
-        let place = free.unwrap_or_else(|| {
+        let peer = Peer::new(key, u32::from_le_bytes(counter));
+        let place = self.free.pop().unwrap_or_else(|| {
             self.peers.push(None);
             self.peers.len() - 1
         });
@@ -328,8 +213,10 @@ impl Engine {
     /// Removes a peer with all its keys; gives the slot it had.
     pub fn remove_peer(&mut self, key: &PublicKey) -> Option<Slot> {
         let slot = self.slots.remove(key)?;
-        if let Some(place) = self.peers.get_mut(slot as usize) {
-            *place = None;
+        let place = slot as usize;
+        if let Some(peer) = self.peers.get_mut(place) {
+            *peer = None;
+            self.free.push(place);
         }
         Some(slot)
     }
@@ -392,7 +279,12 @@ impl Engine {
     ) {
         let timestamp = self.timestamp(now.wall);
         let (index_mask, private_key) = (self.index_mask, self.private_key.clone());
-        let (Some(private_key), Some(peer)) = (private_key, self.peer_mut(slot)) else {
+        let Some(peer) = self.peer_mut(slot) else {
+            return;
+        };
+        // Until it can be: a tick looks again.
+        peer.is_initiation_wanted = true;
+        let Some(private_key) = private_key else {
             return;
         };
         let is_early = peer
@@ -415,6 +307,7 @@ impl Engine {
             return;
         };
         peer.stamper.stamp(&mut datagram, now.monotonic);
+        peer.is_initiation_wanted = false;
         peer.last_initiation_sent = Some(now.monotonic);
         peer.initiation = Some(Initiation {
             noise,
@@ -510,6 +403,7 @@ impl Engine {
             .ok_or(HandshakeError::UnknownIndex)?;
         let keys = initiation.noise.finish(message)?;
         peer.initiation = None;
+        peer.is_initiation_wanted = false;
         peer.install(&keys, now);
         peer.last_handshake = Some(now.wall);
         out.push(Output::Sessions {
@@ -571,107 +465,6 @@ impl Engine {
                 Due::Keepalive => out.push(Output::Keepalive { slot }),
             }
         }
-    }
-}
-
-enum Due {
-    Nothing,
-    Initiation { attempts: u32 },
-    Keepalive,
-}
-
-impl Peer {
-    fn next_index(&mut self, slot: Slot, mask: u32) -> u32 {
-        self.index_counter = self.index_counter.wrapping_add(1);
-        let counter = self.index_counter & ((1 << INDEX_COUNTER_BITS) - 1);
-        (slot << INDEX_COUNTER_BITS | counter) ^ mask
-    }
-
-    /// The order of sessions after a handshake, as in Linux (drivers/net/wireguard/noise.c, add_new_keypair).
-    fn install(&mut self, keys: &SessionKeys, now: Now) {
-        let Some(session) = Session::new(keys, now.monotonic).map(Arc::new) else {
-            return;
-        };
-        let sessions = &mut self.sessions;
-        if keys.role == Role::Initiator {
-            // An unconfirmed session of the peer's own handshake may still come to use.
-            sessions.previous = sessions.next.take().or(sessions.current.take());
-            sessions.current = Some(session);
-        } else {
-            sessions.next = Some(session);
-            sessions.previous = None;
-        }
-    }
-
-    fn due(&mut self, slot: Slot, now: Now, activity: Activity, out: &mut Vec<Output>) -> Due {
-        let time = now.monotonic;
-        if self.sessions.promote() {
-            self.last_handshake = Some(now.wall);
-            out.push(Output::Flush {
-                slot,
-                confirm: false,
-            });
-        }
-        if self.sessions.drop_older_than(REJECT_AFTER_TIME, time) {
-            let sessions = self.sessions.clone();
-            out.push(Output::Sessions { slot, sessions });
-        }
-        if let Some(initiation) = &self.initiation {
-            if time < initiation.retry_at {
-                return Due::Nothing;
-            }
-            let attempts = initiation.attempts;
-            self.initiation = None;
-            if attempts < HANDSHAKE_ATTEMPTS_MAX {
-                return Due::Initiation { attempts };
-            }
-            out.push(Output::GiveUp { slot });
-            return Due::Nothing;
-        }
-        self.unanswered
-            .note(activity.data_sent, activity.any_received);
-        self.unacknowledged
-            .note(activity.data_received, activity.any_sent);
-        if self.is_rekey_due(time, activity) {
-            return Due::Initiation { attempts: 0 };
-        }
-        if self
-            .unanswered
-            .lasts(time, KEEPALIVE_TIMEOUT + REKEY_TIMEOUT)
-        {
-            self.unanswered.handle(activity.data_sent);
-            return Due::Initiation { attempts: 0 };
-        }
-        let is_unacknowledged = self.unacknowledged.lasts(time, KEEPALIVE_TIMEOUT);
-        let last = activity.any_sent.max(activity.any_received);
-        let is_quiet = self
-            .keepalive
-            .is_some_and(|interval| last.is_zero() || time >= last + interval);
-        if !is_unacknowledged && !is_quiet {
-            return Due::Nothing;
-        }
-        self.unacknowledged.handle(activity.data_received);
-        if self.sessions.current.is_some() {
-            Due::Keepalive
-        } else if is_quiet {
-            Due::Initiation { attempts: 0 }
-        } else {
-            Due::Nothing
-        }
-    }
-
-    fn is_rekey_due(&self, time: Duration, activity: Activity) -> bool {
-        let Some(session) = &self.sessions.current else {
-            return false;
-        };
-        let age = time.saturating_sub(session.established());
-        let last_minute = REJECT_AFTER_TIME - KEEPALIVE_TIMEOUT - REKEY_TIMEOUT;
-        let is_old = session.role() == Role::Initiator
-            && ((age >= REKEY_AFTER_TIME
-                && activity.data_sent >= session.established() + REKEY_AFTER_TIME)
-                || (age >= last_minute
-                    && activity.data_received >= session.established() + last_minute));
-        is_old || session.sealed() >= REKEY_AFTER_MESSAGES
     }
 }
 

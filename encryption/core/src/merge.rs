@@ -19,6 +19,10 @@ pub const PIECES_MAX: usize = 256;
 /// Flows that can grow at the same time; the eldest makes room.
 const OPEN_FLOWS_MAX: usize = 16;
 
+/// VXLAN (Linux's port and IANA's) and Geneve: each datagram is a packet with headers of its own, and whoever takes
+/// these off wants to see every one.
+const TUNNEL_PORTS: [u16; 3] = [8_472, 4_789, 6_081];
+
 const FIN: u8 = 1;
 const PSH: u8 = 8;
 const ACK: u8 = 0x10;
@@ -366,7 +370,8 @@ fn shape_of(packet: &[u8], is_udp_joined: bool) -> Option<(Joinable, bool)> {
         };
         let stated = usize::from(u16::from_be_bytes([*length_high, *length_low]));
         let is_whole = stated == header.len() && (*sum_high, *sum_low) != (0, 0);
-        (8, is_whole && is_udp_joined)
+        let is_tunnel = TUNNEL_PORTS.contains(&u16_at(header, 2));
+        (8, is_whole && is_udp_joined && !is_tunnel)
     };
     let payload_len = header.len().checked_sub(length)?;
     let shape = Joinable {

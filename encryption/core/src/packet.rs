@@ -132,7 +132,7 @@ mod tests {
         assert!(take_over_ecn(&mut packet, ECN_CE));
         assert_eq!((packet[1], ecn(&packet)), (0xbb, ECN_CE));
         assert_eq!(
-            crate::checksum::Sum::default().add(&packet).folded(),
+            crate::checksum::Sum::default().add_bytes(&packet).folded(),
             [0xff, 0xff]
         );
         let mut packet = vec![0; 40];

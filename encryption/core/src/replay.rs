@@ -80,7 +80,6 @@ impl ReplayWindow {
 
 #[inline]
 const fn place(counter: u64) -> (usize, u64) {
-    #[expect(clippy::cast_possible_truncation, reason = "taken modulo WORDS")]
     let word = (counter / WORD_BITS) as usize % WORDS;
     (word, 1 << (counter % WORD_BITS))
 }

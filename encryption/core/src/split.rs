@@ -1,7 +1,7 @@
 //! Cuts a super-packet of the TUN device into packets of MTU size: headers, lengths, IP ids, sequence numbers, flags and
 //! checksums are set for each segment, as a network card does.
 
-use crate::checksum::{Sum, pseudo_header, write_ipv4};
+use crate::checksum::{Sum, pseudo_header};
 use crate::packet::{IPV4_HEADER_BYTES, IPV6_HEADER_BYTES, TCP, UDP, half};
 use crate::vnet::{GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VnetHeader};
 
@@ -59,6 +59,8 @@ pub struct Split {
     count: usize,
     /// Of the addresses and the protocol.
     pseudo: Sum,
+    /// Of what all IPv4 headers have in common.
+    common: Sum,
 }
 
 impl Split {
@@ -85,6 +87,7 @@ impl Split {
             segment_payload: total_len,
             count: 1,
             pseudo: Sum::default(),
+            common: Sum::default(),
         };
         let (start, offset) = (vnet.csum_start.into(), usize::from(vnet.csum_offset));
         let (gso_type, is_ecn) = (vnet.gso_type & !GSO_ECN, vnet.gso_type & GSO_ECN != 0);
@@ -150,6 +153,14 @@ impl Split {
             &headers[12..20]
         };
         plan.pseudo = pseudo_header(addresses, protocol);
+        if !is_v6 {
+            // Without length, id and checksum.
+            let header = &headers[..start];
+            plan.common = Sum::default()
+                .add_bytes(&header[..2])
+                .add_bytes(&header[6..10])
+                .add_bytes(&header[12..]);
+        }
         Ok(plan)
     }
 
@@ -234,8 +245,14 @@ impl Split {
         } else {
             segment[2..4].copy_from_slice(&number(length));
             let first = half(&self.headers, 4).unwrap_or(0);
-            segment[4..6].copy_from_slice(&number(first + index));
-            write_ipv4(&mut segment[..self.transport]);
+            let id = number(first + index);
+            segment[4..6].copy_from_slice(&id);
+            let checksum = self
+                .common
+                .add_u16(u16::from_be_bytes(number(length)))
+                .add_u16(u16::from_be_bytes(id))
+                .finish();
+            segment[10..12].copy_from_slice(&checksum);
         }
     }
 
@@ -255,7 +272,7 @@ impl Split {
         }
         tcp[16..18].fill(0);
         let length = u16::from_be_bytes(number(tcp.len()));
-        let checksum = self.pseudo.add_u16(length).add(tcp).finish();
+        let checksum = self.pseudo.add_u16(length).add_bytes(tcp).finish();
         tcp[16..18].copy_from_slice(&checksum);
     }
 
@@ -265,7 +282,7 @@ impl Split {
         udp[4..6].copy_from_slice(&length);
         udp[6..8].fill(0);
         let length = u16::from_be_bytes(length);
-        let checksum = self.pseudo.add_u16(length).add(udp).finish();
+        let checksum = self.pseudo.add_u16(length).add_bytes(udp).finish();
         udp[6..8].copy_from_slice(&not_zero(checksum));
     }
 }
@@ -273,7 +290,7 @@ impl Split {
 /// Completes the checksum of a packet whose field holds the sum of the pseudo header.
 fn complete_checksum(packet: &mut [u8], start: usize, at: usize) -> Result<(), SplitError> {
     let covered = packet.get(start..).ok_or(SplitError::ChecksumOutside)?;
-    let checksum = Sum::default().add(covered).finish();
+    let checksum = Sum::default().add_bytes(covered).finish();
     let field = packet
         .get_mut(at..at + 2)
         .ok_or(SplitError::ChecksumOutside)?;

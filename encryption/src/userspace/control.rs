@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
@@ -20,8 +20,8 @@ use clustermesh_encryption_core::message::{INITIATION_BYTES, Message, parse};
 
 use super::outbound::Outbound;
 use super::shared::{Peer, Shared, Sockets, Table, count};
-use super::tun;
 use super::udp::{HANDSHAKE_TOS, Socket};
+use super::{link, tun};
 use crate::DeviceStatus;
 
 /// Events that wait for the control thread.
@@ -271,6 +271,7 @@ impl Control {
         }
         let mtu = tun::mtu(&self.name)?;
         if self.shared.mtu.swap(mtu, Ordering::Relaxed) != mtu {
+            link::set_segments_max(&self.name, link::segments_per_call(mtu))?;
             self.publish();
         }
         Ok(())
@@ -483,8 +484,15 @@ impl Control {
         let mark = self.config.fwmark();
         let failed = |port| move |source| ApplyError::Port { port, source };
         if port != 0 {
-            // Ours share the port with each other, and must not with another device.
-            let probe = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, port));
+            // Ours share the port with each other, and must not with another device. This one asks for both families;
+            // a machine may have only the one.
+            let probe = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port));
+            let probe = match probe {
+                Err(error) if error.kind() != io::ErrorKind::AddrInUse => {
+                    UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))
+                }
+                other => other,
+            };
             drop(probe.map_err(failed(port))?);
         }
         let mut all = Vec::new();

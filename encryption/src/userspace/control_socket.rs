@@ -141,5 +141,6 @@ fn answer(request: &str, events: &Events) -> String {
             (String::new(), error.errno())
         }
     };
-    format!("{text}errno={errno}\n\n")
+    // Negative, as wireguard-go has it: `wg` then knows its name.
+    format!("{text}errno={}\n\n", -errno)
 }

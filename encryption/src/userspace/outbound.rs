@@ -1,6 +1,5 @@
 //! From the TUN device to the network: packets are cut, sealed next to each other in one buffer and sent by one call.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -75,7 +74,8 @@ pub struct Outbound {
     shared: Arc<Shared>,
     events: Events,
     batch: Batch,
-    routes: HashMap<Slot, Route>,
+    /// By slot.
+    routes: Vec<Option<Route>>,
     last: Option<(std::net::IpAddr, Slot)>,
     mtu: usize,
 }
@@ -97,7 +97,7 @@ impl Outbound {
                 has_data: false,
                 to: None,
             },
-            routes: HashMap::new(),
+            routes: Vec::new(),
             last: None,
             mtu: 0,
         }
@@ -154,12 +154,15 @@ impl Outbound {
     }
 
     fn route(&mut self, table: &Table, slot: Slot) -> Option<&Route> {
-        let is_fresh = self.routes.get(&slot).is_some_and(Route::is_fresh);
-        if !is_fresh {
-            let peer = table.peer(slot)?;
-            self.routes.insert(slot, Route::new(peer));
+        let place = slot as usize;
+        if self.routes.len() <= place {
+            self.routes.resize(place + 1, None);
         }
-        self.routes.get(&slot)
+        let route = self.routes.get_mut(place)?;
+        if !route.as_ref().is_some_and(Route::is_fresh) {
+            *route = Some(Route::new(table.peer(slot)?));
+        }
+        route.as_ref()
     }
 
     /// Keeps a packet until there is a session, and asks for one.
@@ -192,7 +195,7 @@ impl Outbound {
     ) -> bool {
         // Locked for all of it: others that send to this peer must not come between.
         let mut staged = peer.staged.lock();
-        let had_any = staged.len() > 0;
+        let had_any = !staged.is_empty();
         while let Some(packet) = staged.pop() {
             self.seal(peer, session, to, sockets, &packet);
         }

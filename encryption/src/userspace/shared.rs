@@ -53,10 +53,10 @@ impl Staged {
         Some(packet)
     }
 
-    /// Number of packets.
+    /// Whether nothing waits.
     #[must_use]
-    pub fn len(&self) -> usize {
-        self.packets.len()
+    pub fn is_empty(&self) -> bool {
+        self.packets.is_empty()
     }
 }
 

@@ -4,7 +4,7 @@
     reason = "TUN and interface ioctls and writev over a prepared vector have no safe wrapper"
 )]
 
-use std::ffi::{c_int, c_short, c_uint};
+use std::ffi::{c_int, c_uint};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -179,15 +179,6 @@ pub fn mtu(name: &str) -> io::Result<usize> {
 pub fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
     let mtu = c_int::try_from(mtu).map_err(io::Error::other)?;
     device_ioctl(name, libc::SIOCSIFMTU as libc::Ioctl, mtu).map(drop)
-}
-
-/// Whether a device is up.
-///
-/// # Errors
-/// When there is no such device.
-pub fn is_up(name: &str) -> io::Result<bool> {
-    let flags = device_ioctl(name, libc::SIOCGIFFLAGS as libc::Ioctl, 0)?;
-    Ok(flags & c_int::from(libc::IFF_UP as c_short) != 0)
 }
 
 impl AsFd for Queue {

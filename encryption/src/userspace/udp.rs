@@ -28,6 +28,10 @@ const CONTROL_BYTES: usize = 64;
 /// DSCP AF41: handshake messages are marked like this by all implementations.
 pub const HANDSHAKE_TOS: u8 = 0x88;
 
+// `AF_INET` and `AF_INET6` as they stand in an address.
+const FAMILY_V4: libc::sa_family_t = 2;
+const FAMILY_V6: libc::sa_family_t = 10;
+
 // linux/udp.h
 const UDP_SEGMENT: c_int = 103;
 const UDP_GRO: c_int = 104;
@@ -414,7 +418,7 @@ fn to_name(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
     let length = match address {
         SocketAddr::V4(address) => {
             let v4 = libc::sockaddr_in {
-                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_family: FAMILY_V4,
                 sin_port: address.port().to_be(),
                 sin_addr: libc::in_addr {
                     s_addr: u32::from_ne_bytes(address.ip().octets()),
@@ -427,7 +431,7 @@ fn to_name(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
         }
         SocketAddr::V6(address) => {
             let v6 = libc::sockaddr_in6 {
-                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_family: FAMILY_V6,
                 sin6_port: address.port().to_be(),
                 sin6_flowinfo: address.flowinfo(),
                 sin6_addr: libc::in6_addr {

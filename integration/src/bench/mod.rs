@@ -2,6 +2,7 @@
 
 pub mod compare;
 mod cpu;
+pub mod encryption;
 mod kube_proxy;
 pub mod lb;
 pub mod preload;

@@ -1,7 +1,9 @@
 use std::collections::VecDeque;
 
+use std::sync::Arc;
+
 use super::*;
-use crate::session::REJECT_AFTER_MESSAGES;
+use crate::session::{REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES};
 
 /// Two devices and what lies between them, on a clock of their own.
 struct World {
@@ -377,4 +379,21 @@ fn another_private_key_ends_all_sessions() {
         world.engines[0].slot(&PrivateKey::from_bytes([2; 32]).public()),
         None
     );
+}
+
+#[test]
+fn what_waits_right_after_the_sessions_ended_gets_a_handshake_as_soon_as_one_may_be_sent() {
+    let mut world = connected();
+    for side in [0, 1] {
+        world.call(side, |engine, _, _, out| {
+            engine.set_private_key(None, out);
+            let key = PrivateKey::from_bytes([u8::try_from(side + 1).unwrap(); 32]);
+            engine.set_private_key(Some(key), out);
+        });
+    }
+    world.seal(0, b"data");
+    assert_eq!(world.initiations, 1);
+    world.pass(secs(6));
+    assert_eq!(world.initiations, 2);
+    assert!(world.sessions[0].current.is_some());
 }
