@@ -19,10 +19,8 @@ use clustermesh_api::etcd::rpc::cluster_server::ClusterServer;
 use clustermesh_api::etcd::rpc::kv_server::KvServer;
 use clustermesh_api::etcd::rpc::lease_server::LeaseServer;
 use clustermesh_api::etcd::rpc::maintenance_server::MaintenanceServer;
-use clustermesh_api::etcd::rpc::watch_server::WatchServer;
 use clustermesh_api::limits::MAX_VALUE_BYTES;
 use clustermesh_process::Drain;
-use tonic::codec::CompressionEncoding;
 use tonic::service::RoutesBuilder;
 
 use crate::metrics::Metrics;
@@ -55,17 +53,11 @@ pub fn add_services(
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(usize::MAX),
         )
-        .add_service(
-            WatchServer::new(watch::WatchService::new(
-                store.clone(),
-                metrics.watch.clone(),
-                drain.clone(),
-            ))
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(usize::MAX)
-            // Only for clients that take it, as peers do; the others get what etcd sends.
-            .send_compressed(CompressionEncoding::Zstd),
-        )
+        .add_service(watch::WatchService::new(
+            store.clone(),
+            metrics.watch.clone(),
+            drain.clone(),
+        ))
         .add_service(
             LeaseServer::new(lease::LeaseService::new(store.clone(), drain.clone()))
                 .max_decoding_message_size(MAX_MESSAGE_BYTES),

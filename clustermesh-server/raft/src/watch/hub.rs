@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 use super::{
     Publication, WatchEvents, WatchItem,
-    slot::{Offer, Offered, Slot},
+    slot::{Offer, Slot},
 };
 use crate::{
     metrics::{Metrics, add, sub},
@@ -21,6 +21,29 @@ use crate::{
 /// Id of a watcher in the hub.
 type SlotId = u64;
 
+/// Bits of an id in the index that number a watcher's ranges; those above are the watcher's own id.
+const RANGE_BITS: u32 = 24;
+
+/// Groups that are matched together: bounds what the matches take in memory.
+const MAX_GROUPS_AT_ONCE: usize = 64;
+
+/// Each range of a watcher has an id in the index.
+const fn watch_id(slot: SlotId, range: u64) -> WatchId {
+    slot << RANGE_BITS | range
+}
+
+const fn slot_of(watch_id: WatchId) -> SlotId {
+    watch_id >> RANGE_BITS
+}
+
+/// A watcher may want the event at `place` of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Match {
+    slot: SlotId,
+    group: u32,
+    place: u32,
+}
+
 #[derive(Default)]
 struct Registry {
     /// Last publication that was handed out.
@@ -28,8 +51,6 @@ struct Registry {
     /// Last revision that was handed out.
     revision: i64,
     index: WatchIndex,
-    /// Each range of a watcher has an id in the index.
-    owners: HashMap<WatchId, SlotId>,
     slots: HashMap<SlotId, Attached>,
     /// Watchers that want cursors.
     cursor_slots: BTreeMap<SlotId, Arc<Slot>>,
@@ -60,20 +81,20 @@ impl Registry {
         self.cursor_slots.remove(&id);
         for watch_id in attached.watch_ids {
             self.index.remove(watch_id);
-            self.owners.remove(&watch_id);
         }
         Some(attached.slot)
     }
 
-    /// Which watcher may want which event, by watcher and then in the order of events.
-    fn matches(&self, group: &EventGroup) -> Vec<(SlotId, u32)> {
+    /// Which watcher may want which event of which group, by watcher and then in the order of events.
+    fn matches(&self, groups: &[Arc<EventGroup>]) -> Vec<Match> {
         let mut matches = Vec::new();
-        for (place, event) in (0..).zip(&group.events) {
-            self.index.for_each_matching(event.key(), |watch_id| {
-                if let Some(owner) = self.owners.get(&watch_id) {
-                    matches.push((*owner, place));
-                }
-            });
+        for (group, events) in (0..).zip(groups) {
+            for (place, event) in (0..).zip(&events.events) {
+                self.index.for_each_matching(event.key(), |watch_id| {
+                    let slot = slot_of(watch_id);
+                    matches.push(Match { slot, group, place });
+                });
+            }
         }
         matches.sort_unstable();
         // Ranges of one watcher may overlap.
@@ -81,53 +102,65 @@ impl Registry {
         matches
     }
 
-    fn hand_out_group(&mut self, sequence: u64, group: &Arc<EventGroup>, metrics: &Metrics) {
-        let bytes = group.encoded_bytes();
+    fn hand_out_groups(&mut self, sequence: u64, groups: &[Arc<EventGroup>], metrics: &Metrics) {
+        for groups in groups.chunks(MAX_GROUPS_AT_ONCE) {
+            self.hand_out_together(sequence, groups, metrics);
+        }
+    }
+
+    /// Hands each watcher all that it wants of these groups at once.
+    fn hand_out_together(&mut self, sequence: u64, groups: &[Arc<EventGroup>], metrics: &Metrics) {
+        let Some(newest) = groups.last() else {
+            return;
+        };
+        let mut queued = 0;
         let mut slow = Vec::new();
-        let matches = self.matches(group);
-        for matched in matches.chunk_by(|(a, _), (b, _)| a == b) {
+        for matched in self.matches(groups).chunk_by(|a, b| a.slot == b.slot) {
             let Some((id, attached)) = matched
                 .first()
-                .and_then(|(id, _)| Some((*id, self.slots.get(id)?)))
+                .and_then(|first| Some((first.slot, self.slots.get(&first.slot)?)))
             else {
                 continue;
             };
             let slot = &attached.slot;
-            let offer = Offer {
-                sequence,
-                revision: Some(group.revision),
-                bytes,
-                complete_revision: group.revision - 1,
-            };
-            let taken = slot.offer(offer, || {
-                let places = matched.iter().map(|(_, place)| *place);
-                WatchEvents::choose(group, places, slot.filter.as_ref()).map(WatchItem::Events)
-            });
-            match taken {
-                Offered::Queued => add(&metrics.watch_groups_total, 1),
-                Offered::NotWanted => {}
-                Offered::TooSlow => slow.push(id),
+            let offers = matched
+                .chunk_by(|a, b| a.group == b.group)
+                .filter_map(|of| {
+                    let first = of.first()?;
+                    let group = groups.get(usize::try_from(first.group).ok()?)?;
+                    let places = of.iter().map(|matched| matched.place);
+                    let events = WatchEvents::choose(group, places, slot.filter.as_ref())?;
+                    Some(Offer {
+                        revision: Some(group.revision),
+                        bytes: group.encoded_bytes(),
+                        complete_revision: group.revision - 1,
+                        item: WatchItem::Events(events),
+                    })
+                });
+            let offered = slot.offer(sequence, offers);
+            queued += offered.queued;
+            if offered.too_slow {
+                slow.push(id);
             }
         }
+        add(&metrics.watch_groups_total, queued);
         self.drop_slow(slow, metrics);
-        self.revision = group.revision;
+        self.revision = newest.revision;
     }
 
     fn hand_out_cursor(&mut self, sequence: u64, change: &CursorChange, metrics: &Metrics) {
         let mut slow = Vec::new();
         for (id, slot) in &self.cursor_slots {
-            let bytes = change.cluster.len();
             let offer = Offer {
-                sequence,
                 revision: None,
-                bytes,
+                bytes: change.cluster.len(),
                 complete_revision: self.revision,
+                item: WatchItem::Cursor {
+                    cluster: change.cluster.clone(),
+                    cursor: change.cursor.clone(),
+                },
             };
-            let item = || WatchItem::Cursor {
-                cluster: change.cluster.clone(),
-                cursor: change.cursor.clone(),
-            };
-            if slot.offer(offer, || Some(item())) == Offered::TooSlow {
+            if slot.offer(sequence, [offer]).too_slow {
                 slow.push(*id);
             }
         }
@@ -168,17 +201,17 @@ impl Hub {
                 groups,
                 cursors,
             } => {
-                let mut cursors = cursors.iter().peekable();
-                for (before, group) in groups.iter().enumerate() {
-                    while let Some(change) = cursors.next_if(|change| change.after_groups <= before)
-                    {
-                        registry.hand_out_cursor(sequence, change, &self.metrics);
-                    }
-                    registry.hand_out_group(sequence, group, &self.metrics);
-                }
-                for change in cursors {
+                let mut rest = groups.as_slice();
+                let mut handed_out = 0;
+                for change in &cursors {
+                    let before = change.after_groups.saturating_sub(handed_out);
+                    let (covered, later) = rest.split_at(before.min(rest.len()));
+                    registry.hand_out_groups(sequence, covered, &self.metrics);
                     registry.hand_out_cursor(sequence, change, &self.metrics);
+                    handed_out += covered.len();
+                    rest = later;
                 }
+                registry.hand_out_groups(sequence, rest, &self.metrics);
                 registry.sequence = sequence;
             }
             Publication::Replaced { sequence } => {
@@ -212,10 +245,9 @@ impl Hub {
         slot.attach(known_sequence, known_revision);
         let id = registry.new_id();
         let mut watch_ids = Vec::with_capacity(ranges.len());
-        for range in ranges {
-            let watch_id = registry.new_id();
+        for (number, range) in (0..).zip(ranges) {
+            let watch_id = watch_id(id, number);
             registry.index.add(watch_id, range.clone());
-            registry.owners.insert(watch_id, id);
             watch_ids.push(watch_id);
         }
         if cursors {

@@ -33,22 +33,22 @@ struct Queue {
 
 /// Something that the hub hands out.
 pub(super) struct Offer {
-    /// Number of the publication.
-    pub(super) sequence: u64,
     /// Revision of the events; `None` for a cursor.
     pub(super) revision: Option<i64>,
     /// Encoded size.
     pub(super) bytes: usize,
     /// Everything up to this revision was handed out before.
     pub(super) complete_revision: i64,
+    pub(super) item: WatchItem,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Offered {
-    Queued,
-    NotWanted,
+/// What became of what was offered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Offered {
+    /// Items taken.
+    pub(super) queued: usize,
     /// The watcher must read history from now on.
-    TooSlow,
+    pub(super) too_slow: bool,
 }
 
 /// What a watcher finds in its slot.
@@ -86,30 +86,41 @@ impl Slot {
         queue.behind_after = None;
     }
 
-    /// Adds what `make` makes, if it is wanted here and there is room.
-    pub(super) fn offer(&self, offer: Offer, make: impl FnOnce() -> Option<WatchItem>) -> Offered {
+    /// Adds what is wanted here of publication `sequence`, as far as there is room, and wakes the watcher once.
+    pub(super) fn offer(&self, sequence: u64, offers: impl IntoIterator<Item = Offer>) -> Offered {
+        let mut offered = Offered::default();
         let waker = {
             let mut queue = self.queue.lock();
-            let wanted = offer.sequence > queue.known_sequence
-                && offer
-                    .revision
-                    .is_none_or(|revision| revision >= queue.first_revision);
-            let Some(item) = wanted.then(make).flatten() else {
-                return Offered::NotWanted;
-            };
-            let fits = queue.items.len() < self.max_items
-                && (queue.items.is_empty() || queue.bytes + offer.bytes <= MAX_WATCHER_QUEUE_BYTES);
-            if !fits {
-                queue.behind_after = Some(offer.complete_revision);
-                // It has items to take, so nobody waits.
-                return Offered::TooSlow;
+            if sequence <= queue.known_sequence {
+                return offered;
             }
-            queue.bytes += offer.bytes;
-            queue.items.push_back((item, offer.bytes));
+            let first_revision = queue.first_revision;
+            let wanted = |offer: &Offer| {
+                offer
+                    .revision
+                    .is_none_or(|revision| revision >= first_revision)
+            };
+            for offer in offers.into_iter().filter(wanted) {
+                let fits = queue.items.len() < self.max_items
+                    && (queue.items.is_empty()
+                        || queue.bytes + offer.bytes <= MAX_WATCHER_QUEUE_BYTES);
+                if !fits {
+                    queue.behind_after = Some(offer.complete_revision);
+                    offered.too_slow = true;
+                    break;
+                }
+                queue.bytes += offer.bytes;
+                queue.items.push_back((offer.item, offer.bytes));
+                offered.queued += 1;
+            }
+            if offered.queued == 0 {
+                // Nothing is new, or it has items to take: nobody waits.
+                return offered;
+            }
             queue.waker.take()
         };
         waker.into_iter().for_each(Waker::wake);
-        Offered::Queued
+        offered
     }
 
     /// The watcher must read history after `complete_revision`.
