@@ -1,11 +1,14 @@
 //! `Maintenance.Snapshot`: a snapshot file in pieces, then its SHA-256.
 
 use std::io::{self, Read};
+use std::time::Duration;
 
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::SnapshotResponse;
 use sha2::{Digest, Sha256};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
@@ -14,6 +17,8 @@ use crate::version::ETCD_CLUSTER_VERSION;
 
 /// Content of one message.
 const PIECE_BYTES: usize = 256 << 10;
+/// A piece takes this long, 125 MiB a second: digest and TLS of a large snapshot must leave writers their share of the CPUs.
+const PIECE_TIME_MIN: Duration = Duration::from_millis(2);
 /// Messages made ahead of what the connection takes.
 const QUEUE_MESSAGES: usize = 2;
 /// What one stream holds in memory.
@@ -38,9 +43,11 @@ pub(super) async fn stream(
         .bytes()
         .map_err(|error| Status::internal(format!("clustermesh: {error}")))?;
     let (sender, receiver) = mpsc::channel(QUEUE_MESSAGES);
+    let runtime = Handle::current();
     tokio::task::spawn_blocking(move || {
         let mut pieces = Pieces::new(content, size);
         loop {
+            let due = Instant::now() + PIECE_TIME_MIN;
             let piece = pieces.next().map_err(|error| {
                 Status::internal(format!("clustermesh: reading the snapshot: {error}"))
             });
@@ -59,6 +66,7 @@ pub(super) async fn stream(
             if sender.blocking_send(message).is_err() || last {
                 return;
             }
+            runtime.block_on(tokio::time::sleep_until(due));
         }
     });
     Ok(ReceiverStream::new(receiver))

@@ -19,6 +19,9 @@ const TEMPORARY: &str = "tmp";
 /// Kept for a person to look at, until there are enough valid snapshots.
 const DAMAGED: &str = "damaged";
 
+/// Synced piece by piece: the log's next sync would otherwise wait for all of a large snapshot.
+const MAX_UNSYNCED_BYTES: usize = 4 << 20;
+
 /// A snapshot being written.
 pub struct SnapshotWriter {
     store: SnapshotStore,
@@ -30,6 +33,7 @@ enum Sink {
     File {
         path: PathBuf,
         file: BufWriter<fs::File>,
+        unsynced_bytes: usize,
         finished: bool,
     },
     Memory(Vec<u8>),
@@ -38,7 +42,20 @@ enum Sink {
 impl Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Self::File { file, .. } => file.write(bytes),
+            Self::File {
+                file,
+                unsynced_bytes,
+                ..
+            } => {
+                let written = file.write(bytes)?;
+                *unsynced_bytes += written;
+                if *unsynced_bytes >= MAX_UNSYNCED_BYTES {
+                    file.flush()?;
+                    file.get_ref().sync_data()?;
+                    *unsynced_bytes = 0;
+                }
+                Ok(written)
+            }
             Self::Memory(buffer) => buffer.write(bytes),
         }
     }
@@ -75,6 +92,7 @@ impl SnapshotWriter {
                     Sink::File {
                         path: path.clone(),
                         file: BufWriter::new(file),
+                        unsynced_bytes: 0,
                         finished: false,
                     },
                     path,
@@ -125,6 +143,7 @@ impl SnapshotWriter {
                 path,
                 file,
                 finished,
+                ..
             } => {
                 file.get_ref()
                     .sync_data()
