@@ -75,12 +75,9 @@ impl Soaked {
             "{} looks are too few",
             self.looks.len()
         );
-        let of: [(&str, fn(&Look) -> f64); 2] = [
-            ("disk", |look| look.disk_mib),
-            ("memory", |look| look.resident_mib),
-        ];
-        for (what, value) in of {
-            let (early, late) = self.halves(value);
+        let disk = self.halves(|look| look.disk_mib);
+        let memory = self.halves(|look| look.resident_mib);
+        for (what, (early, late)) in [("disk", disk), ("memory", memory)] {
             ensure!(
                 late <= early * GROWTH_MAX,
                 "{what} grew from {early:.0} to {late:.0} MiB over {} puts",
