@@ -308,13 +308,17 @@ impl World {
     /// Those that did not come up are started again, those that were removed make room.
     pub fn look_after_starts(self: &Arc<Self>) {
         for member in self.taken() {
-            let (gave_up, removed) = member
-                .running
-                .lock()
-                .as_ref()
-                .map_or((false, false), |running| {
-                    (running.gave_up.is_some(), running.removed)
-                });
+            let (gave_up, removed) =
+                member
+                    .running
+                    .lock()
+                    .as_ref()
+                    .map_or((false, false), |running| {
+                        let reason = running.gave_up.as_deref();
+                        // The group has no room for one more learner.
+                        let refused = reason.is_some_and(|reason| reason.contains("at most"));
+                        (reason.is_some(), running.removed || refused)
+                    });
             if removed {
                 self.free(member);
             } else if gave_up {

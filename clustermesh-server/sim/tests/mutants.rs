@@ -20,7 +20,9 @@ fn find(mutant: Mutant, first_seed: u64, steps: u64, says: &[&str]) -> Option<(u
 }
 
 fn must_find(mutant: Mutant, first_seed: u64, steps: u64, says: &[&str]) {
-    let (seed, faults) = find(mutant, first_seed, steps, says).expect("a seed that finds it");
+    let Some((seed, faults)) = find(mutant, first_seed, steps, says) else {
+        panic!("no seed finds {mutant:?}");
+    };
     println!("{mutant:?}: seed {seed}: {}", faults.join("\n"));
 }
 
