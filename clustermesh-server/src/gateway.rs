@@ -288,7 +288,7 @@ async fn streamed(method: &methods::Method, mut body: Incoming) -> Result<Body, 
 
 async fn next_object(objects: &mut Objects, body: &mut Incoming) -> Result<Option<Bytes>, Status> {
     loop {
-        if let Some(object) = objects.next()? {
+        if let Some(object) = objects.next_object()? {
             return Ok(Some(object));
         }
         match body.frame().await {

@@ -265,7 +265,7 @@ fn objects(text: &[u8], cut: usize) -> (Vec<Bytes>, bool) {
             return (found, true);
         }
         loop {
-            match objects.next() {
+            match objects.next_object() {
                 Ok(Some(object)) => found.push(Bytes::copy_from_slice(object.trim_ascii())),
                 Ok(None) => break,
                 Err(_) => return (found, true),

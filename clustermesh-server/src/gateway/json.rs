@@ -129,7 +129,7 @@ impl Objects {
     ///
     /// # Errors
     /// `InvalidArgument` when something else than an object begins.
-    pub fn next(&mut self) -> Result<Option<Bytes>, Status> {
+    pub fn next_object(&mut self) -> Result<Option<Bytes>, Status> {
         while let Some(byte) = self.buffer.get(self.scanned).copied() {
             match byte {
                 _ if self.escaped => self.escaped = false,
@@ -253,7 +253,7 @@ mod tests {
             let mut found = Vec::new();
             for part in text.chunks(cut) {
                 objects.push(part, 100).unwrap();
-                while let Some(object) = objects.next().unwrap() {
+                while let Some(object) = objects.next_object().unwrap() {
                     found.push(trimmed(&object));
                 }
             }
@@ -266,7 +266,7 @@ mod tests {
         }
         let mut objects = Objects::default();
         objects.push(b"x", 10).unwrap();
-        assert!(objects.next().is_err());
+        assert!(objects.next_object().is_err());
         assert!(objects.push(&[b' '; 10], 10).is_err());
     }
 

@@ -27,7 +27,7 @@ pub(super) fn in_time(body: Incoming) -> tonic::body::Body {
         body,
         deadline: None,
     };
-    tonic::body::Body::new(arriving.map_err(|error| Status::from_error(error)))
+    tonic::body::Body::new(arriving.map_err(Status::from_error))
 }
 
 impl Body for Arriving {
