@@ -17,6 +17,9 @@ use serde_json::Value;
 const MAX_FILE_BYTES: u64 = 16 * MAX_MANIFEST_BYTES as u64;
 
 /// Reads a file, or standard input for `-`.
+///
+/// # Errors
+/// When it cannot be read, is too large, or holds what is no manifest; the file is named.
 pub fn read(path: &Path) -> Result<Vec<Manifest>> {
     let stdin = path == Path::new("-");
     let name = if stdin {
@@ -42,6 +45,9 @@ pub fn read(path: &Path) -> Result<Vec<Manifest>> {
 }
 
 /// Reads and checks every document; JSON is YAML too.
+///
+/// # Errors
+/// When a document is not YAML or no manifest, or there are too many.
 pub fn parse(text: &str) -> Result<Vec<Manifest>> {
     // The parser adds a picture of the place; line and column are enough for one line.
     let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|error| {
