@@ -2,9 +2,9 @@
 //!
 //! For tests, here and in other crates (feature `model`): it takes what [`crate::check`] lets through, and panics on kinds of command that tests
 //! do not make.
-#![cfg_attr(
-    not(test),
-    expect(clippy::unwrap_used, reason = "a model for tests, which fail by it")
+#![expect(
+    clippy::unwrap_used,
+    reason = "only tests use it: what cannot be is a failed test"
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
