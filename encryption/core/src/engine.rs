@@ -83,7 +83,7 @@ pub enum Output {
         /// From where.
         from: SocketAddr,
     },
-    /// These sessions open messages from now on; the first of [`Sessions::sending`] seals.
+    /// These sessions open messages from now on; the first of those that seal is the one in use.
     Sessions {
         /// Whose.
         slot: Slot,
