@@ -25,7 +25,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// The first part of the run is no measure of growth: logs and snapshots reach their sizes in it.
 const WARM_UP_SHARE: f64 = 0.4;
 /// The second half of the rest may take so much more than the first.
-const GROWTH_MAX: f64 = 1.2;
+const GROWTH_MAX: f64 = 1.15;
 /// Below so many looks nothing can be said.
 const LOOKS_MIN: usize = 20;
 
