@@ -12,6 +12,9 @@ use parking_lot::Mutex;
 
 use crate::error::StartError;
 
+/// A stream to a replica that cannot be reached is opened again after this long.
+pub(crate) const REOPEN_PAUSE: Duration = Duration::from_millis(100);
+
 /// Proposals that may wait for an answer.
 pub(crate) const MAX_WAITING_PROPOSALS: usize = 16_384;
 /// Proposals in one log entry.

@@ -30,7 +30,7 @@ use openraft::{
 
 use crate::{
     Types,
-    config::{APPEND_TIMEOUT, SNAPSHOT_BYTES_PER_SECOND_MIN, SNAPSHOT_IDLE_TIMEOUT},
+    config::{APPEND_TIMEOUT, REOPEN_PAUSE, SNAPSHOT_BYTES_PER_SECOND_MIN, SNAPSHOT_IDLE_TIMEOUT},
     peer::{
         CallError, Links, Target, TransportError, append_result_from_wire, append_to_wire,
         snapshot_to_wire, target, vote_answer_from_wire, vote_to_wire,
@@ -225,8 +225,12 @@ impl<R: AsyncRuntime> RaftNetworkV2<Types<R>> for Peer<R> {
         }
         let opening = Self::open_stream(self.links.clone(), self.target.clone(), input);
         Box::pin(async move {
-            let results: AppendResults<'s, R> = opening.await?;
-            Ok(results)
+            let results: Result<AppendResults<'s, R>, _> = opening.await;
+            if results.is_err() {
+                // openraft pauses where it takes requests from the stream, which a stream that never opened does not do.
+                R::sleep(REOPEN_PAUSE).await;
+            }
+            results
         })
     }
 
