@@ -9,7 +9,7 @@ use aya::maps::MapData;
 use clustermesh_ebpf_abi::{
     Address, BackendKey, BackendValue, DropReason, EndpointValue, FrontendKey, FrontendValue,
     InterfaceValue, IpcacheKey, IpcacheValue, NodeAddressValue, NodeConfig, NodeValue,
-    SocketChoice, TrafficPath, TrafficValue,
+    SocketChoice, TrafficPath, TrafficValue, WireTraffic,
 };
 
 use crate::layout::{
@@ -127,17 +127,30 @@ impl Maps {
     pub fn traffic(&self) -> Result<Vec<(TrafficPath, TrafficValue)>, Error> {
         TrafficPath::ALL
             .into_iter()
-            .map(|path| {
-                let counts = self.per_cpu::<TrafficValue>(&TRAFFIC, &self.traffic, path as u32)?;
-                let sum = counts
-                    .iter()
-                    .fold(TrafficValue::default(), |sum, one| TrafficValue {
-                        packets: sum.packets + one.packets,
-                        bytes: sum.bytes + one.bytes,
-                    });
-                Ok((path, sum))
-            })
+            .map(|path| Ok((path, self.traffic_sum(path as u32)?)))
             .collect()
+    }
+
+    /// Packets and bytes that went over the wire encrypted and in clear, all CPUs together, since the maps were made.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn wire_traffic(&self) -> Result<Vec<(WireTraffic, TrafficValue)>, Error> {
+        WireTraffic::ALL
+            .into_iter()
+            .map(|kind| Ok((kind, self.traffic_sum(kind as u32)?)))
+            .collect()
+    }
+
+    fn traffic_sum(&self, slot: u32) -> Result<TrafficValue, Error> {
+        let counts = self.per_cpu::<TrafficValue>(&TRAFFIC, &self.traffic, slot)?;
+        Ok(counts
+            .iter()
+            .fold(TrafficValue::default(), |sum, one| TrafficValue {
+                packets: sum.packets + one.packets,
+                bytes: sum.bytes + one.bytes,
+            }))
     }
 
     /// A reader of the node's flow records.

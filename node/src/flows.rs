@@ -6,7 +6,7 @@ use std::time::Duration;
 use clustermesh_api::v1::Flow;
 use clustermesh_ebpf::abi::{
     CONFIG_FLOWS, DropReason, FlowRecord, HOOK_FROM_HOST, HOOK_FROM_NETWORK, HOOK_FROM_POD,
-    TrafficPath, VERDICT_FORWARDED,
+    HOOK_FROM_WIREGUARD, HOOK_TO_NETWORK, TrafficPath, VERDICT_FORWARDED,
 };
 use clustermesh_ebpf::{FlowReader, Maps};
 use clustermesh_node_core::tables::ip;
@@ -97,6 +97,8 @@ pub fn flow(record: &FlowRecord, lost: u64) -> Flow {
         HOOK_FROM_POD => "from-pod",
         HOOK_FROM_HOST => "from-host",
         HOOK_FROM_NETWORK => "from-network",
+        HOOK_FROM_WIREGUARD => "from-wireguard",
+        HOOK_TO_NETWORK => "to-network",
         _ => "unknown",
     };
     let number = record.path_or_reason as usize;

@@ -396,13 +396,12 @@ pub fn node_config(
         pod_cidr_v4_bits: bits(facts.pod_cidr_v4),
         pod_cidr_v6_bits: bits(facts.pod_cidr_v6),
         identity_local_bits: local_bits,
-        reserved: 0,
         cluster_id: facts.cluster_id,
         tunnel_port_be: TUNNEL_PORT.to_be_bytes(),
         host_ifindex: pair.host_ifindex,
         flags: (if flags.flows { CONFIG_FLOWS } else { 0 })
             | (if flags.direct { CONFIG_DIRECT } else { 0 }),
         host_mac: pair.host_mac,
-        reserved2: [0; 2],
+        ..NodeConfig::EMPTY
     }
 }

@@ -16,6 +16,17 @@ pub const CONFIG_FLOWS: u32 = 1 << 0;
 /// [`NodeConfig::flags`]: pods are reached by direct routing, by the world outside the mesh too.
 pub const CONFIG_DIRECT: u32 = 1 << 1;
 
+/// [`NodeConfig::flags`]: what goes between mesh addresses, one of which is a pod's, and would leave in clear though
+/// the other node is [`crate::NODE_ENCRYPTED`] or [`crate::NODE_WITHHELD`], is dropped.
+pub const CONFIG_STRICT: u32 = 1 << 2;
+/// [`NodeConfig::flags`]: what the host itself sends to the address of such a node is encrypted too.
+pub const CONFIG_ENCRYPT_NODES: u32 = 1 << 3;
+
+/// WireGuard devices of a node: the present one, and while keys change a second one.
+pub const WIREGUARD_DEVICES_MAX: usize = 2;
+/// Ports of the control plane in [`NodeConfig::control_ports_be`].
+pub const CONTROL_PORTS_MAX: usize = 4;
+
 /// How many bits of an identity number are local to its cluster.
 ///
 /// 24 bits in all; 16 local bits allow 255 clusters, 15 allow 511.
@@ -95,6 +106,41 @@ pub struct NodeConfig {
     pub host_mac: [u8; 6],
     /// Zero.
     pub reserved2: [u8; 2],
+    /// WireGuard devices, the present one first; 0 = none.
+    pub wireguard_ifindexes: [u32; WIREGUARD_DEVICES_MAX],
+    /// `SO_MARK` of the sockets from which the WireGuard devices send (`fwmark`); 0 = none is known by it.
+    pub wireguard_mark: u32,
+    /// UDP ports of those devices, big-endian; 0 = none.
+    pub wireguard_ports_be: [[u8; 2]; WIREGUARD_DEVICES_MAX],
+    /// TCP ports of servers, big-endian; 0 = none. Connections between nodes to these ports stay as they are, also
+    /// with [`CONFIG_ENCRYPT_NODES`]: keys are learnt through them. They have TLS of their own.
+    pub control_ports_be: [[u8; 2]; CONTROL_PORTS_MAX],
 }
 
-const _: () = assert!(size_of::<NodeConfig>() == 88);
+impl NodeConfig {
+    /// All zeros: nothing is configured.
+    pub const EMPTY: Self = Self {
+        underlay_v4: [0; 16],
+        underlay_v6: [0; 16],
+        pod_cidr_v4: [0; 16],
+        pod_cidr_v6: [0; 16],
+        pod_cidr_v4_bits: 0,
+        pod_cidr_v6_bits: 0,
+        identity_local_bits: 0,
+        reserved: 0,
+        cluster_id: 0,
+        tunnel_port_be: [0; 2],
+        host_ifindex: 0,
+        flags: 0,
+        host_mac: [0; 6],
+        reserved2: [0; 2],
+        wireguard_ifindexes: [0; WIREGUARD_DEVICES_MAX],
+        wireguard_mark: 0,
+        wireguard_ports_be: [[0; 2]; WIREGUARD_DEVICES_MAX],
+        control_ports_be: [[0; 2]; CONTROL_PORTS_MAX],
+    };
+}
+
+const _: () = assert!(size_of::<NodeConfig>() == 112 && align_of::<NodeConfig>() == 4);
+const _: () = assert!(core::mem::offset_of!(NodeConfig, wireguard_ifindexes) == 88);
+const _: () = assert!(core::mem::offset_of!(NodeConfig, control_ports_be) == 104);

@@ -11,6 +11,10 @@ pub const HOOK_FROM_POD: u8 = 1;
 pub const HOOK_FROM_HOST: u8 = 2;
 /// [`FlowRecord::hook`]: underlay device, packet from the network.
 pub const HOOK_FROM_NETWORK: u8 = 3;
+/// [`FlowRecord::hook`]: WireGuard device, packet from a peer.
+pub const HOOK_FROM_WIREGUARD: u8 = 4;
+/// [`FlowRecord::hook`]: underlay device, packet that leaves.
+pub const HOOK_TO_NETWORK: u8 = 5;
 
 /// [`FlowRecord::verdict`]: delivered or forwarded on `path`.
 pub const VERDICT_FORWARDED: u8 = 0;

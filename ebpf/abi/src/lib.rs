@@ -23,10 +23,10 @@ pub use node::*;
 
 /// Version of every layout in this crate. Pinned names carry it.
 #[cfg(not(feature = "layout-next"))]
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 /// Version of the layout that tests of an upgrade build beside the present one.
 #[cfg(feature = "layout-next")]
-pub const LAYOUT_VERSION: u32 = 1_000_002;
+pub const LAYOUT_VERSION: u32 = 1_000_003;
 
 /// A 16-byte address; IPv4 is mapped as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
 pub type Address = [u8; 16];

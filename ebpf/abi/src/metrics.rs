@@ -40,11 +40,17 @@ pub enum DropReason {
     DirectForgedSource = 16,
     /// Larger than the path to the node takes, and the host's route did not say so.
     TooBig = 17,
+    /// The node behind the destination is to be sent to encrypted only, and its key is not known yet.
+    AwaitingKey = 18,
+    /// Came in clear from a node that is to send encrypted only.
+    ClearReceived = 19,
+    /// Would have left in clear for a node that is to be sent to encrypted only.
+    ClearWouldLeave = 20,
 }
 
 impl DropReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 21] = [
         Self::Malformed,
         Self::VlanTagged,
         Self::UnknownEthertype,
@@ -63,6 +69,9 @@ impl DropReason {
         Self::UnknownPod,
         Self::DirectForgedSource,
         Self::TooBig,
+        Self::AwaitingKey,
+        Self::ClearReceived,
+        Self::ClearWouldLeave,
     ];
 
     /// Label of the metric.
@@ -87,6 +96,9 @@ impl DropReason {
             Self::UnknownPod => "unknown-pod",
             Self::DirectForgedSource => "direct-forged-source",
             Self::TooBig => "too-big",
+            Self::AwaitingKey => "awaiting-key",
+            Self::ClearReceived => "clear-received",
+            Self::ClearWouldLeave => "clear-would-leave",
         }
     }
 }
@@ -136,6 +148,44 @@ impl TrafficPath {
         }
     }
 }
+
+/// How packets between this node and others went over the wire, counted beside their path in the same map.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum WireTraffic {
+    /// Sent through a WireGuard device.
+    EncryptedOut = 8,
+    /// Received from a WireGuard device.
+    EncryptedIn = 9,
+    /// Sent to another node in clear.
+    ClearOut = 10,
+    /// Received from another node in clear.
+    ClearIn = 11,
+}
+
+impl WireTraffic {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 4] = [
+        Self::EncryptedOut,
+        Self::EncryptedIn,
+        Self::ClearOut,
+        Self::ClearIn,
+    ];
+
+    /// Label of the metric.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::EncryptedOut => "encrypted-out",
+            Self::EncryptedIn => "encrypted-in",
+            Self::ClearOut => "clear-out",
+            Self::ClearIn => "clear-in",
+        }
+    }
+}
+
+const _: () = assert!(TrafficPath::ALL.len() <= WireTraffic::EncryptedOut as usize);
+const _: () = assert!((WireTraffic::ClearIn as u32) < TRAFFIC_PATHS_MAX);
 
 /// Slots of the traffic counter map.
 pub const TRAFFIC_PATHS_MAX: u32 = 16;

@@ -13,6 +13,14 @@ pub const NODE_PRESENT: u16 = 1 << 0;
 /// [`NodeValue::flags`]: traffic to the node goes by direct routing, not through the tunnel, and is
 /// accepted from it that way. IPv6 packets to a node with an IPv4 endpoint use the tunnel all the same.
 pub const NODE_DIRECT: u16 = 1 << 1;
+/// [`NodeValue::flags`]: packets to the node leave through a WireGuard device, which
+/// [`NodeValue::egress_ifindex`] then is: one without link addresses (`ARPHRD_NONE`).
+pub const NODE_ENCRYPTED: u16 = 1 << 2;
+/// [`NodeValue::flags`]: packets from the node's pods (from the node itself too with [`crate::CONFIG_ENCRYPT_NODES`])
+/// are taken from a WireGuard device only.
+pub const NODE_CLEAR_REFUSED: u16 = 1 << 3;
+/// [`NodeValue::flags`]: packets to the node must be encrypted, but no key is there yet: they are dropped.
+pub const NODE_WITHHELD: u16 = 1 << 4;
 
 /// A node, by its index (array map).
 #[repr(C)]
@@ -28,7 +36,7 @@ pub struct NodeValue {
     pub path_mtu_bytes: u16,
     /// Zero.
     pub reserved: u16,
-    /// Device towards the node.
+    /// Device towards the node: of the underlay, or of WireGuard with [`NODE_ENCRYPTED`].
     pub egress_ifindex: u32,
     /// Zero.
     pub reserved2: u32,

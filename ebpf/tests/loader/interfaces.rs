@@ -24,18 +24,11 @@ fn modes() -> Vec<AttachMode> {
 const CONFIG: NodeConfig = NodeConfig {
     underlay_v4: v4_mapped([10, 9, 0, 1]),
     underlay_v6: [0; 16],
-    pod_cidr_v4: [0; 16],
-    pod_cidr_v6: [0; 16],
-    pod_cidr_v4_bits: 0,
-    pod_cidr_v6_bits: 0,
     identity_local_bits: 16,
-    reserved: 0,
     cluster_id: 1,
     tunnel_port_be: TUNNEL_PORT.to_be_bytes(),
     host_ifindex: 1,
-    flags: 0,
-    host_mac: [0; 6],
-    reserved2: [0; 2],
+    ..NodeConfig::EMPTY
 };
 
 /// A pod's veth pair: what `pod` sends comes in at `host_end`.

@@ -34,13 +34,12 @@ pub fn config() -> NodeConfig {
         pod_cidr_v4_bits: 120,
         pod_cidr_v6_bits: 64,
         identity_local_bits: 16,
-        reserved: 0,
         cluster_id: 1,
         tunnel_port_be: TUNNEL_PORT.to_be_bytes(),
         host_ifindex: LOOPBACK,
         flags: 0,
         host_mac: HOST_MAC,
-        reserved2: [0; 2],
+        ..NodeConfig::EMPTY
     }
 }
 

@@ -179,13 +179,12 @@ impl Node {
             pod_cidr_v4_bits: (V4_MAPPED_BITS + 24) as u8,
             pod_cidr_v6_bits: 64,
             identity_local_bits: 16,
-            reserved: 0,
             cluster_id: u16::from(n),
             tunnel_port_be: TUNNEL_PORT.to_be_bytes(),
             host_ifindex,
             flags,
             host_mac,
-            reserved2: [0; 2],
+            ..NodeConfig::EMPTY
         });
     }
 
