@@ -97,9 +97,10 @@ impl Datapath {
     }
 
     /// Makes this object's programs run everywhere: at `cm_net`, the peer of the host's own veth pair, at the
-    /// devices of the underlay, at every pod interface known from before, and at the cgroup. What is attached
-    /// already is switched in place, no packet meets a gap; what is attached to other devices, or by another
-    /// build to hooks that this one does not know, is detached. Repeating it is fine.
+    /// devices of the underlay, at every pod interface and every device of
+    /// [`set_encryption_devices`](Self::set_encryption_devices) known from before, and at the cgroup. What is
+    /// attached already is switched in place, no packet meets a gap; what is attached to other devices, or by
+    /// another build to hooks that this one does not know, is detached. Repeating it is fine.
     ///
     /// Interfaces are those of the calling thread's network namespace.
     ///
@@ -114,10 +115,12 @@ impl Datapath {
     ) -> Result<(), Error> {
         let before = links::attached(&self.pins)?;
         for (hook, ifindex) in &before {
-            if *hook == Hook::Pod {
-                match self.attach(Hook::Pod, *ifindex) {
+            if matches!(hook, Hook::Pod | Hook::Wireguard | Hook::NetworkOut) {
+                match self.attach(*hook, *ifindex) {
                     // Deleted while nobody looked.
-                    Err(Error::InterfaceGone { .. }) => self.detach_pod(*ifindex)?,
+                    Err(Error::InterfaceGone { .. }) => {
+                        links::detach(&self.pins, *hook, *ifindex)?;
+                    }
                     result => result?,
                 }
             }
@@ -128,7 +131,7 @@ impl Datapath {
         }
         for (hook, ifindex) in before {
             let wanted = match hook {
-                Hook::Pod => true,
+                Hook::Pod | Hook::Wireguard | Hook::NetworkOut => true,
                 Hook::Host => ifindex == cm_net_ifindex,
                 Hook::Network => underlay_ifindexes.contains(&ifindex),
             };
@@ -141,6 +144,34 @@ impl Datapath {
             Some(cgroup) => links::attach_cgroup(&self.pins, &self.programs, cgroup),
             None => links::detach_cgroup(&self.pins),
         }
+    }
+
+    /// Makes packets that WireGuard devices open be taken, and what leaves by `guarded` devices of the underlay be
+    /// judged: to be called with all of them after [`activate`](Self::activate) and whenever they change, with none
+    /// where nothing is encrypted. The program at the way out is needed with
+    /// [`CONFIG_STRICT`](clustermesh_ebpf_abi::CONFIG_STRICT) and
+    /// [`CONFIG_ENCRYPT_NODES`](clustermesh_ebpf_abi::CONFIG_ENCRYPT_NODES) only. Other devices are let go of, after
+    /// the new ones are attached. Repeating it is fine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InterfaceGone`], [`Error::Interface`], [`Error::Pin`]. What was done before the error stays.
+    pub fn set_encryption_devices(
+        &mut self,
+        wireguard: &[u32],
+        guarded: &[u32],
+    ) -> Result<(), Error> {
+        for (hook, wanted) in [(Hook::NetworkOut, guarded), (Hook::Wireguard, wireguard)] {
+            for ifindex in wanted {
+                self.attach(hook, *ifindex)?;
+            }
+            for (attached, ifindex) in links::attached(&self.pins)? {
+                if attached == hook && !wanted.contains(&ifindex) {
+                    links::detach(&self.pins, hook, ifindex)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Attaches the program for packets from a pod to the host end of its veth pair; repeating it is fine.

@@ -125,7 +125,12 @@ fn attach_tcx(pins: &Pins, programs: &Programs, hook: Hook, ifindex: u32) -> Res
     if switched.map_err(|e| interface_error("switch", hook, ifindex, e))? {
         return Ok(());
     }
-    bpf::link_tcx_ingress(program, ifindex)
+    let direction = if hook.is_egress() {
+        AttachType::TcxEgress
+    } else {
+        AttachType::TcxIngress
+    };
+    bpf::link_tcx(program, ifindex, direction)
         .and_then(|link| bpf::pin(link.as_fd(), &path))
         .map_err(|e| {
             if bpf::tcx_supported() {
@@ -212,11 +217,13 @@ fn attach_filter(
         handle: FILTER_HANDLE,
         classid: None,
     };
-    let ingress = TcAttachType::Ingress;
-    let new =
-        classifier.attach_with_options(&interface, ingress, TcAttachOptions::Netlink(options));
+    let new = classifier.attach_with_options(
+        &interface,
+        direction(hook),
+        TcAttachOptions::Netlink(options),
+    );
     let attached = match new {
-        Err(error) if errno(&error) == Some(libc::EEXIST) => our_filter(&interface)
+        Err(error) if errno(&error) == Some(libc::EEXIST) => our_filter(hook, &interface)
             .map_err(TcError::from)
             .map_err(ProgramError::from)
             .and_then(|filter| classifier.attach_to_link(filter)),
@@ -238,10 +245,19 @@ fn attach_filter(
         .map_err(|e| pins::failed("pin the program at", &path, e))
 }
 
-fn our_filter(interface: &str) -> io::Result<SchedClassifierLink> {
+/// Where on clsact.
+const fn direction(hook: Hook) -> TcAttachType {
+    if hook.is_egress() {
+        TcAttachType::Egress
+    } else {
+        TcAttachType::Ingress
+    }
+}
+
+fn our_filter(hook: Hook, interface: &str) -> io::Result<SchedClassifierLink> {
     SchedClassifierLink::attached(
         interface,
-        TcAttachType::Ingress,
+        direction(hook),
         FILTER_PRIORITY,
         FILTER_HANDLE,
         None,
@@ -254,7 +270,7 @@ fn detach_filter(pins: &Pins, hook: Hook, ifindex: u32) -> Result<(), Error> {
         return Ok(());
     }
     if let Ok(interface) = interface_name(ifindex) {
-        let detached = our_filter(&interface)
+        let detached = our_filter(hook, &interface)
             .map_err(|e| ProgramError::from(TcError::from(e)))
             .and_then(aya::programs::links::Link::detach);
         match detached {

@@ -20,7 +20,7 @@ const VERIFIER_LOG_KEPT_BYTES_MAX: usize = 4_096;
 /// Attempts to load one program while the verifier answers EAGAIN.
 const LOAD_ATTEMPTS_MAX: u32 = 5;
 
-/// Where packets are taken: always the ingress of an interface.
+/// Where packets are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Hook {
     /// Host end of a pod's veth pair.
@@ -29,10 +29,20 @@ pub(crate) enum Hook {
     Host,
     /// A device of the underlay.
     Network,
+    /// A WireGuard device.
+    Wireguard,
+    /// A device of the underlay, where packets leave.
+    NetworkOut,
 }
 
 impl Hook {
-    pub(crate) const ALL: [Self; 3] = [Self::Pod, Self::Host, Self::Network];
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Pod,
+        Self::Host,
+        Self::Network,
+        Self::Wireguard,
+        Self::NetworkOut,
+    ];
 
     /// Name of the program, and in pins.
     pub(crate) const fn name(self) -> &'static str {
@@ -40,7 +50,14 @@ impl Hook {
             Self::Pod => "from_pod",
             Self::Host => "from_host",
             Self::Network => "from_network",
+            Self::Wireguard => "from_wireguard",
+            Self::NetworkOut => "to_network",
         }
+    }
+
+    /// True where packets leave the interface.
+    pub(crate) const fn is_egress(self) -> bool {
+        matches!(self, Self::NetworkOut)
     }
 }
 

@@ -122,17 +122,20 @@ pub enum TrafficPath {
     DirectIn = 4,
     /// Handed to the host's own stack.
     ToHost = 5,
+    /// The host's own, to another node through WireGuard.
+    NodeOut = 6,
 }
 
 impl TrafficPath {
     /// All paths, in the order of their numbers.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Local,
         Self::TunnelOut,
         Self::TunnelIn,
         Self::DirectOut,
         Self::DirectIn,
         Self::ToHost,
+        Self::NodeOut,
     ];
 
     /// Label of the metric.
@@ -145,6 +148,7 @@ impl TrafficPath {
             Self::DirectOut => "direct-out",
             Self::DirectIn => "direct-in",
             Self::ToHost => "to-host",
+            Self::NodeOut => "node-out",
         }
     }
 }

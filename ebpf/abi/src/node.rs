@@ -11,7 +11,8 @@ pub const NODE_INDEX_LOCAL: u32 = 0;
 /// [`NodeValue::flags`]: the slot is in use and traffic may be sent there.
 pub const NODE_PRESENT: u16 = 1 << 0;
 /// [`NodeValue::flags`]: traffic to the node goes by direct routing, not through the tunnel, and is
-/// accepted from it that way. IPv6 packets to a node with an IPv4 endpoint use the tunnel all the same.
+/// accepted from it that way. IPv6 packets to a node with an IPv4 endpoint use the tunnel all the same, unless they
+/// are encrypted.
 pub const NODE_DIRECT: u16 = 1 << 1;
 /// [`NodeValue::flags`]: packets to the node leave through a WireGuard device, which
 /// [`NodeValue::egress_ifindex`] then is: one without link addresses (`ARPHRD_NONE`).

@@ -9,15 +9,15 @@ use aya_ebpf::helpers::generated::{
     bpf_skb_change_type,
 };
 use clustermesh_ebpf_abi::{
-    DropReason, EndpointValue, NODE_DIRECT, NODE_PRESENT, NodeConfig, NodeValue, TUNNEL_MAC_SOURCE,
-    TrafficPath,
+    DropReason, EndpointValue, NODE_DIRECT, NODE_ENCRYPTED, NODE_PRESENT, NODE_WITHHELD,
+    NodeConfig, NodeValue, TUNNEL_MAC_SOURCE, TrafficPath, WireTraffic,
 };
 
 use crate::encap::{TUNNEL_BYTES, UDP_BYTES, encapsulate};
 use crate::frame::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES};
 use crate::maps::NODES;
 use crate::parse::{Family, PROTOCOL_UDP, Packet, Words};
-use crate::verdict::Action;
+use crate::verdict::{Action, count_wire};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
@@ -139,7 +139,7 @@ pub enum ToNode {
 /// Towards the node at `node_index`, through the tunnel or routed directly.
 ///
 /// # Errors
-/// `NodeWithdrawn`, `NoUnderlayFamily`, `NoRoute`, `EncapsulationFailed`.
+/// `NodeWithdrawn`, `AwaitingKey`, `NoUnderlayFamily`, `NoRoute`, `EncapsulationFailed`.
 #[inline(always)]
 pub fn to_node(
     frame: Frame,
@@ -152,6 +152,8 @@ pub fn to_node(
     if node.flags & NODE_PRESENT == 0 {
         return Err(DropReason::NodeWithdrawn);
     }
+    // Before the size: to a node that cannot be sent to, nothing is too big.
+    check_key(node)?;
     let mut mtu_bytes = u32::from(node.path_mtu_bytes);
     if node.flags & NODE_DIRECT != 0 && !is_direct(node, packet.family) {
         // What is said of a node with direct routing leaves no room for a tunnel.
@@ -163,10 +165,23 @@ pub fn to_node(
     send(frame, config, packet, node, identity).map(ToNode::Sent)
 }
 
+/// Nothing goes to a node whose key is awaited.
+///
+/// # Errors
+/// `AwaitingKey`.
+#[inline(always)]
+pub fn check_key(node: &NodeValue) -> Result<(), DropReason> {
+    if node.flags & NODE_WITHHELD == 0 {
+        Ok(())
+    } else {
+        Err(DropReason::AwaitingKey)
+    }
+}
+
 /// Sends to a node that is known to be there.
 ///
 /// # Errors
-/// `NoUnderlayFamily`, `NoRoute`, `EncapsulationFailed`.
+/// `AwaitingKey`, `NoUnderlayFamily`, `NoRoute`, `EncapsulationFailed`.
 #[inline(always)]
 pub fn send(
     frame: Frame,
@@ -176,11 +191,18 @@ pub fn send(
     identity: u32,
 ) -> Result<Action, DropReason> {
     let endpoint = Words::from_value(&node.endpoint);
+    check_key(node)?;
     if node.egress_ifindex == 0 {
         return Err(DropReason::NoRoute);
     }
     if is_direct(node, packet.family) {
-        return direct(frame, node, &endpoint);
+        if node.flags & NODE_ENCRYPTED == 0 {
+            direct(frame, node, &endpoint)?;
+        } else {
+            into_wireguard(node);
+        }
+        count_sent(node, packet.length_bytes);
+        return Ok(Action::Forward(TrafficPath::DirectOut));
     }
     let own = if endpoint.is_mapped() {
         &config.underlay_v4
@@ -192,22 +214,45 @@ pub fn send(
     }
     encapsulate(frame, config, packet, &endpoint, identity)?;
     route_outer(node);
+    count_sent(node, packet.length_bytes);
     Ok(Action::Forward(TrafficPath::TunnelOut))
 }
 
+#[inline(always)]
+fn count_sent(node: &NodeValue, bytes: u32) {
+    if node.flags & NODE_ENCRYPTED == 0 {
+        count_wire(WireTraffic::ClearOut, bytes);
+    } else {
+        count_wire(WireTraffic::EncryptedOut, bytes);
+    }
+}
+
 /// True if packets of that family are routed to the node as they are. The kernel sends IPv4 to an IPv6 next
-/// hop, but not the other way round: those packets take the tunnel.
+/// hop, but not the other way round: those packets take the tunnel. A WireGuard device asks for no next hop.
 #[inline(always)]
 fn is_direct(node: &NodeValue, family: Family) -> bool {
     node.flags & NODE_DIRECT != 0
-        && (family == Family::V4 || !Words::from_value(&node.endpoint).is_mapped())
+        && (family == Family::V4
+            || node.flags & NODE_ENCRYPTED != 0
+            || !Words::from_value(&node.endpoint).is_mapped())
 }
 
 /// Sends a tunnel packet by its outer header.
 #[inline(always)]
 pub fn route_outer(node: &NodeValue) {
+    if node.flags & NODE_ENCRYPTED != 0 {
+        into_wireguard(node);
+        return;
+    }
     // SAFETY: without parameters the kernel asks its routes.
     unsafe { bpf_redirect_neigh(node.egress_ifindex, core::ptr::null_mut(), 0, 0) };
+}
+
+/// Sends the IP packet through the node's WireGuard device. The kernel takes the link header off: the device has none.
+#[inline(always)]
+pub fn into_wireguard(node: &NodeValue) {
+    // SAFETY: takes two numbers.
+    unsafe { bpf_redirect(node.egress_ifindex, 0) };
 }
 
 #[inline(always)]
@@ -230,7 +275,7 @@ fn exceeds(frame: Frame, packet: &Packet, mtu_bytes: u32) -> bool {
 
 /// Routes the packet as it is: next hop by the node's address, because the host's own route for pods leads back here.
 #[inline(always)]
-fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<Action, DropReason> {
+fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<(), DropReason> {
     // SAFETY: plain integers, for which zeros are valid.
     let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
     query.ifindex = node.egress_ifindex;
@@ -278,5 +323,5 @@ fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<Action, Dr
             0,
         )
     };
-    Ok(Action::Forward(TrafficPath::DirectOut))
+    Ok(())
 }

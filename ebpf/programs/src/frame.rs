@@ -1,7 +1,7 @@
 //! A frame in the kernel: bounds-checked access to its bytes and the few fields of its context.
 
 use aya_ebpf::bindings::__sk_buff;
-use aya_ebpf::helpers::generated::{bpf_skb_load_bytes, bpf_skb_pull_data};
+use aya_ebpf::helpers::generated::{bpf_skb_change_head, bpf_skb_load_bytes, bpf_skb_pull_data};
 use aya_ebpf::programs::TcContext;
 use clustermesh_ebpf_abi::DropReason;
 
@@ -58,6 +58,42 @@ impl Frame {
     pub fn has_vlan_tag(self) -> bool {
         // SAFETY: as above.
         unsafe { (*self.skb).vlan_present != 0 }
+    }
+
+    /// EtherType of what the frame carries, known for devices without an Ethernet header too.
+    #[inline(always)]
+    pub fn protocol(self) -> u16 {
+        // SAFETY: as above.
+        unsafe { (*self.skb).protocol as u16 }
+    }
+
+    /// `SO_MARK` of the socket that sent it, or what the host's rules set.
+    #[inline(always)]
+    pub fn mark(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb).mark }
+    }
+
+    /// Interface on which the packet came in; 0 = it is of a socket of the host.
+    #[inline(always)]
+    pub fn came_in_on(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb).ingress_ifindex }
+    }
+
+    /// Puts an Ethernet header, not yet filled, in front of a packet of a device that knows none.
+    ///
+    /// # Errors
+    /// `EncapsulationFailed`.
+    #[inline(always)]
+    pub fn add_ethernet(self) -> Result<(), DropReason> {
+        // SAFETY: as above.
+        let status = unsafe { bpf_skb_change_head(self.skb, ETHERNET_BYTES as u32, 0) };
+        if status == 0 {
+            Ok(())
+        } else {
+            Err(DropReason::EncapsulationFailed)
+        }
     }
 
     /// Payload bytes of one segment of an offloaded packet, else 0.

@@ -19,7 +19,9 @@
 )]
 
 mod answer;
+mod arrival;
 mod checksum;
+mod clear;
 mod deliver;
 mod encap;
 mod features;
@@ -27,6 +29,7 @@ mod frame;
 mod from_host;
 mod from_network;
 mod from_pod;
+mod from_wireguard;
 mod maps;
 mod own_device;
 mod parse;
@@ -38,6 +41,7 @@ mod socket_getpeername;
 mod socket_recvmsg;
 mod socket_release;
 mod socket_sendmsg;
+mod to_network;
 mod verdict;
 
 /// Read by the kernel when a program is loaded.

@@ -4,7 +4,7 @@ use aya_ebpf::bindings::{TC_ACT_OK, TC_ACT_REDIRECT, TC_ACT_SHOT};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use clustermesh_ebpf_abi::{
     CONFIG_FLOWS, DropReason, FlowRecord, NodeConfig, TrafficPath, VERDICT_DROPPED,
-    VERDICT_FORWARDED,
+    VERDICT_FORWARDED, WireTraffic,
 };
 
 use crate::frame::Frame;
@@ -74,7 +74,7 @@ pub fn conclude(hook: u8, seen: &Seen, outcome: Result<Action, DropReason>) -> i
         Ok(Action::Pass) => TC_ACT_OK,
         Ok(Action::Ignore) => TC_ACT_SHOT,
         Ok(Action::Forward(path)) => {
-            count_traffic(path, seen.packet.length_bytes);
+            count_traffic(path as u32, seen.packet.length_bytes);
             record(hook, seen, VERDICT_FORWARDED, path as u32);
             TC_ACT_REDIRECT
         }
@@ -91,9 +91,15 @@ pub fn conclude(hook: u8, seen: &Seen, outcome: Result<Action, DropReason>) -> i
     }
 }
 
+/// Counts a packet between this node and another as it went over the wire.
 #[inline(always)]
-fn count_traffic(path: TrafficPath, bytes: u32) {
-    if let Some(value) = TRAFFIC.get_ptr_mut(path as u32) {
+pub fn count_wire(kind: WireTraffic, bytes: u32) {
+    count_traffic(kind as u32, bytes);
+}
+
+#[inline(always)]
+fn count_traffic(slot: u32, bytes: u32) {
+    if let Some(value) = TRAFFIC.get_ptr_mut(slot) {
         // SAFETY: this CPU's slot; programs on one CPU do not interrupt each other here.
         unsafe {
             (*value).packets += 1;

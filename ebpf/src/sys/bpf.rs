@@ -50,6 +50,7 @@ pub(crate) enum AttachType {
     Getpeername6 = 30,
     SocketRelease = 34,
     TcxIngress = 46,
+    TcxEgress = 47,
 }
 
 #[repr(C)]
@@ -448,9 +449,13 @@ pub(crate) fn tcx_supported() -> bool {
     }
 }
 
-/// A new link of `program` at an interface's tcx ingress.
-pub(crate) fn link_tcx_ingress(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
-    link(program, ifindex, AttachType::TcxIngress)
+/// A new link of `program` at an interface, with tcx.
+pub(crate) fn link_tcx(
+    program: BorrowedFd<'_>,
+    ifindex: u32,
+    direction: AttachType,
+) -> io::Result<OwnedFd> {
+    link(program, ifindex, direction)
 }
 
 /// A new link of `program` at a cgroup.

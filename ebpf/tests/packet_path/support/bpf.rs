@@ -15,7 +15,13 @@ use clustermesh_ebpf_abi::{
 
 const OBJECT: &[u8] = include_bytes!(env!("CLUSTERMESH_BPF_OBJECT"));
 /// Programs on packets.
-pub const PROGRAMS: [&str; 3] = ["from_pod", "from_host", "from_network"];
+pub const PROGRAMS: [&str; 5] = [
+    "from_pod",
+    "from_host",
+    "from_network",
+    "from_wireguard",
+    "to_network",
+];
 
 const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
