@@ -14,7 +14,6 @@
 pub mod control;
 pub mod control_socket;
 mod inbound;
-pub mod link;
 mod outbound;
 pub mod shared;
 pub mod tun;
@@ -26,10 +25,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
-use clustermesh_encryption_core::config::DeviceConfig;
 use clustermesh_encryption_core::engine::Engine;
 
-use crate::{Device, DeviceStatus};
+use crate::link;
 use control::{ApplyError, Control, Event, Events};
 use shared::Shared;
 use tun::Tun;
@@ -68,7 +66,6 @@ pub struct Options {
 /// A running device.
 #[derive(Debug)]
 pub struct UserspaceDevice {
-    name: String,
     shared: Arc<Shared>,
     events: Events,
     workers: Vec<JoinHandle<()>>,
@@ -110,7 +107,6 @@ impl UserspaceDevice {
         let (events, queue) = Events::queue();
         let control = Control::new(name, count, &shared, engine, events.clone())?;
         let mut device = Self {
-            name: name.to_owned(),
             shared,
             events,
             workers: Vec::new(),
@@ -170,22 +166,5 @@ impl Drop for UserspaceDevice {
         if let Some(control) = self.control.take() {
             let _ = control.join();
         }
-    }
-}
-
-impl Device for UserspaceDevice {
-    type Error = ApplyError;
-
-    fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn configure(&self, wanted: DeviceConfig) -> Result<(), ApplyError> {
-        self.events
-            .ask(|answer| Event::Configure(Box::new(wanted), answer))?
-    }
-
-    fn status(&self) -> Result<DeviceStatus, ApplyError> {
-        self.events.ask(Event::Status)
     }
 }

@@ -12,6 +12,8 @@ use crate::key::{PresharedKey, PrivateKey, PublicKey, from_hex, to_hex};
 /// Longest request, bytes: some 30,000 peers.
 pub const REQUEST_BYTES_MAX: usize = 16 << 20;
 
+/// What stands before the names of counters of ours in an answer; other programs pass such lines over.
+pub const COUNTER_PREFIX: &str = "counter.";
 /// A bad value (`EINVAL`).
 pub const EINVAL: i32 = 22;
 /// The device cannot do it now (`EIO`).

@@ -85,6 +85,28 @@ pub fn difference(
     Ok(changes)
 }
 
+/// What is wanted, with the peers that are there beside it: for as long as not every source of peers has been heard, one
+/// that is missing there may only be late. Prefixes that are wanted at another peer go there all the same.
+#[must_use]
+pub fn with_present(actual: &DeviceConfig, desired: &DeviceConfig) -> DeviceConfig {
+    let wanted: BTreeSet<PublicKey> = desired.peers.iter().map(|peer| peer.public_key).collect();
+    let taken: BTreeSet<IpNetwork> = desired
+        .peers
+        .iter()
+        .flat_map(|peer| peer.allowed_ips.iter().copied().map(canonical))
+        .collect();
+    let own = desired.private_key.as_ref().map(PrivateKey::public);
+    let mut whole = desired.clone();
+    for peer in &actual.peers {
+        if !wanted.contains(&peer.public_key) && own != Some(peer.public_key) {
+            let mut kept = peer.clone();
+            kept.allowed_ips.retain(|prefix| !taken.contains(prefix));
+            whole.peers.push(kept);
+        }
+    }
+    whole
+}
+
 fn checked(desired: &DeviceConfig) -> Result<BTreeMap<PublicKey, &PeerConfig>, DifferenceError> {
     if desired.peers.len() > PEERS_MAX {
         let count = desired.peers.len();
@@ -210,6 +232,19 @@ mod tests {
             difference(&device(vec![]), &wanted),
             Err(DifferenceError::OwnKey { .. })
         ));
+    }
+
+    #[test]
+    fn peers_that_may_only_be_late_stay_and_give_up_what_others_have_now() {
+        let actual = device(vec![peer(1, &["10.0.0.1/32", "10.0.0.2/32"]), peer(2, &[])]);
+        let wanted = device(vec![peer(2, &["10.0.0.2/32"])]);
+        let whole = with_present(&actual, &wanted);
+        let expected = [peer(2, &["10.0.0.2/32"]), peer(1, &["10.0.0.1/32"])];
+        assert_eq!(whole.peers, expected);
+        let changes = difference(&actual, &whole).unwrap();
+        let mut moved = PeerChange::new(key(2));
+        moved.add_allowed_ips = vec!["10.0.0.2/32".parse().unwrap()];
+        assert_eq!(changes, [Change::Peer(moved)], "nothing is removed");
     }
 
     fn devices() -> impl Strategy<Value = DeviceConfig> {

@@ -7,6 +7,7 @@ pub mod allowed_ips;
 pub mod checksum;
 pub mod config;
 pub mod control;
+pub mod control_client;
 pub mod difference;
 pub mod engine;
 pub mod key;

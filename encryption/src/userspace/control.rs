@@ -11,18 +11,17 @@ use std::time::{Duration, Instant, SystemTime};
 
 use boringtun::noise::TunnResult;
 use boringtun::noise::rate_limiter::RateLimiter;
-use clustermesh_encryption_core::config::{Change, Config, ConfigError, DeviceConfig};
-use clustermesh_encryption_core::control::{PeerStatus, describe};
-use clustermesh_encryption_core::difference::{DifferenceError, difference};
+use clustermesh_encryption_core::config::{Change, Config, ConfigError};
+use clustermesh_encryption_core::control::{COUNTER_PREFIX, PeerStatus, describe};
 use clustermesh_encryption_core::engine::{Engine, Now, Output, Slot, TICK};
 use clustermesh_encryption_core::key::{PrivateKey, PublicKey};
 use clustermesh_encryption_core::message::{INITIATION_BYTES, Message, parse};
 
 use super::outbound::Outbound;
 use super::shared::{Peer, Shared, Sockets, Table, count};
+use super::tun;
 use super::udp::{HANDSHAKE_TOS, Socket};
-use super::{link, tun};
-use crate::DeviceStatus;
+use crate::link;
 
 /// Events that wait for the control thread.
 pub const EVENTS_MAX: usize = 4_096;
@@ -64,9 +63,6 @@ pub enum ApplyError {
     /// A limit.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// What is wanted contradicts itself.
-    #[error(transparent)]
-    Difference(#[from] DifferenceError),
     /// The port cannot be had.
     #[error("UDP port {port}: {source}")]
     Port {
@@ -91,12 +87,8 @@ pub enum Event {
     Confirmed,
     /// Carry out these steps.
     Apply(Vec<Change>, SyncSender<Result<(), ApplyError>>),
-    /// Become like this.
-    Configure(Box<DeviceConfig>, SyncSender<Result<(), ApplyError>>),
     /// Say how things are, as text of the control socket.
     Describe(SyncSender<String>),
-    /// Say how things are.
-    Status(SyncSender<DeviceStatus>),
     /// A thread of the device ended with this.
     Broken(io::Error),
     /// End.
@@ -230,14 +222,7 @@ impl Control {
             Event::Confirmed => self.tick(),
             // Whoever asked may have gone.
             Event::Apply(changes, answer) => drop(answer.send(self.apply(&changes))),
-            Event::Configure(wanted, answer) => {
-                let result = difference(&self.config.to_device(), &wanted)
-                    .map_err(ApplyError::from)
-                    .and_then(|changes| self.apply(&changes));
-                drop(answer.send(result));
-            }
             Event::Describe(answer) => drop(answer.send(self.describe())),
-            Event::Status(answer) => drop(answer.send(self.status())),
             Event::Broken(_) | Event::Stop => {}
         }
     }
@@ -544,19 +529,18 @@ impl Control {
         }
     }
 
+    /// What the protocol of the control socket has, and our counters before it.
     fn describe(&self) -> String {
-        describe(&self.config, self.listen_port, |key| self.peer_status(key))
-    }
+        use std::fmt::Write as _;
 
-    fn status(&self) -> DeviceStatus {
-        DeviceStatus {
-            listen_port: self.listen_port,
-            peers: self
-                .peers
-                .keys()
-                .map(|key| (*key, self.peer_status(key)))
-                .collect(),
-            counters: self.shared.counters.read(),
+        let mut text = String::new();
+        for (name, number) in self.shared.counters.read() {
+            // Writing to a string does not fail.
+            let _ = writeln!(text, "{COUNTER_PREFIX}{name}={number}");
         }
+        text.push_str(&describe(&self.config, self.listen_port, |key| {
+            self.peer_status(key)
+        }));
+        text
     }
 }

@@ -131,7 +131,7 @@ fn answer(request: &str, events: &Events) -> String {
             let errno = match result {
                 Ok(()) => 0,
                 Err(ApplyError::Port { source, .. }) => source.raw_os_error().unwrap_or(EIO),
-                Err(ApplyError::Config(_) | ApplyError::Difference(_)) => EINVAL,
+                Err(ApplyError::Config(_)) => EINVAL,
                 Err(ApplyError::Closed) => EIO,
             };
             (String::new(), errno)

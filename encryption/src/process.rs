@@ -1,0 +1,197 @@
+//! The device of user space as a process of its own: started or adopted, and spoken to over its control socket.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clustermesh_encryption_core::config::{Change, DeviceConfig};
+use clustermesh_encryption_core::control_client::{
+    AnswerError, Description, GET, read_description, read_result, set_request,
+};
+use clustermesh_encryption_core::difference::{difference, with_present};
+use clustermesh_encryption_core::key::PrivateKey;
+use zeroize::Zeroizing;
+
+use crate::device::{Backend, Device, DeviceError, DeviceStatus, Origin, Others};
+use crate::link;
+
+/// Name of the program.
+pub const PROGRAM: &str = "clustermesh-wireguard";
+/// Longest wait for an answer of the device.
+const ANSWER_SECONDS_MAX: u64 = 10;
+/// Longest answer, bytes: 65,536 peers with a few prefixes each.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// Steps in one request, far below what the device reads at once.
+const STEPS_PER_REQUEST_MAX: usize = 4_096;
+/// A device whose network device was deleted ends within this.
+const END_SECONDS_MAX: u64 = 10;
+
+/// How the device is run when it is not running.
+#[derive(Clone, Debug)]
+pub struct ProcessOptions {
+    /// The program.
+    pub program: PathBuf,
+    /// Folder of the control socket; `wg` looks into [`crate::userspace::control_socket::SOCKET_DIR`].
+    pub socket_dir: PathBuf,
+    /// MTU of a new device, bytes.
+    pub mtu: u32,
+}
+
+/// A device that a process of its own runs.
+#[derive(Debug)]
+pub struct ProcessDevice {
+    name: String,
+    socket: PathBuf,
+}
+
+impl ProcessDevice {
+    /// Finds the device running, or starts it, in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// When it does not run and cannot be started.
+    pub fn open(name: &str, options: &ProcessOptions) -> Result<(Self, Origin), DeviceError> {
+        let device = Self {
+            name: name.to_owned(),
+            socket: options.socket_dir.join(format!("{name}.sock")),
+        };
+        if device.describe().is_ok() {
+            return Ok((device, Origin::Adopted));
+        }
+        // One that is there without its process can only be in the way.
+        link::delete(name).map_err(|source| device.failed("replace", source))?;
+        let status = Command::new(&options.program)
+            .arg(name)
+            .arg("--socket-dir")
+            .arg(&options.socket_dir)
+            .arg("--mtu")
+            .arg(options.mtu.to_string())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status();
+        let not_started = |detail: String| DeviceError::NotStarted {
+            program: options.program.display().to_string(),
+            device: name.to_owned(),
+            detail,
+        };
+        let status = status.map_err(|error| not_started(error.to_string()))?;
+        if !status.success() {
+            return Err(not_started(status.to_string()));
+        }
+        Ok((device, Origin::Started))
+    }
+
+    /// Where its control socket is.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn failed(&self, action: &'static str, source: io::Error) -> DeviceError {
+        DeviceError::Io {
+            action,
+            device: self.name.clone(),
+            source,
+        }
+    }
+
+    fn misunderstood(&self, source: AnswerError) -> DeviceError {
+        DeviceError::Answer {
+            device: self.name.clone(),
+            source,
+        }
+    }
+
+    fn describe(&self) -> Result<Description, DeviceError> {
+        let answer = ask(&self.socket, GET).map_err(|source| self.failed("ask", source))?;
+        read_description(&answer).map_err(|source| self.misunderstood(source))
+    }
+
+    fn apply(&self, changes: &[Change]) -> Result<(), DeviceError> {
+        for steps in changes.chunks(STEPS_PER_REQUEST_MAX) {
+            let answer = ask(&self.socket, &set_request(steps))
+                .map_err(|source| self.failed("change", source))?;
+            read_result(&answer).map_err(|source| self.misunderstood(source))?;
+        }
+        Ok(())
+    }
+}
+
+impl Device for ProcessDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn backend(&self) -> Backend {
+        Backend::Userspace
+    }
+
+    fn configure(&self, wanted: &DeviceConfig, others: Others) -> Result<usize, DeviceError> {
+        let actual = self.describe()?.config;
+        let whole = match others {
+            Others::Removed => wanted,
+            Others::Kept => &with_present(&actual, wanted),
+        };
+        let changes = difference(&actual, whole).map_err(|source| DeviceError::Difference {
+            device: self.name.clone(),
+            source,
+        })?;
+        self.apply(&changes)?;
+        Ok(changes.len())
+    }
+
+    fn status(&self) -> Result<DeviceStatus, DeviceError> {
+        let Description {
+            config,
+            peers,
+            counters,
+        } = self.describe()?;
+        Ok(DeviceStatus {
+            public_key: config.private_key.as_ref().map(PrivateKey::public),
+            listen_port: config.listen_port,
+            peers: config
+                .peers
+                .iter()
+                .map(|peer| peer.public_key)
+                .zip(peers)
+                .collect(),
+            counters,
+        })
+    }
+
+    fn remove(self: Box<Self>) -> Result<(), DeviceError> {
+        link::delete(&self.name).map_err(|source| self.failed("remove", source))?;
+        let begun = Instant::now();
+        // The process ends with its network device, and its socket with it.
+        while UnixStream::connect(&self.socket).is_ok() {
+            if begun.elapsed() > Duration::from_secs(END_SECONDS_MAX) {
+                return Err(self.failed("end", io::ErrorKind::TimedOut.into()));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+}
+
+/// One request and its answer, up to the empty line.
+fn ask(socket: &Path, request: &str) -> io::Result<Zeroizing<String>> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(ANSWER_SECONDS_MAX)))?;
+    stream.set_write_timeout(Some(Duration::from_secs(ANSWER_SECONDS_MAX)))?;
+    stream.write_all(request.as_bytes())?;
+    let mut reader = BufReader::new(stream);
+    let mut answer = Zeroizing::new(String::new());
+    loop {
+        let before = answer.len();
+        if reader.read_line(&mut answer)? == 0 || answer.get(before..) == Some("\n") {
+            return Ok(answer);
+        }
+        if answer.len() > ANSWER_BYTES_MAX {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("an answer of more than {ANSWER_BYTES_MAX} bytes"),
+            ));
+        }
+    }
+}
