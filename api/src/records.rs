@@ -23,7 +23,10 @@ pub use identity::{
     CLUSTER_LABEL, Identity, Label, NAMESPACE_LABEL, SERVICE_ACCOUNT_LABEL, SOURCE_K8S,
 };
 pub use ip::{IpExtension, IpIdentityPair, NamedPort};
-pub use node::{AddressType, Node, NodeAddress, NodeExtension};
+pub use node::{
+    AddressType, NextWireguardKey, Node, NodeAddress, NodeExtension, NodeWireguard,
+    WIREGUARD_ENCRYPTION_KEY, WIREGUARD_PORT_DEFAULT,
+};
 pub use own::{PortReadiness, Readiness, Session, SessionState};
 pub use service::{BackendZone, ClusterService, PortMap, ServicePortNumber, ZoneName};
 pub use timestamp::Timestamp;

@@ -117,9 +117,45 @@ pub struct NodeExtension {
     /// Version of the agent that runs there; empty = unknown.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub agent_version: String,
+    /// What belongs to `WireguardPubKey`; `None` = as Cilium has it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wireguard: Option<NodeWireguard>,
     /// Fields of newer writers, passed through.
     #[serde(flatten)]
     pub unknown: Map<String, Value>,
+}
+
+/// UDP port of WireGuard where a record does not say another (Cilium's).
+pub const WIREGUARD_PORT_DEFAULT: u16 = 51_871;
+/// `EncryptionKey` of a node whose own traffic goes through WireGuard (Cilium's).
+pub const WIREGUARD_ENCRYPTION_KEY: u8 = 255;
+
+/// Ports and change of WireGuard keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct NodeWireguard {
+    /// UDP port of the device that has `WireguardPubKey`; 0 = [`WIREGUARD_PORT_DEFAULT`].
+    pub port: u16,
+    /// Counts the node's keys in step with all others; keys of one epoch belong together.
+    pub epoch: u32,
+    /// The key that comes next, while keys change.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<NextWireguardKey>,
+    /// Fields of newer writers, passed through.
+    #[serde(flatten)]
+    pub unknown: Map<String, Value>,
+}
+
+/// A key that is about to be used.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct NextWireguardKey {
+    /// The public key, base64.
+    pub pub_key: String,
+    /// UDP port of the device that has it.
+    pub port: u16,
+    /// Its epoch.
+    pub epoch: u32,
 }
 
 impl Node {

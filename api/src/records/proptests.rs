@@ -52,6 +52,7 @@ fn any_node() -> impl Strategy<Value = Node> {
         texts(),
     );
     let extension = option::of(text().prop_map(|agent_version| NodeExtension {
+        wireguard: None,
         agent_version,
         unknown: serde_json::Map::new(),
     }));

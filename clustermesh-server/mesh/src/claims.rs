@@ -96,6 +96,9 @@ pub enum ClaimError {
         /// The node that has it.
         holder: String,
     },
+    /// What a node gives as its WireGuard key is none.
+    #[error("{0}: a WireGuard key is 44 characters of base64, with a UDP port above 0")]
+    WireguardKey(String),
     /// No pod CIDR for the node.
     #[error(transparent)]
     Allocate(#[from] AllocateError),
@@ -181,6 +184,7 @@ impl ClaimError {
             Self::Name(_)
             | Self::Address { .. }
             | Self::UnusableUnderlay { .. }
+            | Self::WireguardKey(_)
             | Self::Damaged { .. } => Reason::Invalid,
             Self::Count { .. } | Self::TooLong { .. } | Self::Allocate(_) => Reason::Limit,
             Self::UnderlayInRange { .. }

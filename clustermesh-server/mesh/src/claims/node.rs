@@ -8,9 +8,10 @@ use clustermesh_api::keys::{Kind, READINESS_PREFIX};
 use clustermesh_api::limits::MAX_LABELS_PER_OBJECT;
 use clustermesh_api::names::check_dns_subdomain;
 use clustermesh_api::records::{
-    AddressType, IpIdentityPair, Node, NodeAddress, NodeExtension, Session, SessionState,
+    AddressType, IpIdentityPair, NextWireguardKey, Node, NodeAddress, NodeExtension, NodeWireguard,
+    Session, SessionState, WIREGUARD_ENCRYPTION_KEY,
 };
-use clustermesh_api::v1::Hello;
+use clustermesh_api::v1::{Hello, WireguardKey};
 
 use super::{ClaimError, HEALTH_INDEX, ROUTER_INDEX, parse_all};
 use crate::address::{Family, nth};
@@ -27,6 +28,8 @@ pub const KIND_NODE: &str = "Node";
 pub const MAX_UNDERLAY_ADDRESSES: usize = 16;
 /// One label, version or id that a machine says of itself (a label's key with its prefix is the longest).
 const MAX_HELLO_TEXT_BYTES: usize = 320;
+/// A WireGuard key in base64.
+const WIREGUARD_KEY_CHARACTERS: usize = 44;
 /// Pod CIDRs that a machine may say it held.
 const MAX_CIDRS_HELD: usize = 16;
 /// `Source` of our node records: which component knows the node.
@@ -52,6 +55,7 @@ pub fn plan_hello(
     )?;
     check_underlay(view, settings, node, &underlay)?;
     check_texts(&object, hello)?;
+    let wireguard = wireguard(&object, hello)?;
     let held = hello
         .pod_cidrs_held
         .iter()
@@ -70,7 +74,15 @@ pub fn plan_hello(
     draft.guard_prefix(Kind::Nodes.state_prefix(&settings.name));
     let key = keys::node(&settings.name, node);
     draft.guard(key.clone());
-    draft.put(key, record(settings, hello, &underlay, cidrs).encode());
+    let mut record = record(settings, hello, &underlay, cidrs);
+    if let Some(keys) = wireguard {
+        record.wireguard_pub_key = keys.public_key;
+        record.encryption_key = keys.encryption_key;
+        if let Some(extension) = &mut record.extension {
+            extension.wireguard = Some(keys.more);
+        }
+    }
+    draft.put(key, record.encode());
     Ok(Plan {
         txn: draft.into_txn(),
         result: cidrs,
@@ -101,6 +113,54 @@ fn check_texts(object: &str, hello: &Hello) -> Result<(), ClaimError> {
         }),
         None => Ok(()),
     }
+}
+
+/// What a node record says of its machine's WireGuard keys.
+struct Wireguard {
+    public_key: String,
+    encryption_key: u8,
+    more: NodeWireguard,
+}
+
+/// The keys of the Hello, each checked: what every other machine would refuse is not stored.
+fn wireguard(object: &str, hello: &Hello) -> Result<Option<Wireguard>, ClaimError> {
+    let Some(keys) = &hello.wireguard else {
+        return Ok(None);
+    };
+    let malformed = || ClaimError::WireguardKey(object.to_owned());
+    let checked = |key: &WireguardKey| {
+        let is_key = key.public_key.len() == WIREGUARD_KEY_CHARACTERS
+            && key.public_key.ends_with('=')
+            && key
+                .public_key
+                .trim_end_matches('=')
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/'));
+        match u16::try_from(key.port) {
+            Ok(port) if is_key && port > 0 => Ok((key.public_key.clone(), port, key.epoch)),
+            _ => Err(malformed()),
+        }
+    };
+    let (public_key, port, epoch) = checked(keys.current.as_ref().ok_or_else(malformed)?)?;
+    let next = keys.next.as_ref().map(checked).transpose()?;
+    Ok(Some(Wireguard {
+        public_key,
+        encryption_key: if keys.nodes {
+            WIREGUARD_ENCRYPTION_KEY
+        } else {
+            0
+        },
+        more: NodeWireguard {
+            port,
+            epoch,
+            next: next.map(|(pub_key, port, epoch)| NextWireguardKey {
+                pub_key,
+                port,
+                epoch,
+            }),
+            ..Default::default()
+        },
+    }))
 }
 
 fn check_underlay(

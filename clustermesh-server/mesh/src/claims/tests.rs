@@ -1,8 +1,11 @@
 use clustermesh_api::records::{IpIdentityPair, Node, Readiness, SessionState};
 use clustermesh_api::v1::refused::Reason;
-use clustermesh_api::v1::{DeleteEndpoint, EndpointReadiness, ReportReadiness, SyncEndpoints};
+use clustermesh_api::v1::{
+    DeleteEndpoint, EndpointReadiness, ReportReadiness, SyncEndpoints, WireguardKey, WireguardKeys,
+};
 
 use super::*;
+use crate::keys;
 use crate::step::Step;
 use crate::test_support::{Lab, claim, commit, hello, workload};
 use crate::view::View;
@@ -101,6 +104,43 @@ fn bad_underlay_addresses_are_refused() {
     ] {
         let error = plan_hello(&lab.view, &lab.settings, &hello("n3", address)).unwrap_err();
         assert_eq!(error.reason(), reason, "{address}: {error}");
+    }
+}
+
+#[test]
+fn wireguard_keys_stand_in_the_node_record_and_bad_ones_are_refused() {
+    let mut lab = lab();
+    let key = |text: &str, port, epoch| WireguardKey {
+        public_key: text.to_owned(),
+        port,
+        epoch,
+    };
+    let good = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
+    let mut asks = hello("n3", "192.0.2.3");
+    asks.wireguard = Some(WireguardKeys {
+        current: Some(key(good, 51_871, 4)),
+        next: Some(key(good, 51_872, 5)),
+        nodes: true,
+    });
+    let plan = plan_hello(&lab.view, &lab.settings, &asks).unwrap();
+    commit(&mut lab.view, plan);
+    let kv = lab.view.get(&keys::node(&lab.settings.name, "n3")).unwrap();
+    let node = Node::decode(&kv.value).unwrap();
+    assert_eq!(
+        (node.wireguard_pub_key.as_str(), node.encryption_key),
+        (good, 255)
+    );
+    let more = node.extension.unwrap().wireguard.unwrap();
+    assert_eq!((more.port, more.epoch), (51_871, 4));
+    let next = more.next.unwrap();
+    assert_eq!((next.port, next.epoch), (51_872, 5));
+    for (text, port) in [("", 1), (good, 0), (good, 65_536), ("short=", 1)] {
+        asks.wireguard = Some(WireguardKeys {
+            current: Some(key(text, port, 0)),
+            ..Default::default()
+        });
+        let error = plan_hello(&lab.view, &lab.settings, &asks).unwrap_err();
+        assert_eq!(error.reason(), Reason::Invalid, "{error}");
     }
 }
 
