@@ -53,6 +53,7 @@ fn node_model() -> Model {
     let path = Some(UnderlayPath {
         egress_ifindex: 2,
         mtu_bytes: 1450,
+        encrypted_mtu_bytes: 1390,
     });
     let settings = Settings {
         cluster: CLUSTER.into(),
@@ -64,6 +65,7 @@ fn node_model() -> Model {
         path_v4: path,
         path_v6: None,
         ipcache_wanted_max: 512 * 1024,
+        encryption: clustermesh_node_core::EncryptionSettings::default(),
     };
     Model::new(settings, Tables::default())
 }

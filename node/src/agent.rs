@@ -295,6 +295,7 @@ impl Node {
             direct_routing: self.shared.config.routing == crate::config::Routing::Direct,
             path_v4: self.underlay.path_v4,
             path_v6: self.underlay.path_v6,
+            encryption: clustermesh_node_core::EncryptionSettings::default(),
         };
         Ok(Model::new(settings, read_tables(&self.shared.maps)?))
     }

@@ -121,6 +121,7 @@ impl Underlay {
                     } else {
                         measured.min(config.mtu)
                     },
+                    encrypted_mtu_bytes: 0,
                 }
             })
         };

@@ -17,7 +17,7 @@ use clustermesh_node_core::change::Change;
 use clustermesh_node_core::decode::Decoder;
 use clustermesh_node_core::plan::Step;
 use clustermesh_node_core::tables::Tables;
-use clustermesh_node_core::{IPCACHE_WANTED_MAX, Model, Settings};
+use clustermesh_node_core::{EncryptionSettings, IPCACHE_WANTED_MAX, Model, Settings};
 
 use super::compare::{Figure, Named, Target, against, alone};
 use super::services::{BACKEND_PORT, BACKENDS, Entries, PORT, SERVICES, Services};
@@ -221,6 +221,7 @@ fn settings() -> Settings {
         path_v4: None,
         path_v6: None,
         ipcache_wanted_max: IPCACHE_WANTED_MAX,
+        encryption: EncryptionSettings::default(),
     }
 }
 

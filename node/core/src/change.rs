@@ -104,6 +104,22 @@ pub struct NodeRecord {
     pub ingress: Vec<IpAddr>,
     /// Pod CIDRs.
     pub pod_cidrs: Vec<IpNetwork>,
+    /// WireGuard keys: the present one, and while keys change the next; empty = it does not encrypt.
+    pub keys: Vec<NodeKey>,
+}
+
+/// A WireGuard public key.
+pub type WireguardKey = [u8; 32];
+
+/// A key of a node and where its device listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeKey {
+    /// Keys of one epoch belong together.
+    pub epoch: u32,
+    /// The public key.
+    pub key: WireguardKey,
+    /// UDP port.
+    pub port: u16,
 }
 
 /// Who has an address.

@@ -2,19 +2,20 @@
 
 use std::net::IpAddr;
 
+use base64::Engine as _;
 use clustermesh_api::{
     IdentitySplit, Record, RecordKey, Tree,
     address::parse_address,
     keys::{KeyError, Origin},
     manifest::{self, StoredService},
-    records::{self, AddressType, EndpointSlicesExportMode, RecordError},
+    records::{self, AddressType, EndpointSlicesExportMode, RecordError, WIREGUARD_PORT_DEFAULT},
     validate::{Claimant, Violation},
 };
 
 use crate::change::{
     AddressOwner, Affinity, BackendEndpoint, BackendPort, Change, ClusterConfig, ClusterName,
-    Condition, EndpointGroup, NodeRecord, ServiceDeclaration, ServiceName, ServicePort,
-    SliceRecord, WorkloadDeclaration,
+    Condition, EndpointGroup, NodeKey, NodeRecord, ServiceDeclaration, ServiceName, ServicePort,
+    SliceRecord, WireguardKey, WorkloadDeclaration,
 };
 use crate::refused::{Reason, Refusal};
 
@@ -334,7 +335,36 @@ fn node_record(node: &records::Node) -> NodeRecord {
         health: present([node.ipv4_health_ip, node.ipv6_health_ip]),
         ingress: present([node.ipv4_ingress_ip, node.ipv6_ingress_ip]),
         pod_cidrs: node.pod_cidrs().map(|cidr| cidr.0).collect(),
+        keys: node_keys(node),
     }
+}
+
+/// Keys that are none are left out: such a node is one that does not encrypt.
+fn node_keys(node: &records::Node) -> Vec<NodeKey> {
+    let key = |text: &str, port: u16, epoch: u32| {
+        let bytes = base64::engine::general_purpose::STANDARD.decode(text);
+        let key: WireguardKey = bytes.ok()?.try_into().ok()?;
+        let port = if port == 0 {
+            WIREGUARD_PORT_DEFAULT
+        } else {
+            port
+        };
+        Some(NodeKey { epoch, key, port })
+    };
+    let more = node
+        .extension
+        .as_ref()
+        .and_then(|extension| extension.wireguard.as_ref());
+    let (port, epoch) = more.map_or((0, 0), |more| (more.port, more.epoch));
+    let current = key(&node.wireguard_pub_key, port, epoch);
+    let next = more
+        .and_then(|more| more.next.as_ref())
+        .and_then(|next| key(&next.pub_key, next.port, next.epoch));
+    // A next key without a present one, or the same, or of the same epoch, has no device of its own.
+    let next = next.filter(|next| {
+        current.is_some_and(|current| current.epoch != next.epoch && current.key != next.key)
+    });
+    current.into_iter().chain(next).collect()
 }
 
 /// The protocol number; `None` for one that the data path does not balance.

@@ -17,4 +17,7 @@ pub mod refused;
 pub mod select;
 pub mod tables;
 
-pub use model::{ABSENCE_GRACE_MS, EMPTY_NODE, IPCACHE_WANTED_MAX, Model, Settings, UnderlayPath};
+pub use model::{
+    ABSENCE_GRACE_MS, EMPTY_NODE, EncryptionMode, EncryptionSettings, IPCACHE_WANTED_MAX, Model,
+    PeerState, Protection, Settings, UnderlayPath, WireguardPeer, WireguardState,
+};

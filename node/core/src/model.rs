@@ -7,8 +7,10 @@
 mod absence;
 mod addresses;
 mod claims;
+mod encryption;
 mod gate;
 mod nodes;
+mod paths;
 mod places;
 mod services;
 mod sources;
@@ -33,7 +35,11 @@ use services::Services;
 
 pub use absence::ABSENCE_GRACE_MS;
 pub use addresses::IPCACHE_WANTED_MAX;
-pub use nodes::{EMPTY_NODE, NODE_ADDRESSES_WANTED_MAX};
+pub use encryption::{
+    EncryptionMode, EncryptionSettings, PeerState, Protection, WireguardPeer, WireguardState,
+};
+pub use nodes::NODE_ADDRESSES_WANTED_MAX;
+pub use paths::EMPTY_NODE;
 pub use services::{BACKENDS_WANTED_MAX, FRONTENDS_WANTED_MAX};
 use sources::Sources;
 
@@ -44,6 +50,8 @@ pub struct UnderlayPath {
     pub egress_ifindex: u32,
     /// Largest inner packet, bytes; 0 = not known.
     pub mtu_bytes: u16,
+    /// The same for packets that are encrypted.
+    pub encrypted_mtu_bytes: u16,
 }
 
 /// What the model must know of its node.
@@ -67,6 +75,8 @@ pub struct Settings {
     pub path_v6: Option<UnderlayPath>,
     /// Entries of the ipcache that are wanted at most: [`IPCACHE_WANTED_MAX`] of the whole map.
     pub ipcache_wanted_max: usize,
+    /// What is to be encrypted.
+    pub encryption: EncryptionSettings,
 }
 
 /// Wanted and actual state of the record-driven maps.
@@ -87,6 +97,8 @@ pub struct Model {
     services_changed: bool,
     workloads_changed: bool,
     pod_cidrs_changed: bool,
+    wireguard: WireguardState,
+    peers_changed: bool,
     handled: Vector,
     planned: Vector,
     applied: Vector,
@@ -112,6 +124,8 @@ impl Model {
             services_changed: false,
             workloads_changed: false,
             pod_cidrs_changed: false,
+            wireguard: WireguardState::default(),
+            peers_changed: false,
             handled: Vector::default(),
             planned: Vector::default(),
             applied: Vector::default(),
@@ -142,6 +156,7 @@ impl Model {
         self.services_changed = true;
         self.workloads_changed = true;
         self.pod_cidrs_changed = true;
+        self.peers_changed = true;
     }
 
     /// True from the end of the first listing on, except while another one runs.

@@ -30,6 +30,8 @@ pub enum Reason {
     MapFull,
     /// A list longer than the data path takes.
     TooManyBackends,
+    /// A WireGuard key that another node has, too.
+    DuplicateKey,
 }
 
 impl Reason {
@@ -48,6 +50,7 @@ impl Reason {
             Self::NoUnderlayFamily => "no-underlay-family",
             Self::MapFull => "map-full",
             Self::TooManyBackends => "too-many-backends",
+            Self::DuplicateKey => "duplicate-key",
         }
     }
 }

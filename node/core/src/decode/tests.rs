@@ -29,6 +29,41 @@ fn a_peers_node_is_read_from_its_copy() {
 }
 
 #[test]
+fn wireguard_keys_of_a_node_are_read_as_cilium_and_as_we_write_them() {
+    let keys = |more: &str| {
+        let json = NODE.replace("\"ClusterID\":1", &format!("\"ClusterID\":1,{more}"));
+        let decoded = decoder().decode(b"cilium/cache/nodes/v1/c1/w1", Some(json.as_bytes()));
+        match decoded.unwrap() {
+            Change::Node {
+                node: Some(node), ..
+            } => node.keys,
+            other => panic!("{other:?}"),
+        }
+    };
+    let (one, two) = (
+        "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=",
+        "AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=",
+    );
+    let key = |number: u8, port, epoch| NodeKey {
+        epoch,
+        key: [number; 32],
+        port,
+    };
+    let current = format!("\"WireguardPubKey\":\"{one}\"");
+    assert_eq!(keys(&current), [key(1, 51_871, 0)]);
+    let more = |next: &str, epoch: u32| {
+        format!(
+            "{current},\"clustermesh.io\":{{\"wireguard\":{{\"port\":7,\"epoch\":4,\"next\":{{\"pubKey\":\"{next}\",\"port\":8,\"epoch\":{epoch}}}}}}}"
+        )
+    };
+    assert_eq!(keys(&more(two, 5)), [key(1, 7, 4), key(2, 8, 5)]);
+    // A second key needs an epoch of its own, and to be another one.
+    assert_eq!(keys(&more(two, 4)), [key(1, 7, 4)]);
+    assert_eq!(keys(&more(one, 5)), [key(1, 7, 4)]);
+    assert_eq!(keys("\"WireguardPubKey\":\"no key\""), []);
+}
+
+#[test]
 fn a_record_of_another_name_than_its_key_is_refused_by_name() {
     let error = decoder()
         .decode(b"cilium/cache/nodes/v1/c1/w2", Some(NODE.as_bytes()))

@@ -4,16 +4,17 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use clustermesh_ebpf_abi::{
-    Address, IDENTITY_HEALTH, IDENTITY_REMOTE_NODE, IDENTITY_WORLD, NODE_DIRECT, NODE_INDEX_LOCAL,
-    NODE_PRESENT, NODES_MAX, NodeAddressValue, NodeValue,
+    Address, IDENTITY_HEALTH, IDENTITY_REMOTE_NODE, IDENTITY_WORLD, NODE_INDEX_LOCAL, NODES_MAX,
+    NodeAddressValue, NodeValue,
 };
 use ipnetwork::IpNetwork;
 
+use super::Model;
 use super::addresses::Origin;
 use super::claims::{Claim, Claims};
+use super::encryption::KeyHolders;
 use super::places::Places;
 use super::sources::{OWN, SourceId};
-use super::{Model, UnderlayPath};
 use crate::change::{ClusterConfig, ClusterName, NodeRecord};
 use crate::refused::Reason;
 use crate::tables;
@@ -28,9 +29,11 @@ pub const NODE_ADDRESSES_WANTED_MAX: usize = NODES_MAX as usize / 8 * 7;
 const IDENTITY_INGRESS: u32 = 8;
 
 pub(super) struct Nodes {
-    by_name: HashMap<(SourceId, Box<str>), Node>,
+    pub(super) by_name: HashMap<(SourceId, Box<str>), Node>,
     /// Names of the nodes that have an index of their own.
     names: HashMap<u32, Box<str>>,
+    /// Who has which WireGuard key: more than one, and nobody can tell them apart.
+    pub(super) keys: KeyHolders,
     /// Underlay address, as the cluster's address records name it, to index.
     hosts: HashMap<(SourceId, IpAddr), u32>,
     address_claims: Claims<Address, AddressClaim>,
@@ -64,6 +67,7 @@ impl Default for Nodes {
         Self {
             by_name: HashMap::new(),
             names: HashMap::new(),
+            keys: KeyHolders::default(),
             hosts: HashMap::new(),
             address_claims: Claims::default(),
             address_places: Places::new(NODE_ADDRESSES_WANTED_MAX),
@@ -73,10 +77,10 @@ impl Default for Nodes {
     }
 }
 
-struct Node {
-    record: Box<NodeRecord>,
+pub(super) struct Node {
+    pub(super) record: Box<NodeRecord>,
     /// `None` while the node cannot be used.
-    index: Option<u32>,
+    pub(super) index: Option<u32>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -182,6 +186,9 @@ impl Model {
             }
             self.services.mark_source(*source);
         }
+        if !changed.is_empty() {
+            self.renew_disputed();
+        }
         if switched {
             self.services.mark_source(source);
         }
@@ -194,9 +201,11 @@ impl Model {
         node: Option<Box<NodeRecord>>,
     ) {
         let Some(record) = node else {
+            self.note_keys(source, &name, &[]);
             self.withdraw_node(source, &name);
             return;
         };
+        self.note_keys(source, &name, &record.keys);
         let held = self.nodes.by_name.get(&(source, name.clone()));
         if held.is_some_and(|held| *held.record == *record && held.index.is_some()) {
             return;
@@ -205,43 +214,12 @@ impl Model {
         let index = held.and_then(|held| held.index);
         if let Some(index) = index
             && index != NODE_INDEX_LOCAL
-            && self.node_value(source, &record).is_some()
+            && self.node_value(source, &name, &record).is_some()
         {
             self.replace_node(source, name, record, index);
         } else {
             self.withdraw_node(source, &name);
             self.place_node(source, name, record);
-        }
-    }
-
-    /// The node's own place on the underlay is another one now: paths to all other nodes follow.
-    pub fn change_underlay(
-        &mut self,
-        underlay: Vec<IpAddr>,
-        path_v4: Option<UnderlayPath>,
-        path_v6: Option<UnderlayPath>,
-    ) {
-        self.settings.underlay = underlay;
-        self.settings.path_v4 = path_v4;
-        self.settings.path_v6 = path_v6;
-        let names: Vec<(SourceId, Box<str>)> = self.nodes.by_name.keys().cloned().collect();
-        for (source, name) in names {
-            let Some(node) = self.nodes.by_name.get(&(source, name.clone())) else {
-                continue;
-            };
-            let record = node.record.clone();
-            match node.index {
-                // The index is kept: one write for each node, none for what lives there.
-                Some(index)
-                    if index != NODE_INDEX_LOCAL && self.node_value(source, &record).is_some() =>
-                {
-                    self.install_node(source, name, record, index);
-                }
-                _ => {
-                    self.withdraw_node(source, &name);
-                    self.place_node(source, name, record);
-                }
-            }
         }
     }
 
@@ -271,7 +249,7 @@ impl Model {
         }
     }
 
-    fn place_node(&mut self, source: SourceId, name: Box<str>, record: Box<NodeRecord>) {
+    pub(super) fn place_node(&mut self, source: SourceId, name: Box<str>, record: Box<NodeRecord>) {
         if source == OWN && name == self.settings.node {
             let own = self.settings.underlay.clone();
             for ip in record.underlay.iter().chain(&own) {
@@ -291,7 +269,7 @@ impl Model {
             );
             return;
         }
-        let Some(value) = self.node_value(source, &record) else {
+        let Some(value) = self.node_value(source, &name, &record) else {
             if self.sources.cluster_id(source).is_some() {
                 self.refuse(
                     Reason::NoUnderlayFamily,
@@ -328,14 +306,14 @@ impl Model {
         }
     }
 
-    fn install_node(
+    pub(super) fn install_node(
         &mut self,
         source: SourceId,
         name: Box<str>,
         record: Box<NodeRecord>,
         index: u32,
     ) {
-        let Some(value) = self.node_value(source, &record) else {
+        let Some(value) = self.node_value(source, &name, &record) else {
             return;
         };
         if self.wanted.nodes.insert(index, value) != Some(value) {
@@ -365,6 +343,7 @@ impl Model {
             self.claim_node_address(source, ip, identity, index);
         }
         self.pod_cidrs_changed = true;
+        self.peers_changed = true;
         self.nodes.by_name.insert(
             (source, name),
             Node {
@@ -375,7 +354,11 @@ impl Model {
     }
 
     /// Takes a node out of everything and gives its record back.
-    fn withdraw_node(&mut self, source: SourceId, name: &str) -> Option<Box<NodeRecord>> {
+    pub(super) fn withdraw_node(
+        &mut self,
+        source: SourceId,
+        name: &str,
+    ) -> Option<Box<NodeRecord>> {
         let named = (source, name.into());
         let node = self.nodes.by_name.remove(&named)?;
         let Some(index) = node.index else {
@@ -393,6 +376,7 @@ impl Model {
             self.nodes.names.remove(&index);
             self.dirty.nodes.insert(index);
             self.pod_cidrs_changed = true;
+            self.peers_changed = true;
         }
         Some(node.record)
     }
@@ -452,6 +436,7 @@ impl Model {
         };
         if changed {
             self.dirty.node_addresses.insert(key);
+            self.peers_changed = true;
         }
     }
 
@@ -493,29 +478,6 @@ impl Model {
         );
     }
 
-    /// The node map's value; `None` if the node cannot be reached or its cluster is not accepted.
-    fn node_value(&self, source: SourceId, record: &NodeRecord) -> Option<NodeValue> {
-        let cluster_id = self.sources.cluster_id(source)?;
-        let v4 = record.underlay.iter().find(|ip| ip.is_ipv4());
-        let v6 = record.underlay.iter().find(|ip| ip.is_ipv6());
-        let (endpoint, path) = match (v4, self.settings.path_v4, v6, self.settings.path_v6) {
-            (Some(ip), Some(path), _, _) | (_, _, Some(ip), Some(path)) => (ip, path),
-            _ => return None,
-        };
-        let mut flags = NODE_PRESENT;
-        if self.settings.direct_routing {
-            flags |= NODE_DIRECT;
-        }
-        Some(NodeValue {
-            endpoint: tables::address(*endpoint),
-            cluster_id,
-            flags,
-            path_mtu_bytes: path.mtu_bytes,
-            egress_ifindex: path.egress_ifindex,
-            ..EMPTY_NODE
-        })
-    }
-
     /// The index that the kernel has for this endpoint already, else the next one that nothing in the kernel names.
     /// Gives indexes that have become free to nodes that wait for one.
     pub(super) fn place_waiting_nodes(&mut self) {
@@ -526,7 +488,7 @@ impl Model {
             let node = self.nodes.by_name.get(&(source, name.clone()));
             let record = node.map(|node| node.record.clone());
             if let Some(record) = record
-                && let Some(value) = self.node_value(source, &record)
+                && let Some(value) = self.node_value(source, &name, &record)
             {
                 let Some(index) = self.allocate_index(&value) else {
                     return;
@@ -561,19 +523,6 @@ impl Model {
         None
     }
 }
-
-/// A slot that is not in use.
-pub const EMPTY_NODE: NodeValue = NodeValue {
-    endpoint: [0; 16],
-    cluster_id: 0,
-    flags: 0,
-    path_mtu_bytes: 0,
-    reserved: 0,
-    egress_ifindex: 0,
-    reserved2: 0,
-    #[cfg(feature = "layout-next")]
-    next_layout: 0,
-};
 
 /// A pod CIDR larger than any cluster needs would draw traffic that is not the mesh's.
 fn routable(cidr: &IpNetwork) -> bool {

@@ -12,6 +12,7 @@ use crate::change::{
 use crate::tables::{address, host_key, ip};
 
 mod absence;
+mod encryption;
 mod frontends;
 mod listing;
 mod nodes;
@@ -35,9 +36,11 @@ fn settings() -> Settings {
         path_v4: Some(UnderlayPath {
             egress_ifindex: 3,
             mtu_bytes: 1450,
+            encrypted_mtu_bytes: 1390,
         }),
         path_v6: None,
         ipcache_wanted_max: IPCACHE_WANTED_MAX,
+        encryption: EncryptionSettings::default(),
     }
 }
 

@@ -40,6 +40,7 @@ fn a_service_without_room_is_refused_and_placed_when_another_gives_some_up() {
         path_v4: None,
         path_v6: None,
         ipcache_wanted_max: IPCACHE_WANTED_MAX,
+        encryption: crate::EncryptionSettings::default(),
     };
     let mut model = Model::new(settings, crate::tables::Tables::default());
     model.end_listing();

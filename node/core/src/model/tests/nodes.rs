@@ -237,6 +237,7 @@ fn a_changed_underlay_changes_the_path_to_every_node_and_nothing_else() {
     let path = UnderlayPath {
         egress_ifindex: 9,
         mtu_bytes: 1350,
+        encrypted_mtu_bytes: 1290,
     };
     model.change_underlay(vec![parse("192.0.2.9")], Some(path), None);
     let plan = settle(&mut model);
