@@ -165,13 +165,13 @@ async fn forget_others(shared: Arc<Shared>, configured: BTreeSet<String>) {
         if gone.is_empty() {
             return;
         }
-        let Some(term) = shared.store.leading_term() else {
+        if shared.store.leading_term().is_none() {
             tokio::time::sleep(FORGET_RETRY_PAUSE).await;
             continue;
-        };
+        }
         let mut failed = false;
         for cluster in gone {
-            match drain_copy(&shared, term, &cluster).await {
+            match drain_copy(&shared, &cluster).await {
                 Ok(records) => info!(cluster, records, "not a peer any more, its copy is removed"),
                 Err(status) => {
                     failed = true;
@@ -191,8 +191,8 @@ async fn forget_others(shared: Arc<Shared>, configured: BTreeSet<String>) {
 }
 
 /// Deletes all that is copied of `cluster`, then its cursor; the number of records.
-async fn drain_copy(shared: &Shared, term: u64, cluster: &str) -> Result<usize, tonic::Status> {
-    let mut writer = Writer::new(shared, term, cluster).await?;
+async fn drain_copy(shared: &Shared, cluster: &str) -> Result<usize, tonic::Status> {
+    let mut writer = Writer::new(shared, cluster).await?;
     let changes = {
         let mut owners = shared.owners.lock();
         shared

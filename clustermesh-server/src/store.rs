@@ -13,7 +13,7 @@ use std::time::Duration;
 use clustermesh_api::etcd::rpc::ResponseHeader;
 use clustermesh_core::pb::{PeerCopy, PeerForget, proposal::Command};
 use clustermesh_core::{Outcome, State};
-use clustermesh_raft::{Committed, ProposeError, Replica, WatchSpec, Watcher};
+use clustermesh_raft::{Committed, Replica, WatchSpec, Watcher};
 use openraft_rt_tokio::TokioRuntime;
 use tonic::Status;
 
@@ -193,11 +193,9 @@ impl Store {
     /// Changes of a peer's copy with the cursor that they reach; the number of records that changed.
     ///
     /// # Errors
-    /// A key outside the copy's ranges, or this replica does not lead in `term` any more: another one may have copied on.
-    pub async fn peer_copy(&self, term: u64, copy: PeerCopy) -> Result<usize, Status> {
-        let proposal = clustermesh_core::pb::Proposal::system(Command::PeerCopy(copy));
-        let told = self.replica.propose_in_term(term, proposal).await;
-        match self.led(told)? {
+    /// A key outside the copy's ranges, `Aborted` for a step that is not the next one, or this replica does not lead.
+    pub async fn peer_copy(&self, copy: PeerCopy) -> Result<usize, Status> {
+        match self.propose_as_leader(Command::PeerCopy(copy)).await? {
             (Outcome::PeerCopy { written }, _) => Ok(written),
             _ => Err(mixed_up()),
         }
@@ -242,13 +240,7 @@ impl Store {
         command: Command,
     ) -> Result<(Outcome, ResponseHeader), Status> {
         let proposal = clustermesh_core::pb::Proposal::system(command);
-        self.led(self.replica.propose_as_leader(proposal).await)
-    }
-
-    fn led(
-        &self,
-        told: Result<Committed, ProposeError>,
-    ) -> Result<(Outcome, ResponseHeader), Status> {
+        let told = self.replica.propose_as_leader(proposal).await;
         let committed = told.map_err(|error| propose_status(&error))?;
         self.shared
             .term

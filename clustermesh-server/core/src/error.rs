@@ -7,6 +7,7 @@ const NOT_FOUND: i32 = 5;
 const PERMISSION_DENIED: i32 = 7;
 const RESOURCE_EXHAUSTED: i32 = 8;
 const FAILED_PRECONDITION: i32 = 9;
+const ABORTED: i32 = 10;
 const OUT_OF_RANGE: i32 = 11;
 const DATA_LOSS: i32 = 15;
 
@@ -148,6 +149,18 @@ pub enum KvError {
     /// A peer copy without a cluster name.
     #[error("clustermesh: the copy of a peer names no cluster")]
     PeerClusterMissing,
+    /// A step of a peer's copy does not follow the last one that was applied: what it was made of is not what is there any more.
+    #[error(
+        "clustermesh: step {found} of the copy of peer {cluster} is not the next one, {wanted} is; read the cursor and go on from there"
+    )]
+    PeerCopyOutOfOrder {
+        /// Name of the peer.
+        cluster: String,
+        /// Number of the refused step; 0 for none.
+        found: u64,
+        /// Number of the next step.
+        wanted: u64,
+    },
     /// A peer copy would write outside the ranges of copies.
     #[error(
         "clustermesh: the copy of peer {cluster} may not write {key}; only cilium/cache/, cilium/synced/{cluster}/ and cilium/cluster-config/{cluster}"
@@ -172,6 +185,7 @@ impl KvError {
                 RESOURCE_EXHAUSTED
             }
             Self::Corrupt => DATA_LOSS,
+            Self::PeerCopyOutOfOrder { .. } => ABORTED,
             Self::LeaseExists
             | Self::NotCapable
             | Self::RootUserNotExist

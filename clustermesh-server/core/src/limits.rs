@@ -21,7 +21,11 @@ pub const BESIDE_KEYS_FORMAT: u32 = 1;
 ///
 /// * 0: keys, leases, copies of peers.
 /// * 1: auth, alarms and quota, downgrade, recovery, removed members.
-pub const FEATURE_LEVEL: u32 = 1;
+/// * 2: the steps of a peer's copy are numbered.
+pub const FEATURE_LEVEL: u32 = 2;
+
+/// Feature level from which on the steps of a peer's copy are numbered: a replica that does not know the numbers would apply what others refuse.
+pub const NUMBERED_COPIES_LEVEL: u32 = 2;
 
 /// Deepest nesting of a transaction, itself included. etcd bounds it by [`MAX_TXN_OPS`] alone; a decoder of protobuf does not go that deep.
 pub const MAX_TXN_DEPTH: usize = 32;

@@ -17,6 +17,14 @@ pub struct PeerCursor {
     pub synced: bool,
 }
 
+/// A cursor with what only apply needs of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CopyPlace {
+    pub(crate) cursor: PeerCursor,
+    /// Of the last applied step of the copy; 0 where none was numbered yet.
+    pub(crate) sequence: u64,
+}
+
 /// What a peer's copy holds below `cilium/cache/`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PeerUsage {

@@ -17,6 +17,7 @@ use crate::{
     group::Group,
     limits::{MAX_SNAPSHOT_CHUNK_KEYS, SNAPSHOT_FORMAT, SNAPSHOT_FORMAT_GROUP},
     pb,
+    peer::CopyPlace,
     pin::Pin,
     state::{FIRST_REVISION, State},
 };
@@ -117,11 +118,12 @@ impl State {
                 cursors: self
                     .cursors
                     .values()
-                    .map(|cursor| pb::SnapshotCursor {
+                    .map(|CopyPlace { cursor, sequence }| pb::SnapshotCursor {
                         cluster: cursor.cluster.clone(),
                         store_id: cursor.store_id,
                         revision: cursor.revision,
                         synced: cursor.synced,
+                        sequence: *sequence,
                     })
                     .collect(),
                 feature_level: self.group.feature_level,

@@ -17,9 +17,9 @@ use crate::{
     key_range::KeyRange,
     keyspace::{Keyspace, visible_at},
     lease::{LeaseTable, LeaseView},
-    limits::LEASE_OVERHEAD_BYTES,
+    limits::{LEASE_OVERHEAD_BYTES, NUMBERED_COPIES_LEVEL},
     pb::MemberAlarm,
-    peer::{PeerCursor, PeerUsage, cached_cluster},
+    peer::{CopyPlace, PeerCursor, PeerUsage, cached_cluster},
     pin::Pins,
     range::ReadView,
     txn::Plan,
@@ -46,7 +46,7 @@ pub struct State {
     /// groups are still to be dropped; from the one after the compact revision after a recovery, which made that revision without a change. The index holds what readers from the first group's revision on can see.
     pub(crate) history: VecDeque<Arc<EventGroup>>,
     pub(crate) leases: LeaseTable,
-    pub(crate) cursors: BTreeMap<String, PeerCursor>,
+    pub(crate) cursors: BTreeMap<String, CopyPlace>,
     pub(crate) auth: Auth,
     pub(crate) group: Group,
     /// Running snapshots and hashes; compaction gives them what they still need.
@@ -267,13 +267,23 @@ impl State {
 
     /// Cursors of all peers, by name.
     pub fn peer_cursors(&self) -> impl Iterator<Item = &PeerCursor> + '_ {
-        self.cursors.values()
+        self.cursors.values().map(|place| &place.cursor)
     }
 
     /// Cursor of one peer.
     #[must_use]
     pub fn peer_cursor(&self, cluster: &str) -> Option<&PeerCursor> {
-        self.cursors.get(cluster)
+        self.cursors.get(cluster).map(|place| &place.cursor)
+    }
+
+    /// The number that the next step of a peer's copy must have; 0 while not all replicas know such numbers.
+    #[must_use]
+    pub fn next_copy_sequence(&self, cluster: &str) -> u64 {
+        if self.group.feature_level < NUMBERED_COPIES_LEVEL {
+            return 0;
+        }
+        let last = self.cursors.get(cluster).map_or(0, |place| place.sequence);
+        last.saturating_add(1)
     }
 
     /// Groups of the revisions after `after_revision`, in order and without holes, up to `max_bytes` of encoded events but at least one if
@@ -396,11 +406,15 @@ impl State {
             hash.i64(id);
             hash.i64(granted_ttl_s);
         }
-        for cursor in self.cursors.values() {
+        for CopyPlace { cursor, sequence } in self.cursors.values() {
             hash.bytes(cursor.cluster.as_bytes());
             hash.u64(cursor.store_id);
             hash.i64(cursor.revision);
             hash.u64(u64::from(cursor.synced));
+            // Replicas that do not know the number have none: both take the same hash of it.
+            if *sequence != 0 {
+                hash.u64(*sequence);
+            }
         }
         self.auth.hash(&mut hash);
         self.group.hash(&mut hash);

@@ -55,6 +55,14 @@ pub(crate) fn one(state: &mut State, command: Command) -> Result<Outcome, KvErro
     applied.outcomes.remove(0).result
 }
 
+/// A step of a peer's copy with the number that is next, anything else as it is.
+pub(crate) fn numbered(state: &State, mut command: Command) -> Command {
+    if let Command::PeerCopy(copy) = &mut command {
+        copy.sequence = state.next_copy_sequence(&copy.cluster);
+    }
+    command
+}
+
 pub(crate) fn put_request(key: &str, value: &str) -> PutRequest {
     PutRequest {
         key: bytes(key),

@@ -9,7 +9,7 @@ use std::{
 };
 
 use clustermesh_core::{pb, pb::proposal::Command as CoreCommand};
-use clustermesh_store::{Command, CommittedLeaderId, Node, Origin, ReplicaId};
+use clustermesh_store::{Command, Node, Origin, ReplicaId};
 use openraft::{
     Raft,
     async_runtime::{
@@ -113,8 +113,6 @@ pub(crate) enum Stays {
     Anywhere,
     /// This replica, while it leads.
     Here,
-    /// This replica, while it leads in this term.
-    InTerm(u64),
 }
 
 /// A proposal that waits for its answer.
@@ -196,11 +194,6 @@ impl<R: AsyncRuntime> Proposer<R> {
     /// Proposes only while this replica leads.
     pub(crate) async fn propose_as_leader(&self, proposal: pb::Proposal) -> Told {
         self.propose_with(proposal, Stays::Here).await
-    }
-
-    /// Proposes only while this replica leads in `term`: what a leader decided must not come after its successor's.
-    pub(crate) async fn propose_in_term(&self, term: u64, proposal: pb::Proposal) -> Told {
-        self.propose_with(proposal, Stays::InTerm(term)).await
     }
 
     async fn propose_with(&self, proposal: pb::Proposal, stays: Stays) -> Told {
@@ -413,26 +406,7 @@ impl<R: AsyncRuntime> Entries<R> {
         leads.then_some(metrics.vote.leader_id.term)
     }
 
-    /// Tells those whose term is over; the term that the others insist on.
-    fn keep_term(&self, batch: &mut Vec<Waiting<R>>) -> Option<u64> {
-        let now = self.leading_term();
-        let mut insist = None;
-        for waiting in std::mem::take(batch) {
-            match waiting.stays {
-                Stays::InTerm(term) if Some(term) != now => {
-                    waiting.tell(Err(ProposeError::NotLeader { leader: None }));
-                    continue;
-                }
-                Stays::InTerm(term) => insist = Some(term),
-                Stays::Anywhere | Stays::Here => {}
-            }
-            batch.push(waiting);
-        }
-        insist
-    }
-
     pub(crate) async fn submit(&self, mut batch: Vec<Waiting<R>>) -> Submitted<R> {
-        let term = self.keep_term(&mut batch);
         let origins = (0_u32..)
             .zip(&batch)
             .filter_map(|(place, waiting)| {
@@ -455,17 +429,8 @@ impl<R: AsyncRuntime> Entries<R> {
         };
         add(&self.metrics.entries_proposed_total, 1);
         let (responder, answer) = ProgressResponder::complete_only();
-        let mut write = self.raft.write(command.clone()).responder(responder);
-        if let Some(term) = term {
-            // Between our look at the term and the entry it may change.
-            write = write.with_leader(CommittedLeaderId::new(term));
-        }
-        let sent = if batch.is_empty() {
-            drop(write);
-            Ok(())
-        } else {
-            write.await
-        };
+        let write = self.raft.write(command.clone()).responder(responder);
+        let sent = write.await;
         Submitted {
             batch,
             command,

@@ -3,7 +3,6 @@
 mod divergence;
 mod network;
 mod starts;
-mod terms;
 
 use std::{
     collections::BTreeSet,

@@ -218,19 +218,6 @@ impl<R: AsyncRuntime> Replica<R> {
         self.inner.router.entries.leading_term()
     }
 
-    /// Proposes a change if this replica leads in `term`, for what was decided by what is applied here: a leader that was deposed, even one that
-    /// leads again, must not write what it decided before its successor did.
-    ///
-    /// # Errors
-    /// As [`Replica::propose`]; [`ProposeError::NotLeader`] at once where another replica leads, or in another term.
-    pub async fn propose_in_term(
-        &self,
-        term: u64,
-        proposal: pb::Proposal,
-    ) -> Result<Committed, ProposeError> {
-        self.inner.proposer.propose_in_term(term, proposal).await
-    }
-
     /// Returns once this replica has applied everything that was committed when it was called. Waiting callers share rounds.
     ///
     /// # Errors

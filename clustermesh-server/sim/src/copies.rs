@@ -128,18 +128,23 @@ impl Copies {
 pub async fn run(copies: Copies, replica: Replica<SimRuntime>) {
     while !copies.ended.load(Ordering::Relaxed) {
         SimRuntime::sleep(draw(|random| random.time_ms(50..400))).await;
-        if let Some(term) = replica.leading_term() {
-            copy(&copies, &replica, term).await;
+        if replica.status().is_leader {
+            copy(&copies, &replica).await;
         }
     }
 }
 
-async fn copy(copies: &Copies, replica: &Replica<SimRuntime>, term: u64) {
+async fn copy(copies: &Copies, replica: &Replica<SimRuntime>) {
     if replica.linearize().await.is_err() {
         return;
     }
-    let stored = |state: &State| state.peer_cursor(CLUSTER).map(|cursor| cursor.revision);
-    let mut cursor = replica.read(stored).unwrap_or(0);
+    let (mut cursor, mut sequence) = replica.read(|state| {
+        let cursor = state.peer_cursor(CLUSTER);
+        (
+            cursor.map_or(0, |cursor| cursor.revision),
+            state.next_copy_sequence(CLUSTER),
+        )
+    });
     while !copies.ended.load(Ordering::Relaxed) {
         let next = cursor + 1 + draw(|random| random.below(4)).cast_signed();
         let command = Command::PeerCopy(PeerCopy {
@@ -148,15 +153,15 @@ async fn copy(copies: &Copies, replica: &Replica<SimRuntime>, term: u64) {
             revision: next,
             synced: true,
             changes: (cursor + 1..=next).map(change_at).collect(),
+            sequence,
             ..PeerCopy::default()
         });
-        let told = replica
-            .propose_in_term(term, Proposal::system(command))
-            .await;
+        let told = replica.propose_as_leader(Proposal::system(command)).await;
         if !told.is_ok_and(|committed| committed.outcome.is_ok()) {
             return;
         }
         cursor = next;
+        sequence += 1;
         SimRuntime::sleep(draw(|random| random.time_ms(20..400))).await;
     }
 }

@@ -88,8 +88,12 @@ impl<'a> Sync<'a> {
             state.state = State::Syncing;
             state.cluster_id = peer.cluster_id;
         });
-        drain_if_renumbered(shared, term, &peer).await?;
-        let mut writer = Writer::new(shared, term, name).await?;
+        drain_if_renumbered(shared, &peer).await?;
+        let mut writer = Writer::new(shared, name).await?;
+        if shared.store.leading_term() != Some(term) {
+            // Another replica may have copied on before the cursor was read.
+            *copy = None;
+        }
         let state = match copy.take() {
             Some(state) if *state.peer() == peer && !state.is_outdated(&shared.owners.lock()) => {
                 state
@@ -457,7 +461,7 @@ fn accept(shared: &Shared, name: &str, config: Option<&[u8]>) -> Result<Peer, Li
 }
 
 /// A peer under another number is another peer: nothing of the old copy is valid.
-async fn drain_if_renumbered(shared: &Shared, term: u64, peer: &Peer) -> Result<(), LinkError> {
+async fn drain_if_renumbered(shared: &Shared, peer: &Peer) -> Result<(), LinkError> {
     use clustermesh_api::records::ClusterConfig;
     use clustermesh_mesh::View;
     let stored = shared
@@ -471,7 +475,7 @@ async fn drain_if_renumbered(shared: &Shared, term: u64, peer: &Peer) -> Result<
             to = peer.cluster_id,
             "the peer's cluster id changed, its copy begins anew"
         );
-        drain_copy(shared, term, &peer.cluster).await?;
+        drain_copy(shared, &peer.cluster).await?;
         shared
             .ids
             .lock()

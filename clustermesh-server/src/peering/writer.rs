@@ -14,12 +14,12 @@ const MAX_COPY_BYTES: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Writer<'a> {
     shared: &'a Shared,
-    /// What is copied in a later term goes on from another cursor.
-    term: u64,
     cluster: String,
     store_id: u64,
     revision: i64,
     synced: bool,
+    /// Number of the next step: who else has written since, this one among them, makes it refused. 0 while not all replicas know numbers.
+    sequence: u64,
 }
 
 /// The judge keeps to the quota; what is applied keeps to it but for one entry's worth, which may put before the next
@@ -29,25 +29,26 @@ const fn with_slack(limit: usize) -> u64 {
 }
 
 impl<'a> Writer<'a> {
-    /// Where the stored cursor stands, at nothing when there is none; for the leader of `term`.
+    /// Where the stored cursor stands, at nothing when there is none.
     ///
     /// # Errors
     /// No leader: what others copied before may not be known here.
-    pub(super) async fn new(shared: &'a Shared, term: u64, cluster: &str) -> Result<Self, Status> {
+    pub(super) async fn new(shared: &'a Shared, cluster: &str) -> Result<Self, Status> {
         shared.store.linearize().await?;
-        let cursor = shared
-            .store
-            .read(|state| state.peer_cursor(cluster).cloned());
+        let (cursor, sequence) = shared.store.read(|state| {
+            let cursor = state.peer_cursor(cluster).cloned();
+            (cursor, state.next_copy_sequence(cluster))
+        });
         let (store_id, revision, synced) = cursor.map_or((0, 0, false), |cursor| {
             (cursor.store_id, cursor.revision, cursor.synced)
         });
         Ok(Self {
             shared,
-            term,
             cluster: cluster.to_owned(),
             store_id,
             revision,
             synced,
+            sequence,
         })
     }
 
@@ -126,19 +127,20 @@ impl<'a> Writer<'a> {
             let written = self
                 .shared
                 .store
-                .peer_copy(
-                    self.term,
-                    PeerCopy {
-                        cluster: self.cluster.clone(),
-                        store_id: self.store_id,
-                        revision,
-                        synced,
-                        changes,
-                        max_records: with_slack(self.shared.quota.records_max),
-                        max_bytes: with_slack(self.shared.quota.bytes_max),
-                    },
-                )
+                .peer_copy(PeerCopy {
+                    cluster: self.cluster.clone(),
+                    store_id: self.store_id,
+                    revision,
+                    synced,
+                    changes,
+                    max_records: with_slack(self.shared.quota.records_max),
+                    max_bytes: with_slack(self.shared.quota.bytes_max),
+                    sequence: self.sequence,
+                })
                 .await?;
+            if self.sequence != 0 {
+                self.sequence = self.sequence.saturating_add(1);
+            }
             self.metrics(written, revision, synced);
         }
         self.revision = revision;

@@ -7,7 +7,7 @@ use crate::{
     check,
     error::KvError,
     pb,
-    peer::{PeerCursor, PeerUsage, cached_cluster},
+    peer::{CopyPlace, PeerCursor, PeerUsage, cached_cluster},
     state::State,
 };
 
@@ -18,6 +18,7 @@ impl State {
         applied: &mut Applied,
     ) -> Result<Outcome, KvError> {
         check::check_peer_copy(request)?;
+        let sequence = self.check_peer_copy_order(request)?;
         // One revision holds one change of a key: the last one counts.
         let last: HashMap<&[u8], usize> = request
             .changes
@@ -66,8 +67,12 @@ impl State {
             revision: request.revision,
             synced: request.synced,
         };
-        if self.cursors.get(&request.cluster) != Some(&cursor) {
-            self.cursors.insert(request.cluster.clone(), cursor.clone());
+        let place = CopyPlace {
+            cursor: cursor.clone(),
+            sequence,
+        };
+        let before = self.cursors.insert(request.cluster.clone(), place);
+        if before.map(|before| before.cursor).as_ref() != Some(&cursor) {
             applied.cursors.push(CursorChange {
                 after_groups: applied.groups.len(),
                 cluster: request.cluster.clone(),
@@ -75,6 +80,20 @@ impl State {
             });
         }
         Ok(Outcome::PeerCopy { written })
+    }
+
+    /// What was made of an older place of the copy must not come after a newer step: its proposer may have been told that its outcome is unknown, and
+    /// another one, or itself, has gone on. The number of the step; 0 below the feature level that has numbers.
+    fn check_peer_copy_order(&self, request: &pb::PeerCopy) -> Result<u64, KvError> {
+        let wanted = self.next_copy_sequence(&request.cluster);
+        if wanted != 0 && request.sequence != wanted {
+            return Err(KvError::PeerCopyOutOfOrder {
+                cluster: request.cluster.clone(),
+                found: request.sequence,
+                wanted,
+            });
+        }
+        Ok(wanted)
     }
 
     pub(super) fn apply_peer_forget(
@@ -141,3 +160,6 @@ impl State {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

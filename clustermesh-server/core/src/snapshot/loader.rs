@@ -10,7 +10,7 @@ use crate::{
     keyspace::{Keyspace, visible_at},
     limits::{FEATURE_LEVEL, SNAPSHOT_FORMAT_GROUP},
     pb,
-    peer::PeerCursor,
+    peer::{CopyPlace, PeerCursor},
     snapshot::{SnapshotError, auth},
     state::{FIRST_REVISION, MAX_REVISION, NEVER_COMPACTED, State},
     version::{EventGroup, StoredEvent, Version, VersionNumbers},
@@ -159,15 +159,18 @@ impl SnapshotLoader {
         for cursor in header.cursors {
             let known = state.cursors.insert(
                 cursor.cluster.clone(),
-                PeerCursor {
-                    cluster: cursor.cluster,
-                    store_id: cursor.store_id,
-                    revision: cursor.revision,
-                    synced: cursor.synced,
+                CopyPlace {
+                    cursor: PeerCursor {
+                        cluster: cursor.cluster,
+                        store_id: cursor.store_id,
+                        revision: cursor.revision,
+                        synced: cursor.synced,
+                    },
+                    sequence: cursor.sequence,
                 },
             );
             if let Some(known) = known {
-                return Err(self.damaged(format!("two cursors of {}", known.cluster)));
+                return Err(self.damaged(format!("two cursors of {}", known.cursor.cluster)));
             }
         }
         Ok(state)

@@ -4,7 +4,10 @@ use super::*;
 use crate::{
     model_tests::requests::commands,
     pb::{Bootstrap, PeerCopy, proposal::Command},
-    test_support::{TERM, apply, batch, compact, contents, delete, grant, put, put_with_lease},
+    test_support::{
+        TERM, apply, batch, compact, contents, delete, grant, group, numbered, one, put,
+        put_with_lease,
+    },
 };
 
 /// Takes all chunks, calling `between` after each.
@@ -58,6 +61,23 @@ fn sample() -> State {
         ],
     );
     state
+}
+
+#[test]
+fn a_snapshot_holds_how_many_steps_of_a_copy_there_were() {
+    let mut state = group();
+    for _ in 0..3 {
+        let copy = PeerCopy {
+            cluster: "east".into(),
+            ..PeerCopy::default()
+        };
+        let copy = numbered(&state, Command::PeerCopy(copy));
+        one(&mut state, copy).unwrap();
+    }
+    let mut cursor = state.snapshot();
+    let loaded = load(take(&mut state, &mut cursor, 1 << 20, |_| {})).unwrap();
+    assert_eq!(loaded.next_copy_sequence("east"), 4);
+    assert_eq!(loaded.hash(), state.hash());
 }
 
 #[test]

@@ -179,6 +179,7 @@ async fn list_and_watch_are_gapless_under_concurrent_writes() {
 #[tokio::test]
 async fn cursors_come_in_their_place_and_existing_ones_first() {
     let replica = Replica::<R>::start(memory()).await.unwrap();
+    // The first step brings the copy to revision 10.
     let copy = |revision: i64, key: Option<&'static str>| {
         let change = key.map(|key| pb::PeerChange {
             key: Bytes::from(format!("cilium/cache/{key}")),
@@ -190,6 +191,7 @@ async fn cursors_come_in_their_place_and_existing_ones_first() {
             revision,
             synced: true,
             changes: change.into_iter().collect(),
+            sequence: revision.unsigned_abs() - 9,
             ..pb::PeerCopy::default()
         };
         pb::Proposal::from(Command::PeerCopy(copy))

@@ -6,7 +6,9 @@ use crate::{
     limits::{LEASE_OVERHEAD_BYTES, VERSION_OVERHEAD_BYTES},
     model_tests::requests::commands,
     pb::{self, AlarmKind, Batch, Leader, MemberAlarm, PeerChange, PeerCopy, proposal::Command},
-    test_support::{TERM, bytes, compact, delete, grant, group, one, put, put_op, range_op, txn},
+    test_support::{
+        TERM, bytes, compact, delete, grant, group, numbered, one, put, put_op, range_op, txn,
+    },
 };
 
 const LEADER: u64 = 11;
@@ -134,8 +136,12 @@ fn a_group_below_the_feature_level_has_no_quota() {
     assert_eq!((old.format, old.quota_bytes), (1, 0));
 }
 
-fn copy(limits: (u64, u64), changes: &[(&str, Option<&str>)]) -> Command {
-    Command::PeerCopy(PeerCopy {
+fn copy(
+    state: &mut State,
+    limits: (u64, u64),
+    changes: &[(&str, Option<&str>)],
+) -> Result<Outcome, KvError> {
+    let copy = PeerCopy {
         cluster: "east".into(),
         store_id: 9,
         revision: 1,
@@ -149,23 +155,26 @@ fn copy(limits: (u64, u64), changes: &[(&str, Option<&str>)]) -> Command {
             .collect(),
         max_records: limits.0,
         max_bytes: limits.1,
-    })
+        ..PeerCopy::default()
+    };
+    let copy = numbered(state, Command::PeerCopy(copy));
+    one(state, copy)
 }
 
 #[test]
 fn the_copy_of_a_peer_stays_within_its_own_limits() {
     let mut state = group();
-    one(
+    copy(
         &mut state,
-        copy((2, 0), &[("east/a", Some("1")), ("east/b", Some("1"))]),
+        (2, 0),
+        &[("east/a", Some("1")), ("east/b", Some("1"))],
     )
     .unwrap();
-    one(&mut state, copy((0, 0), &[("west/a", Some("1"))])).unwrap();
+    copy(&mut state, (0, 0), &[("west/a", Some("1"))]).unwrap();
     let usage = state.peer_usage("east");
     assert_eq!((usage.records, usage.bytes), (2, 2 * 29));
-    let refused = copy((2, 0), &[("east/c", Some("1"))]);
     assert_eq!(
-        one(&mut state, refused),
+        copy(&mut state, (2, 0), &[("east/c", Some("1"))]),
         Err(KvError::PeerQuotaExceeded {
             cluster: "east".into(),
             what: "records",
@@ -174,11 +183,11 @@ fn the_copy_of_a_peer_stays_within_its_own_limits() {
         })
     );
     // One goes as another comes, or what is there changes.
-    let swapped = copy((2, 0), &[("east/c", Some("1")), ("east/a", None)]);
-    assert!(one(&mut state, swapped).is_ok());
-    assert!(one(&mut state, copy((2, 0), &[("east/c", Some("2"))])).is_ok());
+    let swapped = [("east/c", Some("1")), ("east/a", None)];
+    assert!(copy(&mut state, (2, 0), &swapped).is_ok());
+    assert!(copy(&mut state, (2, 0), &[("east/c", Some("2"))]).is_ok());
     assert!(matches!(
-        one(&mut state, copy((0, 58), &[("east/c", Some("long"))])),
+        copy(&mut state, (0, 58), &[("east/c", Some("long"))]),
         Err(KvError::PeerQuotaExceeded {
             what: "bytes",
             wanted: 61,
@@ -186,7 +195,7 @@ fn the_copy_of_a_peer_stays_within_its_own_limits() {
         })
     ));
     // A lowered limit still lets it shrink.
-    assert!(one(&mut state, copy((1, 1), &[("east/c", None)])).is_ok());
+    assert!(copy(&mut state, (1, 1), &[("east/c", None)]).is_ok());
     assert_eq!(state.peer_usage("east").records, 1);
     let peers: Vec<String> = state.peer_usages().map(|(name, _)| name).collect();
     assert_eq!(peers, ["east", "west"]);
@@ -201,6 +210,7 @@ proptest! {
         for command in commands {
             let before = state.approximate_bytes();
             let stood = state.alarms().count() > 0;
+            let command = numbered(&state, command);
             let result = limited(&mut state, quota, command.clone());
             prop_assert_eq!(&limited(&mut twin, quota, command.clone()), &result);
             let after = state.approximate_bytes();
