@@ -6,7 +6,9 @@ use std::os::fd::AsFd as _;
 use std::time::Instant;
 
 use clustermesh_ebpf::abi::{
-    CONFIG_FLOWS, DropReason, HOOK_FROM_POD, NodeConfig, TUNNEL_PORT, VERDICT_DROPPED, v4_mapped,
+    CONFIG_FLOWS, CONFIG_STRICT, DropReason, HOOK_FROM_POD, IPCACHE_PREFIX_BASE_BITS, IpcacheKey,
+    IpcacheValue, NODE_ENCRYPTED, NODE_PRESENT, NodeConfig, NodeValue, TUNNEL_PORT,
+    VERDICT_DROPPED, v4_mapped,
 };
 use clustermesh_ebpf::{AttachMode, Datapath, Error, Features, Maps};
 
@@ -55,6 +57,11 @@ impl Pod {
     fn send(&self) {
         let to = ("10.9.0.1", TUNNEL_PORT);
         self.socket.send_to(&[0; 64], to).unwrap();
+    }
+
+    /// As [`Self::send`], where a program drops it before it leaves: the kernel may or may not tell.
+    fn send_refused(&self) {
+        let _ = self.socket.send_to(&[0; 64], ("10.9.0.1", TUNNEL_PORT));
     }
 }
 
@@ -205,6 +212,111 @@ fn activation_detaches_from_what_is_no_longer_underlay() {
                 assert!(Instant::now() < deadline, "the packet did not arrive");
             }
             refused_reaches(datapath.maps(), 1);
+        });
+    }
+}
+
+/// In clear from the pod's address to a pod of a node that is to be sent to encrypted only.
+fn set_strict(maps: &Maps) {
+    let mut config = CONFIG;
+    config.flags = CONFIG_STRICT;
+    maps.set_config(&config).unwrap();
+    let node = NodeValue {
+        endpoint: v4_mapped([10, 9, 0, 7]),
+        cluster_id: 2,
+        flags: NODE_PRESENT | NODE_ENCRYPTED,
+        path_mtu_bytes: 0,
+        reserved: 0,
+        egress_ifindex: 1,
+        reserved2: 0,
+        #[cfg(feature = "layout-next")]
+        next_layout: 0,
+    };
+    maps.nodes.upsert(&[(1, node)]).unwrap();
+    let key = IpcacheKey {
+        prefix_len_bits: IPCACHE_PREFIX_BASE_BITS + 128,
+        cluster_id_be: [0; 2],
+        reserved: [0; 2],
+        address: v4_mapped([10, 9, 0, 1]),
+    };
+    let value = IpcacheValue {
+        identity: (2 << 16) | 1,
+        node_index: 1,
+    };
+    maps.ipcache.upsert(&[(key, value)]).unwrap();
+}
+
+#[test]
+fn the_way_out_is_guarded_in_both_modes_whatever_becomes_of_the_process() {
+    for mode in modes() {
+        in_node(|node| {
+            // What the pod's side sends here leaves by a device of the underlay.
+            let uplink = Pod::new();
+            let out = ifindex("pod");
+            let mut datapath = open(node, mode);
+            set_strict(datapath.maps());
+            let maps = datapath.maps().clone();
+            datapath.activate(node.cm_net, &[]).unwrap();
+            datapath.set_encryption_devices(&[], &[out]).unwrap();
+            datapath.set_encryption_devices(&[], &[out]).unwrap();
+            let would_leave = || {
+                let drops = maps.drops().unwrap();
+                let reason = DropReason::ClearWouldLeave;
+                drops.iter().find(|(r, _)| *r == reason).unwrap().1
+            };
+            uplink.send_refused();
+            assert_eq!(would_leave(), 1, "{mode:?}");
+            // Taken over by the next process, switched, and with none at all.
+            let mut next = open(node, mode);
+            next.activate(node.cm_net, &[]).unwrap();
+            uplink.send_refused();
+            drop((datapath, next));
+            uplink.send_refused();
+            assert_eq!(would_leave(), 3, "{mode:?}");
+            assert_eq!(received("host_end"), 0, "{mode:?}: nothing left");
+
+            let mut datapath = open(node, mode);
+            datapath.set_encryption_devices(&[], &[]).unwrap();
+            uplink.send();
+            assert_eq!(would_leave(), 3, "{mode:?}");
+        });
+    }
+}
+
+#[test]
+fn what_wireguard_opens_is_judged_in_both_modes() {
+    for mode in modes() {
+        in_node(|node| {
+            // A device that is none of WireGuard's does: the program is told what came in.
+            let peer = Pod::new();
+            let second = ifindex("cm_host");
+            let mut datapath = open(node, mode);
+            datapath.maps().set_config(&CONFIG).unwrap();
+            datapath.activate(node.cm_net, &[]).unwrap();
+            datapath
+                .set_encryption_devices(&[peer.host_end, second], &[])
+                .unwrap();
+            let pins = || {
+                let dirs = ["links", "filters"].map(|dir| fs::read_dir(node.pins().join(dir)));
+                let names = dirs.into_iter().flatten().flatten();
+                let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+                let mut names: Vec<_> = names.filter(|n| n.contains("wireguard")).collect();
+                names.sort();
+                names
+            };
+            assert_eq!(pins().len(), 2);
+            datapath
+                .set_encryption_devices(&[peer.host_end], &[])
+                .unwrap();
+            assert_eq!(pins(), [format!("from_wireguard-{}", peer.host_end)]);
+            ip("link del host_end");
+            datapath.activate(node.cm_net, &[]).unwrap();
+            assert!(pins().is_empty(), "{mode:?}: a device that is gone");
+            match datapath.set_encryption_devices(&[99_999], &[]) {
+                Err(Error::InterfaceGone { ifindex: 99_999 }) => {}
+                other => panic!("{mode:?}: {other:?}"),
+            }
+            Datapath::uninstall(&node.options()).unwrap();
         });
     }
 }

@@ -5,6 +5,7 @@
     reason = "helpers of tests fail the test; numbers are the tests' own"
 )]
 
+mod encrypted;
 mod host;
 mod kernel_vxlan;
 mod odd_frames;

@@ -4,6 +4,7 @@
 
 mod answer;
 mod bad;
+mod clear;
 mod fixture;
 mod flow;
 mod forward;

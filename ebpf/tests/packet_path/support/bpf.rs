@@ -10,7 +10,8 @@ use aya::{Ebpf, EbpfLoader};
 use clustermesh_ebpf::Features;
 use clustermesh_ebpf_abi::{
     Address, DropReason, EndpointValue, IPCACHE_PREFIX_BASE_BITS, InterfaceValue, IpcacheKey,
-    IpcacheValue, NodeAddressValue, NodeConfig, NodeValue, TrafficPath, TrafficValue, v4_mapped,
+    IpcacheValue, NodeAddressValue, NodeConfig, NodeValue, TrafficPath, TrafficValue, WireTraffic,
+    v4_mapped,
 };
 
 const OBJECT: &[u8] = include_bytes!(env!("CLUSTERMESH_BPF_OBJECT"));
@@ -28,8 +29,9 @@ const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 /// Room for what a program makes of a packet.
 const PACKET_BYTES_MAX: usize = 4096;
-/// `struct __sk_buff`: words, and the place of `gso_size`.
+/// `struct __sk_buff`: words, and the places of `mark` and `gso_size`.
 const SKB_CONTEXT_WORDS: usize = 48;
+const SKB_MARK_WORD: usize = 2;
 const SKB_GSO_SIZE_WORD: usize = 44;
 
 /// Bytes of a value of the ABI.
@@ -183,11 +185,12 @@ impl Datapath {
     /// A node and the address from which it sends.
     pub fn set_node(&self, index: u32, node: &NodeValue) {
         self.update("NODES", &index, node);
-        self.update(
-            "NODE_ADDRESSES",
-            &node.endpoint,
-            &NodeAddressValue { node_index: index },
-        );
+        self.set_node_address(node.endpoint, index);
+    }
+
+    /// An address from which a node sends.
+    pub fn set_node_address(&self, address: Address, node_index: u32) {
+        self.update("NODE_ADDRESSES", &address, &NodeAddressValue { node_index });
     }
 
     fn lookup_per_cpu(&self, map: &str, index: u32, slot_bytes: usize) -> Vec<u8> {
@@ -219,7 +222,16 @@ impl Datapath {
 
     /// Traffic on a path.
     pub fn traffic(&self, path: TrafficPath) -> TrafficValue {
-        let values = self.lookup_per_cpu("TRAFFIC", path as u32, size_of::<TrafficValue>());
+        self.traffic_in(path as u32)
+    }
+
+    /// Traffic by what it was on the wire.
+    pub fn wire(&self, kind: WireTraffic) -> TrafficValue {
+        self.traffic_in(kind as u32)
+    }
+
+    fn traffic_in(&self, slot: u32) -> TrafficValue {
+        let values = self.lookup_per_cpu("TRAFFIC", slot, size_of::<TrafficValue>());
         values
             .chunks(size_of::<TrafficValue>())
             .map(value_of::<TrafficValue>)
@@ -236,6 +248,17 @@ impl Datapath {
 
     /// As [`Self::run`], for an offloaded packet with segments of that size, 0 = an ordinary one.
     pub fn run_segments(&self, program: &str, packet: &[u8], segment_bytes: u32) -> Outcome {
+        self.run_marked(program, packet, segment_bytes, 0)
+    }
+
+    /// As [`Self::run_segments`], for a packet of a socket with that mark.
+    pub fn run_marked(
+        &self,
+        program: &str,
+        packet: &[u8],
+        segment_bytes: u32,
+        mark: u32,
+    ) -> Outcome {
         let program: &SchedClassifier = self
             .ebpf
             .program(program)
@@ -245,6 +268,7 @@ impl Datapath {
         let mut output = vec![0_u8; PACKET_BYTES_MAX];
         let mut context = [0_u32; SKB_CONTEXT_WORDS];
         context[SKB_GSO_SIZE_WORD] = segment_bytes;
+        context[SKB_MARK_WORD] = mark;
         let mut attributes = TestRunAttributes {
             program_fd: program.fd().expect("loaded").as_fd().as_raw_fd() as u32,
             data_size_in: packet.len() as u32,

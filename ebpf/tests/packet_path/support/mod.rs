@@ -6,3 +6,4 @@ pub mod node;
 pub mod packet;
 pub mod raw;
 pub mod tcp;
+pub mod wireguard;

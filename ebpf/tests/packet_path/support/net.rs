@@ -112,14 +112,15 @@ pub fn sysctl(namespace: &str, path: &str, value: &str) {
     });
 }
 
+/// Index of a device.
+pub fn device_index(namespace: &str, name: &str) -> u32 {
+    inside(namespace, || nix::net::if_::if_nametoindex(name)).expect("an index")
+}
+
 /// Index and MAC address of a device.
 pub fn device(namespace: &str, name: &str) -> (u32, [u8; 6]) {
     let text = check(namespace, "ip", &["-o", "link", "show", "dev", name]);
-    let index = text
-        .split(':')
-        .next()
-        .and_then(|n| n.trim().parse().ok())
-        .expect("an index");
+    let index = device_index(namespace, name);
     let mac = text
         .split("link/ether ")
         .nth(1)

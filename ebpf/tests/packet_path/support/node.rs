@@ -6,17 +6,29 @@ use aya::programs::tc::qdisc_add_clsact;
 use aya::programs::{SchedClassifier, TcAttachType};
 use clustermesh_ebpf::Features;
 use clustermesh_ebpf_abi::{
-    ENDPOINT_HOST, EndpointValue, IDENTITY_REMOTE_NODE, InterfaceValue, NODE_DIRECT,
-    NODE_INDEX_LOCAL, NODE_PRESENT, NodeConfig, NodeValue, TUNNEL_PORT, V4_MAPPED_BITS,
+    ENDPOINT_HOST, EndpointValue, IDENTITY_REMOTE_NODE, InterfaceValue, NODE_CLEAR_REFUSED,
+    NODE_DIRECT, NODE_ENCRYPTED, NODE_INDEX_LOCAL, NODE_PRESENT, NodeConfig, NodeValue,
+    TUNNEL_PORT, V4_MAPPED_BITS,
 };
 
 use super::bpf::{Datapath, mapped};
-use super::net::{Namespaces, check, device, inside, ip, sysctl};
+use super::net::{Namespaces, check, device, device_index, inside, ip, sysctl};
+use super::wireguard::{Offloads, Wireguard};
 
 /// Largest packet of the underlay.
 const UNDERLAY_MTU: u32 = 1500;
 /// Largest packet of a pod: 1,500 less 70 bytes of headers with IPv6 outside.
 pub const POD_MTU: u32 = 1430;
+/// Largest packet of the WireGuard device: 1,500 less 80 bytes of headers with IPv6 outside.
+const WIREGUARD_MTU: u16 = 1420;
+/// The same, less a tunnel's headers with IPv6 outside.
+const WIREGUARD_POD_MTU: u16 = WIREGUARD_MTU - 70;
+/// Mark of WireGuard's sockets.
+pub const WIREGUARD_MARK: u32 = 0xca6c;
+/// Port of WireGuard.
+pub const WIREGUARD_PORT: u16 = 51871;
+/// A server's port.
+pub const CONTROL_PORT: u16 = 2379;
 /// Identity of the pod on node `n`: its cluster is `n`.
 pub const fn pod_identity(n: u8) -> u32 {
     ((n as u32) << 16) | 7
@@ -149,22 +161,87 @@ impl Node {
             ("cm_net", "from_host"),
             ("eth0", "from_network"),
         ] {
-            let program: &mut SchedClassifier = node
-                .datapath
-                .ebpf
-                .program_mut(program)
-                .expect(program)
-                .try_into()
-                .expect("a tc program");
-            inside(&node.host, || {
-                if !Features::probe().tcx {
-                    qdisc_add_clsact(link).expect("clsact");
-                }
-                program.attach(link, TcAttachType::Ingress).map(drop)
-            })
-            .expect("attach");
+            node.attach(link, program, TcAttachType::Ingress);
         }
         node
+    }
+
+    fn attach(&mut self, link: &str, program: &str, direction: TcAttachType) {
+        let program: &mut SchedClassifier = self
+            .datapath
+            .ebpf
+            .program_mut(program)
+            .expect(program)
+            .try_into()
+            .expect("a tc program");
+        inside(&self.host, || {
+            if !Features::probe().tcx {
+                // It is there already where another program was attached.
+                let _ = qdisc_add_clsact(link);
+            }
+            program.attach(link, direction).map(drop)
+        })
+        .expect("attach");
+    }
+
+    /// Makes the node's WireGuard device, and settings with these `flags`; `None` if this kernel does not know those
+    /// offloads.
+    pub fn add_wireguard(&mut self, offloads: Offloads, flags: u32) -> Option<Wireguard> {
+        let wireguard = Wireguard::new(&self.host, offloads)?;
+        self.attach("eth0", "to_network", TcAttachType::Egress);
+        self.attach("wg0", "from_wireguard", TcAttachType::Ingress);
+        self.configure(flags);
+        let (host, pod, n) = (&self.host, &self.pod, self.number);
+        ip(&format!("-n {pod} link set eth0 mtu {WIREGUARD_POD_MTU}"));
+        ip(&format!(
+            "-n {host} route replace 10.0.0.0/8 dev cm_host src 10.{n}.0.1 mtu {WIREGUARD_POD_MTU}"
+        ));
+        ip(&format!(
+            "-n {host} -6 route replace fd10::/16 dev cm_host src {} mtu {WIREGUARD_POD_MTU}",
+            in_cidr(n, 1, true)
+        ));
+        // What goes to other nodes goes through WireGuard too.
+        ip(&format!(
+            "-n {host} route replace default via 192.168.{n}.254 mtu {WIREGUARD_MTU}"
+        ));
+        ip(&format!(
+            "-n {host} -6 route replace default via fd00:0:0:{n:x}::fe mtu {WIREGUARD_MTU}"
+        ));
+        Some(wireguard)
+    }
+
+    /// As [`Self::learn`], of a node that is sent to through WireGuard and taken from there only.
+    pub fn learn_encrypted(&self, other: u8, v6_outside: bool, direct: bool) {
+        self.learn(other, v6_outside, direct);
+        let flags = NODE_ENCRYPTED | NODE_CLEAR_REFUSED;
+        self.datapath.set_node(
+            u32::from(other),
+            &NodeValue {
+                flags: NODE_PRESENT | flags | if direct { NODE_DIRECT } else { 0 },
+                path_mtu_bytes: if direct {
+                    WIREGUARD_MTU
+                } else {
+                    WIREGUARD_POD_MTU
+                },
+                egress_ifindex: device_index(&self.host, "wg0"),
+                ..self.node_value(other, v6_outside, direct)
+            },
+        );
+    }
+
+    fn node_value(&self, other: u8, v6_outside: bool, direct: bool) -> NodeValue {
+        NodeValue {
+            endpoint: mapped(underlay(other, v6_outside)),
+            cluster_id: u16::from(other),
+            flags: NODE_PRESENT | if direct { NODE_DIRECT } else { 0 },
+            // The agent leaves room for a tunnel only where one is the rule.
+            path_mtu_bytes: if direct { UNDERLAY_MTU } else { POD_MTU } as u16,
+            reserved: 0,
+            egress_ifindex: self.underlay_ifindex,
+            reserved2: 0,
+            #[cfg(feature = "layout-next")]
+            next_layout: 0,
+        }
     }
 
     /// Writes the node's settings.
@@ -184,6 +261,10 @@ impl Node {
             host_ifindex,
             flags,
             host_mac,
+            wireguard_ifindexes: [wireguard_ifindex(&self.host), 0],
+            wireguard_mark: WIREGUARD_MARK,
+            wireguard_ports_be: [WIREGUARD_PORT.to_be_bytes(), [0; 2]],
+            control_ports_be: [CONTROL_PORT.to_be_bytes(), [0; 2], [0; 2], [0; 2]],
             ..NodeConfig::EMPTY
         });
     }
@@ -238,18 +319,17 @@ impl Node {
         self.datapath.set_node(
             u32::from(other),
             &NodeValue {
-                endpoint: mapped(underlay(other, v6_outside)),
                 cluster_id: u16::from(cluster),
-                flags: NODE_PRESENT | if direct { NODE_DIRECT } else { 0 },
-                // The agent leaves room for a tunnel only where one is the rule.
-                path_mtu_bytes: if direct { UNDERLAY_MTU } else { POD_MTU } as u16,
-                reserved: 0,
-                egress_ifindex: self.underlay_ifindex,
-                reserved2: 0,
-                #[cfg(feature = "layout-next")]
-                next_layout: 0,
+                ..self.node_value(other, v6_outside, direct)
             },
         );
+        // A node sends from all its addresses; the first one is the tunnel's end.
+        for v6 in [false, true] {
+            let address = mapped(underlay(other, v6));
+            self.datapath.set_node_address(address, u32::from(other));
+            self.datapath
+                .set_ipcache(address, 128, IDENTITY_REMOTE_NODE, u32::from(other));
+        }
         for (v6, cidr_bits) in [(false, V4_MAPPED_BITS + 24), (true, 64)] {
             let index = u32::from(other);
             self.datapath.set_ipcache(
@@ -298,4 +378,9 @@ impl Node {
             check(&self.host, "ip", &["-s", "link"]),
         ))
     }
+}
+
+/// Index of the node's WireGuard device, if it has one.
+fn wireguard_ifindex(host: &str) -> u32 {
+    inside(host, || nix::net::if_::if_nametoindex("wg0")).unwrap_or(0)
 }

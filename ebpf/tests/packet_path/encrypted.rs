@@ -1,0 +1,4 @@
+//! Packets through WireGuard devices.
+
+mod opened;
+mod traffic;
