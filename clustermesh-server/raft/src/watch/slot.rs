@@ -158,10 +158,11 @@ impl Slot {
         Poll::Pending
     }
 
-    /// Adds a progress item: all up to `handed_out` is queued. False when the watcher reads history and answers itself.
+    /// Adds a progress item: all up to `handed_out` is queued. False when the watcher reads history and answers itself, or finds the end next.
     pub(super) fn push_progress(&self, handed_out: i64) -> bool {
         let mut queue = self.queue.lock();
-        if queue.behind_after.is_some() {
+        // One item after another would keep the end from a watcher that asks again and again.
+        if queue.closed || queue.behind_after.is_some() {
             return false;
         }
         // The hub may not have handed out yet what the watcher knows.

@@ -49,6 +49,28 @@ async fn a_watch_yields_history_then_changes_and_progress() {
 }
 
 #[tokio::test]
+async fn a_reader_that_asks_for_progress_again_and_again_is_told_of_the_end() {
+    let replica = Replica::<R>::start(memory()).await.unwrap();
+    let mut watcher = replica.watch(everything(0));
+    watcher.request_progress();
+    assert!(matches!(
+        next(&mut watcher).await,
+        WatchItem::Progress { revision: 1 }
+    ));
+    replica.shutdown().await;
+    let mut told = Vec::new();
+    let end = loop {
+        watcher.request_progress();
+        match watcher.next().await {
+            Ok(item) => told.push(item),
+            Err(end) => break end,
+        }
+        assert!(told.len() < 3, "{told:?} and no end");
+    };
+    assert_eq!(end, WatchEnd::Stopped);
+}
+
+#[tokio::test]
 async fn a_watch_gets_only_its_ranges_each_event_once_and_what_its_filter_lets_through() {
     let replica = Replica::<R>::start(memory()).await.unwrap();
     let range = |a: &'static str, b: &'static str| {
