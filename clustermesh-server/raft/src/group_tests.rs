@@ -2,6 +2,7 @@
 
 mod divergence;
 mod network;
+mod releases;
 mod starts;
 
 use std::{
@@ -13,7 +14,6 @@ use std::{
 use bytes::Bytes;
 use clustermesh_core::{
     KvError, Outcome,
-    limits::FEATURE_LEVEL,
     pb::{AlarmKind, MemberAlarm, Proposal},
 };
 use clustermesh_store::{Node, ReplicaId};
@@ -366,36 +366,6 @@ async fn a_follower_that_was_away_takes_a_snapshot_that_goes_on_where_it_broke()
         hashes.insert((hash.hash, hash.compact_revision));
     }
     assert_eq!(hashes.len(), 1, "{hashes:?}");
-    group.shutdown().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_feature_level_rises_once_every_replica_knows_it() {
-    let old = |config: &mut ReplicaConfig| config.feature_level = 0;
-    let mut group = Group::three_with(old).await;
-    for upgraded in 0..3 {
-        for replica in &group.replicas {
-            assert_eq!(replica.read(|state| state.feature_level()), 0);
-        }
-        group.replicas[upgraded].shutdown().await;
-        let (name, data) = (group.names[upgraded], &group.data[upgraded]);
-        let config = replica_config(name, data, Start::Existing);
-        group.replicas[upgraded] = start(&group.network, config).await.unwrap();
-    }
-    wait("the new feature level", || {
-        group
-            .replicas
-            .iter()
-            .all(|replica| replica.read(|state| state.feature_level()) == FEATURE_LEVEL)
-            .then_some(())
-    })
-    .await;
-    // A replica of the old release may not join any more.
-    let mut joins = replica_config("d", &MemoryData::default(), Start::Join(vec![url("a")]));
-    joins.feature_level = 0;
-    joins.start_timeout = Duration::from_millis(100);
-    let refused = start(&group.network, joins).await.err().unwrap();
-    assert!(refused.to_string().contains("upgrade it"), "{refused}");
     group.shutdown().await;
 }
 

@@ -8,10 +8,13 @@ use openraft::{
 };
 use openraft_rt_tokio::TokioRuntime;
 use proptest::prelude::*;
+use prost::Message;
 
 use super::*;
 use crate::{
+    codec,
     error::StoreError,
+    pb,
     types::{Command, Entry, LogId, Membership, Node, TypeConfig, Vote},
 };
 
@@ -193,6 +196,44 @@ fn a_damaged_record_is_refused_and_a_torn_last_one_dropped() {
             Durable::open(dir.path()),
             Err(StoreError::Damaged { .. })
         ));
+    });
+}
+
+#[test]
+fn a_log_of_a_newer_release_is_refused_by_name() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = Durable::open(dir.path()).unwrap();
+        append(&mut log, vec![entry(1, 0, 10)]).await;
+        drop(log);
+        let newer = pb::LogRecord {
+            format: codec::FORMAT + 1,
+            entries: Vec::new(),
+        }
+        .encode_to_vec();
+        let part = pb::LogPart {
+            parts: 1,
+            crc32c: crc32c::crc32c(&newer),
+            data: newer.into(),
+        };
+        let database = sled::Config::new()
+            .path(dir.path())
+            .segment_size(8 << 20)
+            .open()
+            .unwrap();
+        let log = database.open_tree("log").unwrap();
+        let key = [&1_u64.to_be_bytes()[..], &0_u16.to_be_bytes()].concat();
+        log.insert(key, part.encode_to_vec()).unwrap();
+        drop((log, database));
+        let refused = Durable::open(dir.path()).err().unwrap();
+        assert!(
+            matches!(
+                refused,
+                StoreError::NewerFormat { found, known, .. }
+                    if (found, known) == (codec::FORMAT + 1, codec::FORMAT)
+            ),
+            "{refused}"
+        );
     });
 }
 
