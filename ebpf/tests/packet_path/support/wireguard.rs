@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::net::{device_index, inside, ip};
+use super::net::{inside, ip};
 
 /// Longest wait for a packet that must come.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -47,7 +47,6 @@ pub enum Offloads {
 /// The device `wg0` of a node.
 pub struct Wireguard {
     file: File,
-    pub ifindex: u32,
     header_bytes: usize,
 }
 
@@ -61,11 +60,7 @@ impl Wireguard {
         };
         let file = inside(namespace, || open(offloads))?;
         ip(&format!("-n {namespace} link set wg0 mtu {MTU} up"));
-        Some(Self {
-            file,
-            ifindex: device_index(namespace, "wg0"),
-            header_bytes,
-        })
+        Some(Self { file, header_bytes })
     }
 
     /// As if this packet had come from a peer, opened.
