@@ -127,6 +127,12 @@ Examples:
   clustermesh alarm disarm
   clustermesh alarm disarm --member s2")]
     Alarm(AlarmArgs),
+    /// Show how this machine's packets to other nodes are encrypted; asks the node agent, not the server
+    #[command(after_help = "\
+Examples:
+  clustermesh encryption status
+  clustermesh encryption status -o json | jq '.peers[] | select(.traffic != \"encrypted\")'")]
+    Encryption(EncryptionArgs),
     /// Make a certificate authority and certificates for tests and development
     #[command(after_help = "\
 Examples:
@@ -262,6 +268,27 @@ pub enum AlarmCommand {
         #[arg(long, value_name = "REPLICA")]
         member: Option<String>,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct EncryptionArgs {
+    #[command(subcommand)]
+    pub command: EncryptionCommand,
+    /// Socket of the node agent (`run_dir` of its configuration)
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "CLUSTERMESH_AGENT_SOCKET",
+        default_value = "/run/clustermesh/agent.sock"
+    )]
+    pub socket: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum EncryptionCommand {
+    /// Devices of this machine, and how packets to every other node travel
+    Status,
 }
 
 #[derive(Debug, Args)]

@@ -4,6 +4,7 @@ mod alarm;
 mod args;
 mod connect;
 mod dev_ca;
+mod encryption;
 mod get;
 mod manifests;
 mod member;
@@ -44,6 +45,7 @@ async fn run(global: &GlobalArgs, command: Command) -> anyhow::Result<()> {
         Command::Member(args) => member::run(global, &args).await,
         Command::Snapshot(args) => snapshot::run(global, &args).await,
         Command::Alarm(args) => alarm::run(global, &args).await,
+        Command::Encryption(args) => encryption::run(global, &args).await,
         Command::DevCa(args) => dev_ca::run(&args, global.output),
         Command::Completion { shell } => shell::completion(shell),
         Command::Man { directory } => shell::man_pages(&directory),

@@ -19,12 +19,13 @@ use rtnetlink::Handle;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
+use crate::encryption::{self, Encryption};
 use crate::endpoint::Endpoints;
 use crate::flows::Flows;
 use crate::host::{self, HostPair, Underlay};
 use crate::local_api::{LocalApi, work_off_queue};
 use crate::metrics::Metrics;
-use crate::reconcile::read_tables;
+use crate::reconcile::{RETRY_AFTER, read_tables};
 use crate::session;
 use crate::shared::{Parts, Shared};
 use crate::state::{NodeFacts, StateFiles};
@@ -56,6 +57,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         AttachMode::Tcx => "tcx",
         AttachMode::Clsact => "clsact",
     };
+    let encryption = Encryption::start(&config, &underlay, &handle).await?;
     let (datapath, takeover) = Datapath::open(&options)?;
     info!(?takeover, attach_mode, underlay = ?underlay.addresses, pod_mtu = underlay.pod_mtu, "kernel state opened");
     let maps = datapath.maps().clone();
@@ -83,6 +85,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             metrics,
             attach_mode,
             underlay: underlay.clone(),
+            encryption: encryption.clone(),
         },
         cached_workloads,
     ));
@@ -129,6 +132,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(admin.serve(DrainEnd::of(&view)));
     tokio::spawn(api.serve(Arc::clone(&shared), flows, view.clone()));
     tokio::spawn(probe::run(Arc::clone(&shared), view.clone()));
+    if let Some(encryption) = encryption {
+        tokio::spawn(encryption::run(
+            Arc::clone(&shared),
+            encryption,
+            node.handle.clone(),
+            view.clone(),
+        ));
+    }
     let identity = session::Identity {
         boot_id: boot_id(),
         instance_id: format!("{:016x}", rand::random::<u64>()),
@@ -186,6 +197,7 @@ impl Node {
         let mut cidrs = self.shared.remote_cidrs.subscribe();
         let mut synced = self.shared.synced.subscribe();
         let mut trusted = self.shared.trusted.subscribe();
+        let mut wireguard = self.shared.wireguard_changes.subscribe();
         let heartbeat = self.heartbeats.watch("the main loop");
         let mut beats = tokio::time::interval(BEAT_EVERY);
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -205,6 +217,14 @@ impl Node {
                     let new = facts.borrow_and_update().clone();
                     if let Some(new) = new && self.facts.as_ref() != Some(&new) {
                         self.take_facts(new, drain).await?;
+                    }
+                }
+                Ok(()) = wireguard.changed() => {
+                    wireguard.mark_unchanged();
+                    if let Err(error) = self.follow_wireguard().await {
+                        warn!(error = %format!("{error:#}"), "the new WireGuard device has no programs yet");
+                        tokio::time::sleep(RETRY_AFTER).await;
+                        wireguard.mark_changed();
                     }
                 }
                 Ok(()) = cidrs.changed() => {
@@ -295,9 +315,14 @@ impl Node {
             direct_routing: self.shared.config.routing == crate::config::Routing::Direct,
             path_v4: self.underlay.path_v4,
             path_v6: self.underlay.path_v6,
-            encryption: clustermesh_node_core::EncryptionSettings::default(),
+            encryption: self.shared.config.encryption.for_model(),
         };
-        Ok(Model::new(settings, read_tables(&self.shared.maps)?))
+        let mut model = Model::new(settings, read_tables(&self.shared.maps)?);
+        // Before the first listing: what is encrypted stays so.
+        if let Some(encryption) = &self.shared.encryption {
+            model.set_wireguard(encryption.state());
+        }
+        Ok(model)
     }
 
     /// Looks at the underlay, and follows a change that lasts. What cannot be used is said once, and tried again.
@@ -362,6 +387,17 @@ impl Node {
         Ok(())
     }
 
+    /// Makes the programs know the WireGuard devices as they are now.
+    async fn follow_wireguard(&mut self) -> anyhow::Result<()> {
+        if let Some(facts) = &self.facts {
+            self.shared.maps.set_config(&self.node_config(facts))?;
+            if !self.layout_changed {
+                self.activate().await?;
+            }
+        }
+        Ok(())
+    }
+
     fn node_config(&self, facts: &NodeFacts) -> NodeConfig {
         host::node_config(
             facts,
@@ -371,6 +407,11 @@ impl Node {
             host::ConfigFlags {
                 flows: self.flows.are_on(),
                 direct: self.shared.config.routing == crate::config::Routing::Direct,
+                encryption: self
+                    .shared
+                    .encryption
+                    .as_deref()
+                    .map(|encryption| (&self.shared.config.encryption, encryption)),
             },
         )
     }
@@ -388,6 +429,18 @@ impl Node {
         self.lock_datapath()
             .activate(self.pair.net_ifindex, &self.underlay.devices)
             .context("attach the kernel programs")?;
+        let settings = &self.shared.config.encryption;
+        let devices = self.shared.encryption.as_ref();
+        let wireguard = devices.map(|e| e.ifindexes()).unwrap_or_default();
+        let is_guarded = settings.strict || settings.nodes;
+        let guarded = if is_guarded {
+            self.underlay.devices.as_slice()
+        } else {
+            &[]
+        };
+        self.lock_datapath()
+            .set_encryption_devices(&wireguard, guarded)
+            .context("attach the kernel programs for WireGuard devices")?;
         self.shared.endpoints.attach_all().await?;
         Ok(())
     }

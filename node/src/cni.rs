@@ -19,8 +19,8 @@ use tonic::Status;
 
 use crate::config::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, QUEUE_NAME, SOCKET_NAME};
 use crate::local_api::queued_del_file;
-use crate::local_client::connect;
 use crate::state::write_durably;
+use clustermesh_client::local::connect;
 
 /// Longest call: an ADD waits 5 s for its workload.
 const CALL_WAIT: Duration = Duration::from_secs(30);

@@ -3,11 +3,11 @@
 use anyhow::{Context as _, anyhow};
 use clustermesh_api::v1::agent_client::AgentClient;
 use clustermesh_api::v1::{AgentStatusRequest, AgentStatusResponse, FlowsRequest};
+use clustermesh_client::local::connect;
 use clustermesh_ebpf::Datapath;
 use serde_json::{Value, json};
 
 use crate::config::Config;
-use crate::local_client::connect;
 use crate::state::StateFiles;
 use crate::{host, netlink, privileges};
 

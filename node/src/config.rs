@@ -12,6 +12,10 @@ use clustermesh_client::{ClientConfig, TlsPaths};
 use clustermesh_node_core::probes::{INTERVAL_MS_DEFAULT, INTERVAL_MS_MIN};
 use serde::Deserialize;
 
+pub mod encryption;
+
+use encryption::Encryption;
+
 /// The configuration as the command's help shows it: the least first, then what has a default.
 pub const HELP: &str = r#"A small configuration:
   node = "w1"                  # CN of the certificate
@@ -41,6 +45,19 @@ Settings that may stand above [server], with their defaults:
   log_format = "text"          # or "json"
 
   [labels]                     # of the node; none
+
+  [encryption]                 # between nodes, by WireGuard; see docs/encryption.md
+  mode = "off"                 # or "inter-cluster", "all"
+  nodes = false                # what the nodes themselves say to each other, too
+  strict = false               # what cannot be encrypted is dropped
+  backend = "auto"             # or "kernel", "userspace"
+  port = 51871                 # UDP; keys that change use the next one, too
+  keepalive_seconds = 0        # for nodes behind address translation; 0 = none
+  program = ""                 # of the device in user space; "" = beside this one
+  socket_dir = "/var/run/wireguard" # of that device, for `wg`
+  control_ports = [2379, 2380] # of servers: nodes reach them without encryption
+
+  [encryption.clusters]        # single clusters, "on" or "off"; none
 
 Exit codes: 0 ended in order, 1 failed, 64 bad configuration."#;
 /// Where the agent looks for its configuration.
@@ -106,6 +123,9 @@ pub struct Config {
     /// `text` or `json`.
     #[serde(default = "default_log_format")]
     pub log_format: String,
+    /// Encryption between nodes.
+    #[serde(default)]
+    pub encryption: Encryption,
 }
 
 /// How to reach the server.
@@ -232,6 +252,7 @@ impl Config {
                 ttl.end()
             );
         }
+        config.encryption.check()?;
         Ok(config)
     }
 
@@ -316,6 +337,14 @@ mod tests {
             ("node = \"w1\"\nnodee = 1", "nodee"),
             ("node = \"W 1\"", "node"),
             ("node = \"w1\"\nprobe_interval_ms = 5", "probe_interval_ms"),
+            (
+                "encryption = { port = 0 }\nnode = \"w1\"",
+                "encryption.port",
+            ),
+            (
+                "encryption = { strict = true }\nnode = \"w1\"",
+                "encryption.mode",
+            ),
             (
                 "node = \"w1\"\nsession_ttl_seconds = 1",
                 "session_ttl_seconds",

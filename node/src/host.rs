@@ -4,13 +4,18 @@ use std::net::IpAddr;
 
 use anyhow::{Context, bail, ensure};
 use clustermesh_ebpf::Features;
-use clustermesh_ebpf::abi::{CONFIG_DIRECT, CONFIG_FLOWS, NodeConfig, TUNNEL_PORT, V4_MAPPED_BITS};
+use clustermesh_ebpf::abi::{
+    CONFIG_DIRECT, CONFIG_ENCRYPT_NODES, CONFIG_FLOWS, CONFIG_STRICT, NodeConfig, TUNNEL_PORT,
+    V4_MAPPED_BITS,
+};
 use clustermesh_node_core::UnderlayPath;
 use clustermesh_node_core::tables::address;
 use ipnetwork::IpNetwork;
 use rtnetlink::Handle;
 
+use crate::config::encryption::Encryption as Settings;
 use crate::config::{Config, Routing};
+use crate::encryption::{self, Encryption};
 use crate::netlink::{self, Link, Route, VethPair};
 use crate::shared::RemoteCidrs;
 use crate::state::NodeFacts;
@@ -25,6 +30,12 @@ pub const NET_DEVICE: &str = "cm_net";
 const TUNNEL_V4_BYTES: u32 = 50;
 /// Bytes that the tunnel adds to a packet, IPv6 outside.
 const TUNNEL_V6_BYTES: u32 = 70;
+/// Bytes that WireGuard adds to a packet, IPv4 outside: IP, UDP, its own header and tag.
+const WIREGUARD_V4_BYTES: u32 = 60;
+/// The same, IPv6 outside.
+const WIREGUARD_V6_BYTES: u32 = 80;
+/// WireGuard fills packets up to a multiple of this before it seals them.
+const WIREGUARD_PADDING_BYTES: u32 = 16;
 /// Largest MTU of the pair itself: routes carry the real ones.
 const PAIR_MTU_BYTES: u32 = 65_535;
 
@@ -43,6 +54,19 @@ pub struct Underlay {
     pub pod_mtu: u32,
     /// Largest IPv6 packet of pods to other nodes, bytes: with direct routing over IPv4 it takes the tunnel.
     pub pod_mtu_v6: u32,
+    /// Largest packet that WireGuard takes, bytes: sealed, it fits the underlay.
+    pub wireguard_mtu: u32,
+}
+
+/// Largest packet that, filled up and sealed, is no longer than `mtu`.
+const fn inside_wireguard(mtu: u32, v4: bool) -> u32 {
+    let overhead = if v4 {
+        WIREGUARD_V4_BYTES
+    } else {
+        WIREGUARD_V6_BYTES
+    };
+    let room = mtu.saturating_sub(overhead);
+    room - room % WIREGUARD_PADDING_BYTES
 }
 
 impl Underlay {
@@ -106,30 +130,42 @@ impl Underlay {
             bail!("the underlay devices have no global address");
         }
         addresses.sort_by_key(IpAddr::is_ipv6);
-        let path = |device: Option<u32>, tunnel: u32| {
+        let mtu_of = |device: u32| of(device).map_or(1500, |facts| facts.mtu);
+        let path = |device: Option<u32>, v4: bool| {
             device.map(|device| {
-                let mtu = of(device).map_or(1500, |facts| facts.mtu);
-                let overhead = match config.routing {
-                    Routing::Tunnel => tunnel,
-                    Routing::Direct => 0,
+                let overhead = match (config.routing, v4) {
+                    (Routing::Tunnel, true) => TUNNEL_V4_BYTES,
+                    (Routing::Tunnel, false) => TUNNEL_V6_BYTES,
+                    (Routing::Direct, _) => 0,
                 };
-                let measured = u16::try_from(mtu.saturating_sub(overhead)).unwrap_or(u16::MAX);
+                let inner = |mtu: u32| {
+                    let measured = u16::try_from(mtu.saturating_sub(overhead)).unwrap_or(u16::MAX);
+                    match config.mtu {
+                        0 => measured,
+                        most => measured.min(most),
+                    }
+                };
                 UnderlayPath {
                     egress_ifindex: device,
-                    mtu_bytes: if config.mtu == 0 {
-                        measured
-                    } else {
-                        measured.min(config.mtu)
-                    },
-                    encrypted_mtu_bytes: 0,
+                    mtu_bytes: inner(mtu_of(device)),
+                    encrypted_mtu_bytes: inner(inside_wireguard(mtu_of(device), v4)),
                 }
             })
         };
         let [v4, v6] = egress;
-        let path_v4 = path(v4, TUNNEL_V4_BYTES);
-        let path_v6 = path(v6, TUNNEL_V6_BYTES);
+        let path_v4 = path(v4, true);
+        let path_v6 = path(v6, false);
         // Nodes of both families are reached over IPv4.
-        let pod_mtu = path_v4.or(path_v6).map_or(1430, |p| u32::from(p.mtu_bytes));
+        let pod_mtu = path_v4.or(path_v6).map_or(1430, |path| {
+            u32::from(if config.encryption.is_on() {
+                path.encrypted_mtu_bytes
+            } else {
+                path.mtu_bytes
+            })
+        });
+        // For packets that are to nodes of the other family it is too much, but those are cut to their path before.
+        let inside = |device: Option<u32>, v4| device.map(|d| inside_wireguard(mtu_of(d), v4));
+        let wireguard_mtu = inside(v4, true).max(inside(v6, false)).unwrap_or(1_280);
         let pod_mtu_v6 = match config.routing {
             Routing::Direct if path_v4.is_some() => pod_mtu.saturating_sub(TUNNEL_V4_BYTES),
             Routing::Direct | Routing::Tunnel => pod_mtu,
@@ -141,6 +177,7 @@ impl Underlay {
             path_v6,
             pod_mtu,
             pod_mtu_v6,
+            wireguard_mtu,
         })
     }
 
@@ -364,11 +401,13 @@ pub async fn remove(handle: &Handle) -> anyhow::Result<()> {
 
 /// What is on or off in the kernel programs.
 #[derive(Clone, Copy, Debug)]
-pub struct ConfigFlags {
+pub struct ConfigFlags<'a> {
     /// A flow record for every packet.
     pub flows: bool,
     /// Pods are reached by direct routing.
     pub direct: bool,
+    /// Settings of encryption, and devices, where something is encrypted.
+    pub encryption: Option<(&'a Settings, &'a Encryption)>,
 }
 
 /// The kernel programs' settings.
@@ -378,7 +417,7 @@ pub fn node_config(
     underlay: &Underlay,
     pair: HostPair,
     local_bits: u8,
-    flags: ConfigFlags,
+    flags: ConfigFlags<'_>,
 ) -> NodeConfig {
     let end = |v4| underlay.of_family(v4).map_or([0; 16], address);
     let network = |cidr: Option<IpNetwork>| cidr.map_or([0; 16], |cidr| address(cidr.network()));
@@ -389,7 +428,7 @@ pub fn node_config(
         Some(IpNetwork::V6(v6)) => v6.prefix(),
         None => 0,
     };
-    NodeConfig {
+    let mut config = NodeConfig {
         underlay_v4: end(true),
         underlay_v6: end(false),
         pod_cidr_v4: network(facts.pod_cidr_v4),
@@ -404,5 +443,56 @@ pub fn node_config(
             | (if flags.direct { CONFIG_DIRECT } else { 0 }),
         host_mac: pair.host_mac,
         ..NodeConfig::EMPTY
+    };
+    if let Some((settings, encryption)) = flags.encryption {
+        config.flags |= (if settings.strict { CONFIG_STRICT } else { 0 })
+            | (if settings.nodes {
+                CONFIG_ENCRYPT_NODES
+            } else {
+                0
+            });
+        config.wireguard_mark = encryption::MARK;
+        fill(&mut config.wireguard_ifindexes, encryption.ifindexes());
+        let big_endian = |port: &u16| port.to_be_bytes();
+        fill(
+            &mut config.wireguard_ports_be,
+            encryption.ports().iter().map(big_endian),
+        );
+        fill(
+            &mut config.control_ports_be,
+            settings.control_ports.iter().map(big_endian),
+        );
+    }
+    config
+}
+
+fn fill<T>(places: &mut [T], values: impl IntoIterator<Item = T>) {
+    for (place, value) in places.iter_mut().zip(values) {
+        *place = value;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packet_that_fills_its_path_fits_the_underlay_sealed() {
+        for (underlay, v4, inside) in [
+            (1_500, true, 1_440),
+            (1_500, false, 1_408),
+            (9_000, true, 8_928),
+            (1_280, true, 1_216),
+            (40, true, 0),
+        ] {
+            assert_eq!(inside_wireguard(underlay, v4), inside);
+            let overhead = if v4 {
+                WIREGUARD_V4_BYTES
+            } else {
+                WIREGUARD_V6_BYTES
+            };
+            let sealed = inside.next_multiple_of(WIREGUARD_PADDING_BYTES) + overhead;
+            assert!(inside == 0 || sealed <= underlay);
+        }
     }
 }

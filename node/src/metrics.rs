@@ -38,6 +38,67 @@ pub struct Metrics {
     pub reconnects: Family<Labels, Counter<u64, AtomicU64>>,
     /// CNI calls, by command and code.
     pub cni_calls: Family<Labels, Counter>,
+    /// 1 while the WireGuard devices are not as the records want them.
+    pub encryption_fault: Gauge,
+    /// Of the WireGuard devices.
+    pub encryption: EncryptionMetrics,
+}
+
+/// Metrics of the WireGuard devices. Clones share them.
+#[derive(Clone, Default)]
+pub struct EncryptionMetrics {
+    /// Bytes from each peer.
+    pub received_bytes: Family<Labels, Gauge>,
+    /// Bytes to each peer.
+    pub sent_bytes: Family<Labels, Gauge>,
+    /// Age of the last handshake with each peer, seconds; -1 = there was none.
+    pub handshake_age: Family<Labels, Gauge>,
+    /// Nodes by how packets to them travel.
+    pub nodes: Family<Labels, Gauge>,
+    /// What did not pass, by device and reason.
+    pub device_events: Family<Labels, Gauge>,
+}
+
+impl EncryptionMetrics {
+    /// Forgets all peers: those that are gone are not to be shown.
+    pub fn clear_peers(&self) {
+        self.received_bytes.clear();
+        self.sent_bytes.clear();
+        self.handshake_age.clear();
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("wireguard");
+        for (name, help, family) in [
+            (
+                "peer_received_bytes",
+                "Bytes from a peer, since its device knows it",
+                &self.received_bytes,
+            ),
+            (
+                "peer_sent_bytes",
+                "Bytes to a peer, since its device knows it",
+                &self.sent_bytes,
+            ),
+            (
+                "peer_last_handshake_seconds",
+                "Time since the last handshake with a peer; -1 if there was none",
+                &self.handshake_age,
+            ),
+            (
+                "nodes",
+                "Other nodes, by how packets to them travel: encrypted, clear or withheld",
+                &self.nodes,
+            ),
+            (
+                "device_events",
+                "Packets and handshakes that did not pass, by device and reason",
+                &self.device_events,
+            ),
+        ] {
+            registry.register(name, help, family.clone());
+        }
+    }
 }
 
 /// One label.
@@ -61,6 +122,8 @@ impl Metrics {
             apply_seconds: Histogram::new(exponential_buckets(0.000_05, 2.0, 16)),
             reconnects: Family::default(),
             cni_calls: Family::default(),
+            encryption_fault: Gauge::default(),
+            encryption: EncryptionMetrics::default(),
         };
         let registry = registry.sub_registry_with_prefix("clustermesh_node");
         registry.register(
@@ -113,6 +176,12 @@ impl Metrics {
             "CNI calls, by command and error code (0 = success)",
             metrics.cni_calls.clone(),
         );
+        registry.register(
+            "encryption_fault",
+            "1 while the WireGuard devices are not as the records want them; see the log",
+            metrics.encryption_fault.clone(),
+        );
+        metrics.encryption.register(registry);
         registry.register_collector(Box::new(Kernel(Arc::new(maps))));
         metrics
     }

@@ -60,6 +60,7 @@ pub fn round(shared: &Shared) -> bool {
     let trusted = complete && model.is_trusted();
     let services = model.take_services_changed();
     let workloads = model.take_workloads_changed();
+    let peers = model.take_peers_changed();
     drop(guard);
     if !plan.is_empty() {
         shared
@@ -78,6 +79,9 @@ pub fn round(shared: &Shared) -> bool {
             *held = new;
             changed
         });
+    }
+    if peers && listed {
+        shared.peer_changes.send_modify(|n| *n = n.wrapping_add(1));
     }
     if workloads && listed {
         shared

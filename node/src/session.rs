@@ -96,7 +96,7 @@ async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow:
         session_ttl_seconds: shared.config.session_ttl_seconds,
         pod_cidrs_held: shared.endpoints.cidrs_held().await,
         instance_id: identity.instance_id.clone(),
-        wireguard: None,
+        wireguard: shared.encryption.as_ref().map(|e| e.announcement()),
     };
     let mut session = client.node_session(hello).await?;
     let welcome = tokio::time::timeout(WELCOME_WAIT, welcome(&mut session))

@@ -13,6 +13,7 @@ use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 
 use crate::config::Config;
+use crate::encryption::Encryption;
 use crate::endpoint::Endpoints;
 use crate::host::Underlay;
 use crate::local_api::DelQueue;
@@ -75,6 +76,12 @@ pub struct Shared {
     pub remote_cidrs: watch::Sender<RemoteCidrs>,
     /// Counts changes of workloads.
     pub workload_changes: watch::Sender<u64>,
+    /// Counts changes of what the WireGuard devices should know.
+    pub peer_changes: watch::Sender<u64>,
+    /// Counts changes of the WireGuard devices themselves.
+    pub wireguard_changes: watch::Sender<u64>,
+    /// Keys and devices; `None` where nothing is encrypted.
+    pub encryption: Option<Arc<Encryption>>,
     /// Endpoints that the server has stored.
     pub registered: Mutex<HashSet<Attachment>>,
     model: Mutex<Option<Model>>,
@@ -109,6 +116,9 @@ impl Shared {
             trusted: watch::Sender::new(false),
             remote_cidrs: watch::Sender::new(RemoteCidrs::default()),
             workload_changes: watch::Sender::new(0),
+            peer_changes: watch::Sender::new(0),
+            wireguard_changes: watch::Sender::new(0),
+            encryption: parts.encryption,
             registered: Mutex::default(),
             model: Mutex::new(None),
             cached_workloads: Mutex::new(cached.collect()),
@@ -193,4 +203,6 @@ pub struct Parts {
     pub attach_mode: &'static str,
     /// The underlay as it was found.
     pub underlay: Underlay,
+    /// Keys and devices.
+    pub encryption: Option<Arc<Encryption>>,
 }

@@ -9,6 +9,7 @@ mod connector;
 mod error;
 mod kv;
 mod lease;
+pub mod local;
 mod maintenance;
 mod members;
 mod mesh;

@@ -6,9 +6,10 @@ use std::sync::{Arc, PoisonError};
 
 use clustermesh_api::v1::agent_server::Agent;
 use clustermesh_api::v1::{
-    AgentStatusRequest, AgentStatusResponse, Flow, FlowsRequest, LocalEndpoint, TrafficCounter,
+    AgentStatusRequest, AgentStatusResponse, EncryptionStatusRequest, EncryptionStatusResponse,
+    Flow, FlowsRequest, LocalEndpoint, TrafficCounter,
 };
-use clustermesh_ebpf::abi::LAYOUT_VERSION;
+use clustermesh_ebpf::abi::{LAYOUT_VERSION, WireTraffic};
 use clustermesh_process::Drain;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
@@ -129,6 +130,31 @@ impl Agent for AgentService {
                 .map(|(reason, count)| ((*reason).to_owned(), *count))
                 .collect(),
         };
+        Ok(Response::new(response))
+    }
+
+    async fn encryption_status(
+        &self,
+        _: Request<EncryptionStatusRequest>,
+    ) -> Result<Response<EncryptionStatusResponse>, Status> {
+        let shared = &self.shared;
+        let settings = &shared.config.encryption;
+        let report = shared.encryption.as_ref().map(|e| e.report());
+        let mut response = report.unwrap_or_default().to_message(
+            settings.mode.name(),
+            settings.strict,
+            settings.nodes,
+        );
+        response.node.clone_from(&shared.config.node);
+        response.cluster.clone_from(&shared.config.cluster);
+        for (way, value) in shared.maps.wire_traffic().map_err(|e| internal(&e))? {
+            match way {
+                WireTraffic::EncryptedIn | WireTraffic::EncryptedOut => {
+                    response.encrypted_bytes += value.bytes;
+                }
+                WireTraffic::ClearIn | WireTraffic::ClearOut => response.clear_bytes += value.bytes,
+            }
+        }
         Ok(Response::new(response))
     }
 

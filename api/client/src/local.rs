@@ -1,4 +1,4 @@
-//! Client of the local API.
+//! Connections to the local API of the node agent on this machine.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -1,0 +1,188 @@
+//! `encryption`: WireGuard between this machine and the other nodes, as its agent sees it.
+
+use anyhow::{Result, anyhow};
+use clustermesh_api::v1::agent_client::AgentClient;
+use clustermesh_api::v1::{EncryptionStatusRequest, EncryptionStatusResponse, WireguardPeerStatus};
+use clustermesh_client::local;
+use serde_json::{Value, json};
+
+use crate::{
+    args::{EncryptionArgs, EncryptionCommand, GlobalArgs, Output},
+    output::{self, Table},
+};
+
+pub async fn run(global: &GlobalArgs, args: &EncryptionArgs) -> Result<()> {
+    let channel = local::connect(&args.socket)
+        .await
+        .map_err(|error| anyhow!(error))?;
+    let mut agent = AgentClient::new(channel);
+    match args.command {
+        EncryptionCommand::Status => {
+            let status = agent
+                .encryption_status(EncryptionStatusRequest {})
+                .await?
+                .into_inner();
+            match global.output {
+                Output::Json => output::json(&to_json(&status)),
+                Output::Table => output::print(&to_text(&status)),
+            }
+        }
+    }
+}
+
+/// Percent of what goes between nodes that is encrypted; `None` if nothing went.
+fn encrypted_percent(status: &EncryptionStatusResponse) -> Option<f64> {
+    let all = status.encrypted_bytes.saturating_add(status.clear_bytes);
+    (all > 0).then(|| status.encrypted_bytes as f64 / all as f64 * 100.0)
+}
+
+fn to_json(status: &EncryptionStatusResponse) -> Value {
+    let devices: Vec<Value> = status
+        .devices
+        .iter()
+        .map(|device| {
+            json!({
+                "name": device.name, "backend": device.backend, "public_key": device.public_key,
+                "port": device.port, "epoch": device.epoch, "counters": device.counters,
+            })
+        })
+        .collect();
+    let peers: Vec<Value> = status
+        .peers
+        .iter()
+        .map(|peer| {
+            json!({
+                "cluster": peer.cluster, "node": peer.node, "traffic": peer.traffic, "session": peer.session,
+                "public_key": peer.public_key, "epoch": peer.epoch, "endpoint": peer.endpoint,
+                "allowed_ips": peer.allowed_ips, "device": peer.device,
+                "last_handshake_age_seconds": peer.last_handshake_age_seconds,
+                "received_bytes": peer.received_bytes, "sent_bytes": peer.sent_bytes,
+            })
+        })
+        .collect();
+    json!({
+        "node": status.node,
+        "cluster": status.cluster,
+        "mode": status.mode,
+        "strict": status.strict,
+        "nodes": status.nodes,
+        "encrypted_bytes": status.encrypted_bytes,
+        "clear_bytes": status.clear_bytes,
+        "encrypted_percent": encrypted_percent(status),
+        "devices": devices,
+        "peers": peers,
+    })
+}
+
+fn to_text(status: &EncryptionStatusResponse) -> String {
+    use std::fmt::Write as _;
+
+    let on = |on: bool| if on { "yes" } else { "no" };
+    let share = encrypted_percent(status).map_or_else(
+        || "nothing sent yet".to_owned(),
+        |percent| {
+            format!(
+                "{percent:.2} % of {} bytes encrypted",
+                status.encrypted_bytes.saturating_add(status.clear_bytes)
+            )
+        },
+    );
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = writeln!(
+        text,
+        "Node {} of cluster {}: mode {}, strict {}, nodes themselves {}; {share}",
+        output::printable(&status.node),
+        output::printable(&status.cluster),
+        status.mode,
+        on(status.strict),
+        on(status.nodes),
+    );
+    if status.devices.is_empty() {
+        return text;
+    }
+    let mut devices = Table::new(&["DEVICE", "BACKEND", "PORT", "EPOCH", "PUBLIC KEY"]);
+    for device in &status.devices {
+        devices.row(vec![
+            device.name.clone(),
+            device.backend.clone(),
+            device.port.to_string(),
+            device.epoch.to_string(),
+            device.public_key.clone(),
+        ]);
+    }
+    let mut peers = Table::new(&[
+        "CLUSTER",
+        "NODE",
+        "TRAFFIC",
+        "SESSION",
+        "HANDSHAKE",
+        "RECEIVED",
+        "SENT",
+        "ENDPOINT",
+        "EPOCH",
+        "PUBLIC KEY",
+    ]);
+    for peer in &status.peers {
+        peers.row(peer_row(peer));
+    }
+    let _ = write!(text, "\n{}\n{}", devices.render(), peers.render());
+    text
+}
+
+fn peer_row(peer: &WireguardPeerStatus) -> Vec<String> {
+    let has_key = !peer.public_key.is_empty();
+    let known = |text: String| if has_key { text } else { String::new() };
+    vec![
+        peer.cluster.clone(),
+        peer.node.clone(),
+        peer.traffic.clone(),
+        peer.session.clone(),
+        peer.last_handshake_age_seconds
+            .map(|seconds| format!("{seconds} s ago"))
+            .unwrap_or_default(),
+        known(peer.received_bytes.to_string()),
+        known(peer.sent_bytes.to_string()),
+        peer.endpoint.clone(),
+        known(peer.epoch.to_string()),
+        peer.public_key.clone(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_without_a_key_is_shown_with_how_its_packets_travel() {
+        let peer = |node: &str, traffic: &str, session: &str| WireguardPeerStatus {
+            cluster: "b".to_owned(),
+            node: node.to_owned(),
+            traffic: traffic.to_owned(),
+            session: session.to_owned(),
+            ..Default::default()
+        };
+        let status = EncryptionStatusResponse {
+            mode: "all".to_owned(),
+            devices: vec![Default::default()],
+            peers: vec![
+                peer("n1", "clear", "no-key"),
+                WireguardPeerStatus {
+                    public_key: "key".to_owned(),
+                    last_handshake_age_seconds: Some(7),
+                    ..peer("n2", "encrypted", "established")
+                },
+            ],
+            encrypted_bytes: 3,
+            clear_bytes: 1,
+            ..Default::default()
+        };
+        let text = to_text(&status);
+        assert!(text.contains("75.00 % of 4 bytes encrypted"), "{text}");
+        let line = text.lines().find(|line| line.contains("n1")).unwrap();
+        let cells: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!(cells[..5], ["b", "n1", "clear", "no-key", "-"]);
+        assert!(text.contains("7 s ago"), "{text}");
+        assert_eq!(to_json(&status)["encrypted_percent"], 75.0);
+    }
+}
