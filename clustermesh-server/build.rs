@@ -12,7 +12,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(
         [
             "clustermesh/raft/v1/raft.proto",
-            "clustermesh/server/v1/sessions.proto",
+            "clustermesh/server/v1/news.proto",
         ],
         [
             "proto",

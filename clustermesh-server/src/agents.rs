@@ -3,5 +3,6 @@
 pub mod elsewhere;
 pub mod listing;
 pub mod registry;
+pub mod report;
 pub mod session;
 pub mod stream;

@@ -9,6 +9,7 @@ pub mod etcd;
 pub mod gateway;
 pub mod mesh_api;
 pub mod metrics;
+pub mod news;
 pub mod pages;
 pub mod peering;
 pub mod planner;

@@ -29,7 +29,7 @@ use crate::peering::writer::Writer;
 use crate::store::Store;
 use crate::view::StateView;
 
-pub use status::{PeerState, PeerStatuses};
+pub use status::PeerStatuses;
 
 /// Pause before the copy of a peer that is not configured any more is removed again after a failure.
 const FORGET_RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -83,12 +83,9 @@ impl Peering {
         });
         let mut links = Vec::new();
         for peer in &config.peers {
-            statuses.add(&peer.name);
-            links.push(link::Link::new(
-                Arc::clone(&shared),
-                &peer.name,
-                client_config(config, peer),
-            )?);
+            let client = client_config(config, peer);
+            statuses.add(&peer.name, client.clone());
+            links.push(link::Link::new(Arc::clone(&shared), &peer.name, client)?);
         }
         Ok(Self {
             shared,

@@ -19,8 +19,6 @@ use tokio::task::JoinSet;
 use tonic::service::{Routes, RoutesBuilder};
 use tracing::{debug, info, warn};
 
-use crate::agents::elsewhere::tell_others;
-use crate::agents::registry::Registry;
 use crate::agents::session::NodeSessionService;
 use crate::agents::stream::AgentStreamService;
 use crate::config::Config;
@@ -30,8 +28,9 @@ use crate::etcd::answers::AnswerBudget;
 use crate::gateway::Gateway;
 use crate::mesh_api::MeshService;
 use crate::metrics::Metrics;
+use crate::news::News;
 use crate::pages::Pages;
-use crate::peering::{PeerStatuses, Peering};
+use crate::peering::Peering;
 use crate::planner::Planner;
 use crate::replication::{GrpcTransport, PeerPort};
 use crate::serve::{ClientPort, ClientPortParts};
@@ -60,8 +59,7 @@ const OWN_RECORDS_RETRY_PAUSE: Duration = Duration::from_secs(1);
 struct ClusterParts {
     settings: Arc<ClusterSettings>,
     planner: Planner,
-    registry: Registry,
-    statuses: PeerStatuses,
+    news: News,
     peers: Vec<String>,
 }
 
@@ -85,8 +83,8 @@ impl Server {
         let (trigger, drain) = drain();
         let mut tasks = JoinSet::new();
 
-        let sessions = Registry::new();
-        let (replica, peer_port) = start_replica(config, &sessions).await?;
+        let news = News::default();
+        let (replica, peer_port) = start_replica(config, &news).await?;
         let store = Store::new(replica, config.auth_token_ttl_seconds);
         drop(store_token);
         metrics.register_store(&mut registry, store.clone());
@@ -110,8 +108,7 @@ impl Server {
         if let Some(settings) = settings {
             let parts = ClusterParts {
                 planner: Planner::start(store.clone(), &settings.name),
-                registry: sessions,
-                statuses: PeerStatuses::default(),
+                news,
                 peers: config.peers.iter().map(|peer| peer.name.clone()).collect(),
                 settings: Arc::new(settings),
             };
@@ -157,7 +154,7 @@ impl Server {
                 config,
                 &parts.settings,
                 &store,
-                &parts.statuses,
+                &parts.news.peers,
                 &metrics.peering,
             )?;
             tasks.spawn(peering.run(drain.clone()));
@@ -303,7 +300,7 @@ pub async fn force_new_cluster(config: &Config) -> anyhow::Result<()> {
 /// Starts the replica, and before it the port that the others of its group reach.
 async fn start_replica(
     config: &Config,
-    sessions: &Registry,
+    news: &News,
 ) -> anyhow::Result<(TokioReplica, Option<tokio::task::AbortHandle>)> {
     let cluster = config.cluster.as_ref().map(|cluster| cluster.name.clone());
     let name = cluster.as_deref().unwrap_or("");
@@ -324,8 +321,8 @@ async fn start_replica(
     replica.election_timeout = section.election_timeout();
     let paths = section.tls_paths(&config.tls);
     let handler = PeerHandler::default();
-    let sessions = sessions.clone();
-    handler.on_aside(move |from, message| sessions.take_from(from, message));
+    let news = news.clone();
+    handler.on_aside(move |from, message| news.take(from, message));
     let server_tls = ServerTls::load(paths.clone())?;
     let port = PeerPort::bind(section.listen_peer, server_tls, cluster, handler.clone())
         .await
@@ -361,7 +358,7 @@ fn add_cluster_services(
         store.clone(),
         Arc::clone(&parts.settings),
         parts.planner.clone(),
-        parts.registry.clone(),
+        parts.news.sessions.clone(),
         metrics.sessions.clone(),
         drain.clone(),
     );
@@ -369,8 +366,8 @@ fn add_cluster_services(
         store.clone(),
         Arc::clone(&parts.settings),
         parts.planner.clone(),
-        parts.registry.clone(),
-        parts.statuses.clone(),
+        parts.news.sessions.clone(),
+        parts.news.peers.clone(),
         drain.clone(),
     );
     routes
@@ -405,15 +402,12 @@ fn start_controllers(
         metrics.controllers.clone(),
         drain.clone(),
     ));
-    tasks.spawn(tell_others(
-        store.clone(),
-        parts.registry.clone(),
-        drain.clone(),
-    ));
+    let news = parts.news.clone();
+    tasks.spawn(news.tell_others(store.clone(), drain.clone()));
     tasks.spawn(sessions::keep_true(
         store.clone(),
         parts.planner.clone(),
-        parts.registry.clone(),
+        parts.news.sessions.clone(),
         metrics.sessions.clone(),
         drain.clone(),
     ));

@@ -4,34 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use clustermesh_api::limits::MAX_SESSIONS;
-use clustermesh_process::Drain;
-use clustermesh_raft::{AsideError, ReplicaId};
+use clustermesh_raft::ReplicaId;
 use parking_lot::Mutex;
-use prost::Message;
-use tokio::task::JoinSet;
-use tokio::time::timeout;
-use tracing::debug;
 
-use super::registry::{Registry, Report};
-use crate::store::Store;
+use super::report::Report;
+use crate::news::{SILENCE_MAX, wire};
 
-/// What the build script made of sessions.proto.
-pub(crate) mod wire {
-    include!(concat!(env!("OUT_DIR"), "/clustermesh.server.v1.rs"));
-}
-
-/// A replica that said nothing for so long counts as gone, with its sessions.
-pub(super) const SILENCE_MAX: Duration = Duration::from_secs(3);
-/// Without a change, the others hear this often that this replica is there.
-const TELL_INTERVAL: Duration = Duration::from_millis(500);
-/// Changes of so long go into one message.
-const COALESCE_INTERVAL: Duration = Duration::from_millis(20);
-/// A message without answer after this is told again.
-const TELL_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often the members of the group are looked at.
-const MEMBERS_INTERVAL: Duration = Duration::from_secs(1);
 /// Sessions in one message.
 pub(super) const MAX_SESSIONS_PER_MESSAGE: usize = 1_000;
 /// Replicas that are listened to.
@@ -69,8 +48,7 @@ impl Elsewhere {
     ///
     /// # Errors
     /// A text: the message cannot be taken, and its sender must begin anew.
-    pub fn take(&self, from: ReplicaId, message: Bytes) -> Result<bool, String> {
-        let told = wire::Sessions::decode(message).map_err(|error| error.to_string())?;
+    pub(super) fn take(&self, from: ReplicaId, told: wire::News) -> Result<bool, String> {
         let mut replicas = self.replicas.lock();
         if told.from_version == 0 {
             replicas.retain(|id, replica| *id == from || replica.is_heard());
@@ -160,58 +138,6 @@ pub(super) fn session_to_wire(node: &str, instance_id: &str, report: &Report) ->
             .and_then(|age| i64::try_from(age.as_millis()).ok())
             .unwrap_or(-1),
         refused_records: report.refused_records.clone().into_iter().collect(),
-    }
-}
-
-/// Tells every other replica of the sessions here, until the drain has begun.
-pub async fn tell_others(store: Store, registry: Registry, drain: Drain) {
-    let mut told: BTreeMap<ReplicaId, tokio::task::AbortHandle> = BTreeMap::new();
-    let mut tasks = JoinSet::new();
-    loop {
-        told.retain(|_, task| !task.is_finished());
-        while tasks.try_join_next().is_some() {}
-        for member in store.replica().status().members {
-            if member.id != store.member_id() && !told.contains_key(&member.id) {
-                let task = tell(store.clone(), registry.clone(), member.id);
-                told.insert(member.id, tasks.spawn(task));
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(MEMBERS_INTERVAL) => {}
-            () = drain.draining() => return,
-        }
-    }
-}
-
-/// Ends when the group has no such replica any more.
-async fn tell(store: Store, registry: Registry, to: ReplicaId) {
-    let mut changes = registry.changes_here();
-    let mut taken = 0;
-    loop {
-        changes.mark_unchanged();
-        loop {
-            let (message, more) = registry.since(taken);
-            let version = message.to_version;
-            let bytes = message.encode_to_vec().into();
-            match store.replica().tell(to, bytes, TELL_TIMEOUT).await {
-                Ok(()) => taken = version,
-                Err(AsideError::Unknown) => return,
-                Err(error) => {
-                    debug!(replica = %format_args!("{to:016x}"), %error, "sessions are told again");
-                    // Whether it was taken or not shows at the next one.
-                    if matches!(error, AsideError::Refused(_)) {
-                        taken = 0;
-                    }
-                    break;
-                }
-            }
-            if !more {
-                break;
-            }
-        }
-        // The registry outlives this task.
-        let _changed_or_time = timeout(TELL_INTERVAL, changes.changed()).await;
-        tokio::time::sleep(COALESCE_INTERVAL).await;
     }
 }
 

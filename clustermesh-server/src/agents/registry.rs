@@ -2,17 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use bytes::Bytes;
 use clustermesh_api::limits::{MAX_PEERS, MAX_SESSIONS};
 use clustermesh_api::v1::SourceRevision;
 use clustermesh_raft::ReplicaId;
 use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 
-use super::elsewhere::wire::Sessions;
 use super::elsewhere::{Elsewhere, MAX_SESSIONS_PER_MESSAGE, session_to_wire};
+use super::report::Report;
+use crate::news::wire::News;
 
 /// Reasons of refused records that one report names.
 const MAX_REASONS: usize = 64;
@@ -73,41 +73,6 @@ struct Entry {
     /// Dropping it ends the session's task.
     replaced: Option<oneshot::Sender<()>>,
     report: Report,
-}
-
-/// What is known of one connected node.
-#[derive(Debug, Clone, Default)]
-pub struct Report {
-    /// Version of the agent.
-    pub agent_version: String,
-    /// Layout of its pinned maps.
-    pub map_layout_version: u32,
-    /// Its addresses on the underlay.
-    pub underlay_addresses: Vec<String>,
-    /// Of each source cluster, what its kernel holds.
-    pub applied: Vec<SourceRevision>,
-    /// When it last said so.
-    pub reported: Option<Instant>,
-    /// Records that the agent could not take, by reason.
-    pub refused_records: BTreeMap<String, u64>,
-}
-
-impl Report {
-    /// Whether the kernel holds `target` of its cluster. Another store id is no statement about this one.
-    #[must_use]
-    pub fn has_applied(&self, target: &SourceRevision) -> bool {
-        self.applied.iter().any(|source| {
-            source.cluster == target.cluster
-                && source.store_id == target.store_id
-                && source.revision >= target.revision
-        })
-    }
-
-    /// Time since the last report.
-    #[must_use]
-    pub fn age(&self) -> Option<Duration> {
-        self.reported.map(|reported| reported.elapsed())
-    }
 }
 
 /// Why a session cannot be opened.
@@ -235,15 +200,15 @@ impl Registry {
     ///
     /// # Errors
     /// A text, upon which the sender begins anew.
-    pub fn take_from(&self, from: ReplicaId, message: Bytes) -> Result<(), String> {
-        if self.inner.elsewhere.take(from, message)? {
+    pub(crate) fn take_from(&self, from: ReplicaId, told: News) -> Result<(), String> {
+        if self.inner.elsewhere.take(from, told)? {
             self.bump();
         }
         Ok(())
     }
 
     /// What changed at this replica since version `taken` (0: everything), and whether there is more than goes into one message.
-    pub(super) fn since(&self, taken: u64) -> (Sessions, bool) {
+    pub(crate) fn since(&self, taken: u64) -> (News, bool) {
         let nodes = self.inner.nodes.lock();
         // Ends that are forgotten cannot be told: all begins anew.
         let taken = if taken < nodes.forgotten { 0 } else { taken };
@@ -260,14 +225,14 @@ impl Registry {
         changed.sort_unstable();
         let more = changed.len() > MAX_SESSIONS_PER_MESSAGE;
         changed.truncate(MAX_SESSIONS_PER_MESSAGE);
-        let mut message = Sessions {
+        let mut message = News {
             epoch: self.inner.epoch,
             from_version: taken,
             to_version: match changed.last() {
                 Some((last, _)) if more => *last,
                 _ => nodes.version,
             },
-            ..Sessions::default()
+            ..News::default()
         };
         for (version, node) in changed {
             match nodes.open.get(node) {
@@ -290,7 +255,7 @@ impl Registry {
     }
 
     /// Fires at what changes at this replica.
-    pub(super) fn changes_here(&self) -> watch::Receiver<u64> {
+    pub(crate) fn changes_here(&self) -> watch::Receiver<u64> {
         self.inner.changed_here.subscribe()
     }
 

@@ -8,7 +8,6 @@ use clustermesh_core::State;
 use clustermesh_mesh::{View, prefix_end};
 
 use super::Shared;
-use crate::peering::PeerState;
 use crate::version::VERSION;
 use crate::view::StateView;
 
@@ -42,9 +41,9 @@ pub(super) fn recorded_nodes(shared: &Shared) -> Vec<RecordedNode> {
 pub(super) fn status(shared: &Shared) -> MeshStatusResponse {
     let peers = shared
         .peers
-        .all()
+        .all(&shared.store)
         .into_iter()
-        .map(|(name, state)| peer(shared, name, state))
+        .map(|status| peer(shared, status))
         .collect();
     let nodes = recorded_nodes(shared)
         .into_iter()
@@ -61,26 +60,21 @@ pub(super) fn status(shared: &Shared) -> MeshStatusResponse {
     }
 }
 
-fn peer(shared: &Shared, name: String, peer: PeerState) -> PeerStatus {
+/// Adds what stands in the store.
+fn peer(shared: &Shared, status: PeerStatus) -> PeerStatus {
+    let name = &status.cluster;
     shared.store.read(|state| {
         // While a listing is under way, the copy equals no revision of the peer.
-        let cursor = state.peer_cursor(&name).filter(|cursor| cursor.synced);
-        let count = |kind: Kind| count(state, &kind.cache_prefix(&name));
+        let cursor = state.peer_cursor(name).filter(|cursor| cursor.synced);
+        let count = |kind: Kind| count(state, &kind.cache_prefix(name));
         PeerStatus {
-            cluster_id: peer.cluster_id,
-            state: peer.state.into(),
             revision: cursor.map_or(0, |cursor| cursor.revision),
             store_id: cursor.map_or(0, |cursor| cursor.store_id),
             nodes: count(Kind::Nodes),
             endpoints: count(Kind::Ip),
             identities: count(Kind::Identities),
             services: count(Kind::Services),
-            last_error: peer.last_error,
-            last_contact_unix_ms: peer.last_contact_unix_ms,
-            reconnects: peer.reconnects,
-            refused_records: peer.refused_records.into_iter().collect(),
-            refused_incomplete: !peer.refused_known,
-            cluster: name,
+            ..status.clone()
         }
     })
 }

@@ -55,9 +55,9 @@ async fn wait(shared: &Shared, progress: &Progress) -> Result<(), Status> {
     // A peer that cannot be asked stays in the way until it answers or the wait runs out: it is never dropped silently.
     let mut silent: BTreeMap<String, String> = shared
         .peers
-        .all()
-        .into_keys()
-        .map(|peer| (peer, String::new()))
+        .all(&shared.store)
+        .into_iter()
+        .map(|peer| (peer.cluster, String::new()))
         .collect();
     let mut changes = shared.registry.changes();
     let mut next_ask = Instant::now();
@@ -90,7 +90,9 @@ async fn ask(
 ) {
     let asked: Vec<String> = silent.keys().cloned().collect();
     let answers = futures_util::future::join_all(
-        asked.iter().map(|peer| shared.peers.present_revision(peer)),
+        asked
+            .iter()
+            .map(|peer| shared.peers.present_revision(&shared.store, peer)),
     )
     .await;
     for (peer, answer) in asked.into_iter().zip(answers) {

@@ -1,113 +1,202 @@
-//! What is known of each peer, for status, waits and metrics.
+//! What is known of each peer, for status, waits and metrics: by this replica's own links while it leads, otherwise by the leader's word.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clustermesh_api::etcd::rpc::RangeRequest;
-use clustermesh_api::v1::SourceRevision;
 use clustermesh_api::v1::peer_status::State;
-use clustermesh_client::{Client, ClientError};
+use clustermesh_api::v1::{PeerStatus, SourceRevision};
+use clustermesh_client::{Client, ClientConfig, ClientError};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
+use crate::news::SILENCE_MAX;
+use crate::news::wire::Leading;
+use crate::store::Store;
+
 /// A peer must say its present revision by then.
 const REVISION_TIMEOUT: Duration = Duration::from_secs(3);
+/// Of an error's text, which the peer may have written, so much is kept.
+const MAX_ERROR_BYTES: usize = 1024;
+/// What a replica says that neither leads nor hears the one that does.
+const NO_LEADER: &str = "no replica of this cluster leads, or it is not heard";
 
 /// All configured peers; clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct PeerStatuses {
-    peers: Arc<Mutex<BTreeMap<String, PeerState>>>,
+    inner: Arc<Mutex<Inner>>,
 }
 
-/// One peer.
-#[derive(Debug, Clone)]
-pub struct PeerState {
-    /// How the copy is.
-    pub state: State,
-    /// The peer's cluster id; 0 before its configuration was accepted.
-    pub cluster_id: u32,
-    /// Why the last attempt ended.
-    pub last_error: String,
-    /// When the peer was last heard of, ms since 1970; 0 never.
-    pub last_contact_unix_ms: i64,
-    /// Connections begun again.
-    pub reconnects: u64,
-    /// Refused records, by reason.
-    pub refused_records: BTreeMap<String, u64>,
-    /// Whether those are all: after a restart only once the peer was listed.
-    pub refused_known: bool,
+#[derive(Debug, Default)]
+struct Inner {
+    peers: BTreeMap<String, Peer>,
+    told: Option<Told>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    config: ClientConfig,
     client: Option<Client>,
+    /// Without what stands in the store: revisions and counts.
+    status: PeerStatus,
 }
 
-impl Default for PeerState {
-    fn default() -> Self {
-        Self {
-            state: State::Connecting,
-            cluster_id: 0,
-            last_error: String::new(),
-            last_contact_unix_ms: 0,
-            reconnects: 0,
-            refused_records: BTreeMap::new(),
-            refused_known: false,
-            client: None,
+/// What the leader told last.
+#[derive(Debug)]
+struct Told {
+    term: u64,
+    heard: Instant,
+    peers: BTreeMap<String, PeerStatus>,
+}
+
+impl Inner {
+    /// The status of `peer`: this replica's own while it `leads`, else what the leader told of it.
+    fn status(&self, name: &str, peer: &Peer, leads: bool) -> PeerStatus {
+        if leads {
+            return peer.status.clone();
         }
+        let heard = self
+            .told
+            .as_ref()
+            .filter(|told| told.heard.elapsed() < SILENCE_MAX)
+            .and_then(|told| told.peers.get(name));
+        heard.cloned().unwrap_or_else(|| PeerStatus {
+            last_error: NO_LEADER.to_owned(),
+            ..begun(name)
+        })
+    }
+}
+
+fn begun(peer: &str) -> PeerStatus {
+    PeerStatus {
+        cluster: peer.to_owned(),
+        state: State::Connecting.into(),
+        refused_incomplete: true,
+        ..PeerStatus::default()
     }
 }
 
 impl PeerStatuses {
-    /// A peer that is configured.
-    pub fn add(&self, peer: &str) {
-        self.peers.lock().entry(peer.to_owned()).or_default();
+    /// A peer that is configured, and how it is reached.
+    pub(super) fn add(&self, name: &str, config: ClientConfig) {
+        let peer = Peer {
+            config,
+            client: None,
+            status: begun(name),
+        };
+        self.inner.lock().peers.insert(name.to_owned(), peer);
     }
 
-    /// All peers by name.
+    /// All peers by name, without revisions and counts, as the replica of `store` knows them.
     #[must_use]
-    pub fn all(&self) -> BTreeMap<String, PeerState> {
-        self.peers.lock().clone()
+    pub fn all(&self, store: &Store) -> Vec<PeerStatus> {
+        let leads = store.leading_term().is_some();
+        let inner = self.inner.lock();
+        let peers = inner.peers.iter();
+        peers
+            .map(|(name, peer)| inner.status(name, peer, leads))
+            .collect()
     }
 
-    pub(super) fn update(&self, peer: &str, change: impl FnOnce(&mut PeerState)) {
-        if let Some(state) = self.peers.lock().get_mut(peer) {
-            change(state);
+    /// What the leader in `term` tells the other replicas.
+    pub(crate) fn to_tell(&self, term: u64) -> Leading {
+        let inner = self.inner.lock();
+        let peers = inner.peers.values();
+        Leading {
+            term,
+            peers: peers.map(|peer| peer.status.clone()).collect(),
+        }
+    }
+
+    /// Takes what a leader told. One of an older term is not heard while a newer one is.
+    pub(crate) fn take_from_leader(&self, leading: Leading) {
+        let mut inner = self.inner.lock();
+        let newer = inner
+            .told
+            .as_ref()
+            .is_some_and(|told| told.term > leading.term && told.heard.elapsed() < SILENCE_MAX);
+        if newer {
+            return;
+        }
+        // Peers that this replica is not configured with are not its own to tell of.
+        let peers = leading
+            .peers
+            .into_iter()
+            .filter(|peer| inner.peers.contains_key(&peer.cluster))
+            .map(|peer| (peer.cluster.clone(), peer))
+            .collect();
+        inner.told = Some(Told {
+            term: leading.term,
+            heard: Instant::now(),
+            peers,
+        });
+    }
+
+    pub(super) fn update(&self, peer: &str, change: impl FnOnce(&mut PeerStatus)) {
+        if let Some(peer) = self.inner.lock().peers.get_mut(peer) {
+            change(&mut peer.status);
         }
     }
 
     pub(super) fn connected(&self, peer: &str, client: Client) {
-        self.update(peer, |state| {
-            state.client = Some(client);
-            state.last_contact_unix_ms = clustermesh_raft::wall_clock();
-        });
+        if let Some(peer) = self.inner.lock().peers.get_mut(peer) {
+            peer.client = Some(client);
+            peer.status.last_contact_unix_ms = clustermesh_raft::wall_clock();
+        }
     }
 
     pub(super) fn heard(&self, peer: &str) {
-        self.update(peer, |state| {
-            state.last_contact_unix_ms = clustermesh_raft::wall_clock()
+        self.update(peer, |status| {
+            status.last_contact_unix_ms = clustermesh_raft::wall_clock();
         });
     }
 
-    pub(super) fn ended(&self, peer: &str, state: State, reason: String) {
-        self.update(peer, |peer| {
-            peer.state = state;
-            peer.last_error = reason;
+    pub(super) fn ended(&self, peer: &str, state: State, mut reason: String) {
+        reason.truncate(reason.floor_char_boundary(MAX_ERROR_BYTES));
+        if let Some(peer) = self.inner.lock().peers.get_mut(peer) {
             peer.client = None;
-            peer.reconnects += 1;
-        });
+            peer.status.set_state(state);
+            peer.status.last_error = reason;
+            peer.status.reconnects += 1;
+        }
     }
 
-    /// Asks the peer itself for its present revision.
+    /// Asks the peer itself for its present revision, over the leader's link or a connection of its own.
     ///
     /// # Errors
     /// A text that says why there is no answer.
-    pub async fn present_revision(&self, peer: &str) -> Result<SourceRevision, String> {
-        let (client, last_error) = match self.peers.lock().get(peer) {
-            Some(state) => (state.client.clone(), state.last_error.clone()),
-            None => return Err(format!("cluster {peer} is not a peer")),
+    pub async fn present_revision(
+        &self,
+        store: &Store,
+        peer: &str,
+    ) -> Result<SourceRevision, String> {
+        let leads = store.leading_term().is_some();
+        let (linked, config) = {
+            let inner = self.inner.lock();
+            let Some(known) = inner.peers.get(peer) else {
+                return Err(format!("cluster {peer} is not a peer"));
+            };
+            let status = inner.status(peer, known, leads);
+            let linked = known.client.clone().filter(|_| leads);
+            let copied = matches!(status.state(), State::Syncing | State::Synced);
+            // Without a copy there is nothing to wait for but the reason.
+            if linked.is_none() && (leads || !copied) {
+                let reason = match status.last_error.as_str() {
+                    "" => "this has only begun",
+                    error => error,
+                };
+                return Err(format!("cluster {peer} is not connected: {reason}"));
+            }
+            (linked, known.config.clone())
         };
-        let Some(client) = client else {
-            return Err(format!("cluster {peer} is not connected: {last_error}"));
+        let asked = async {
+            match linked {
+                Some(client) => ask(&client, peer).await,
+                None => ask(&Client::connect(&config).await?, peer).await,
+            }
         };
-        match timeout(REVISION_TIMEOUT, ask(&client, peer)).await {
+        match timeout(REVISION_TIMEOUT, asked).await {
             Ok(Ok(source)) => Ok(source),
             Ok(Err(error)) => Err(format!("cluster {peer}: {error}")),
             Err(_) => Err(format!("cluster {peer} does not answer")),

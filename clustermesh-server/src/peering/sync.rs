@@ -84,9 +84,9 @@ impl<'a> Sync<'a> {
         let config = response.kvs.into_iter().next().map(|kv| kv.value);
         let peer = accept(shared, name, config.as_deref())?;
         let config = config.unwrap_or_default();
-        shared.statuses.update(name, |state| {
-            state.state = State::Syncing;
-            state.cluster_id = peer.cluster_id;
+        shared.statuses.update(name, |status| {
+            status.set_state(State::Syncing);
+            status.cluster_id = peer.cluster_id;
         });
         drain_if_renumbered(shared, &peer).await?;
         let mut writer = Writer::new(shared, name).await?;
@@ -170,7 +170,7 @@ impl<'a> Sync<'a> {
     async fn list(&mut self) -> Result<(), LinkError> {
         self.shared
             .statuses
-            .update(self.name, |state| state.state = State::Syncing);
+            .update(self.name, |status| status.set_state(State::Syncing));
         self.listed = Some(Instant::now());
         // A copy that equals a revision of this store spares reading what did not change since.
         let mut equal: BTreeMap<Kind, i64> = BTreeMap::new();
@@ -427,15 +427,15 @@ impl<'a> Sync<'a> {
             .into_iter()
             .map(|(reason, count)| (reason.to_owned(), count))
             .collect();
-        self.shared.statuses.update(self.name, |state| {
-            if state.state != now {
-                state.state = now;
+        self.shared.statuses.update(self.name, |status| {
+            if status.state() != now {
+                status.set_state(now);
                 if now == State::Synced {
-                    state.last_error.clear();
+                    status.last_error.clear();
                 }
             }
-            state.refused_records = refused;
-            state.refused_known = refused_known;
+            status.refused_records = refused;
+            status.refused_incomplete = !refused_known;
         });
     }
 

@@ -4,27 +4,42 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use clustermesh_api::etcd::rpc::cluster_client::ClusterClient;
 use clustermesh_api::etcd::rpc::kv_client::KvClient;
 use clustermesh_api::etcd::rpc::maintenance_client::MaintenanceClient;
 use clustermesh_api::etcd::rpc::{MemberListRequest, RangeRequest, StatusRequest, StatusResponse};
+use clustermesh_api::v1::peer_status::State;
 use clustermesh_api::v1::session_request::Message;
-use clustermesh_api::v1::{NodeStatus, ReportApplied, SourceRevision, node_status};
+use clustermesh_api::v1::{
+    NodeStatus, PeerStatus, ReportApplied, SourceRevision, WaitProgress, node_status,
+};
 use clustermesh_client::{Client, ClientConfig};
 use clustermesh_process::TlsPaths;
 
 use crate::agents::{hello, welcome};
-use crate::support::{Pki, binary, client, put, soon};
+use crate::support::{Cluster, Pki, binary, client, put, soon};
 
 const REPLICAS: usize = 3;
 
-/// A free port; another process may take it until it is used, which shows at once.
+/// Ports below those that the kernel gives to connections, which would take one between its choice and its use.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
+/// A free port, never the same twice in this process.
 fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let span = PORTS.end - PORTS.start;
+    // Other processes of this test begin elsewhere.
+    let begin = u16::try_from(std::process::id() % u32::from(span)).unwrap();
+    loop {
+        let step = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = PORTS.start + begin.wrapping_add(step) % span;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 struct Replica {
@@ -66,6 +81,11 @@ struct Group {
 
 impl Group {
     fn start(pki: &Pki) -> Self {
+        Self::start_with(pki, "")
+    }
+
+    /// With further sections in each replica's configuration.
+    fn start_with(pki: &Pki, sections: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let peers: Vec<u16> = (0..REPLICAS).map(|_| free_port()).collect();
         let list: Vec<String> = (0..REPLICAS)
@@ -80,7 +100,7 @@ impl Group {
                 let text = format!(
                     "data_dir = \"data{index}\"\nlisten_client = \"127.0.0.1:{port}\"\nlisten_admin = \"127.0.0.1:0\"\n\
                      [replica]\nname = \"r{index}\"\nlisten_peer = \"127.0.0.1:{peer}\"\ninitial_cluster = [{}]\n\
-                     [cluster]\nname = \"c1\"\nid = 1\npod_cidr_v4 = \"10.1.0.0/16\"\n[tls]\nca = {:?}\ncert = {:?}\nkey = {:?}\n",
+                     [cluster]\nname = \"c1\"\nid = 1\npod_cidr_v4 = \"10.1.0.0/16\"\n[tls]\nca = {:?}\ncert = {:?}\nkey = {:?}\n{sections}",
                     list.join(", "),
                     tls.ca,
                     tls.cert,
@@ -363,4 +383,82 @@ async fn every_replica_knows_who_is_connected_to_another_and_the_leader_who_is_l
         }
     })
     .await;
+}
+
+/// Once `asked` says that its only peer is `wanted`.
+async fn until_peer(asked: &Client, wanted: State) -> PeerStatus {
+    soon(&format!("a peer that is {wanted:?}"), async {
+        loop {
+            if let Ok(status) = asked.mesh_status().await
+                && let Some(peer) = status.peers.first()
+                && peer.state() == wanted
+            {
+                return peer.clone();
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await
+}
+
+/// What a wait of `asked` says first that `wanted` takes.
+async fn until_progress(asked: &Client, wanted: impl Fn(&WaitProgress) -> bool) -> WaitProgress {
+    soon("a wait's progress", async {
+        let mut progress = asked.wait(Duration::from_secs(30)).await.unwrap();
+        loop {
+            let now = progress.next().await.unwrap().unwrap();
+            if wanted(&now) {
+                return now;
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_replica_knows_how_the_leaders_peers_are_and_waits_for_them() {
+    let pki = Pki::new();
+    let mut peer = Cluster::start(&pki, 2, &[]).await;
+    let tls = pki.issue("peer", "c1", "remote-c2");
+    let section = format!(
+        "[[peers]]\nname = \"c2\"\nendpoints = [\"{}\"]\nca = {:?}\ncert = {:?}\nkey = {:?}\n",
+        peer.address(),
+        tls.ca,
+        tls.cert,
+        tls.key
+    );
+    let mut group = Group::start_with(&pki, &section);
+    let all = [0, 1, 2];
+    let killed = group.leader(&all).await;
+    for index in all {
+        let operator = group.client(index);
+        let status = until_peer(&operator, State::Synced).await;
+        assert_eq!((status.cluster_id, &*status.cluster), (2, "c2"), "{index}");
+        let done = until_progress(&operator, |progress| progress.done).await;
+        assert!(done.targets.iter().any(|target| target.cluster == "c2"));
+    }
+    // The next leader begins anew, and the others hear of it.
+    group.replicas[killed].kill();
+    let rest: Vec<usize> = all.into_iter().filter(|index| *index != killed).collect();
+    group.leader(&rest).await;
+    for index in &rest {
+        let operator = group.client(*index);
+        until_peer(&operator, State::Synced).await;
+        until_progress(&operator, |progress| progress.done).await;
+    }
+    peer.stop().await;
+    for index in rest {
+        let operator = group.client(index);
+        let status = until_peer(&operator, State::Unreachable).await;
+        assert!(!status.last_error.is_empty());
+        let waiting = until_progress(&operator, |progress| {
+            progress.laggards.iter().any(|laggard| {
+                let text = "cluster c2 is not connected: ";
+                laggard.node.is_empty()
+                    && laggard.reason.len() > text.len()
+                    && laggard.reason.starts_with(text)
+            })
+        });
+        assert!(!waiting.await.done);
+    }
 }

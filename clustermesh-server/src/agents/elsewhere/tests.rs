@@ -1,3 +1,4 @@
+use super::super::registry::Registry;
 use super::*;
 use clustermesh_api::v1::SourceRevision;
 
@@ -6,7 +7,7 @@ fn pass(from: &Registry, to: &Registry, mut taken: u64) -> Result<u64, String> {
     loop {
         let (message, more) = from.since(taken);
         taken = message.to_version;
-        to.take_from(1, message.encode_to_vec().into())?;
+        to.take_from(1, message)?;
         if !more {
             return Ok(taken);
         }
@@ -99,7 +100,7 @@ fn who_is_not_heard_counts_no_more() {
     let (here, there) = (Registry::new(), Elsewhere::default());
     let _session = here.open("w1", "a", Report::default()).unwrap();
     let (message, _) = here.since(0);
-    there.take(1, message.encode_to_vec().into()).unwrap();
+    there.take(1, message).unwrap();
     assert!(there.report("w1").is_some());
     let long_ago = Instant::now().checked_sub(SILENCE_MAX).unwrap();
     there.replicas.lock().get_mut(&1).unwrap().heard = long_ago;

@@ -31,7 +31,8 @@ use tonic::{Status, Streaming};
 use tracing::{info, warn};
 
 use super::Shared;
-use crate::agents::registry::{OpenSession, Report};
+use crate::agents::registry::OpenSession;
+use crate::agents::report::Report;
 use crate::metrics::ReasonLabels;
 use crate::planner::{CommitError, Done};
 use crate::view::StateView;
