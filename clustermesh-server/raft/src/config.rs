@@ -209,7 +209,7 @@ pub struct ReplicaConfig {
     pub node: Node,
     /// Time between heartbeats of the leader.
     pub heartbeat: Duration,
-    /// A follower stands for election after this long without the leader, up to twice as long at random.
+    /// A follower stands for election after about this long without the leader: from 0.7 to 1.0 of it, at random.
     pub election_timeout: Duration,
     /// A proposal or read without answer after this long is given up.
     pub request_timeout: Duration,
@@ -261,12 +261,14 @@ impl ReplicaConfig {
                     reason: format!("{duration:?} is not within 1 ms and 10 min"),
                 })
         };
-        let election_timeout_min = ms("election timeout", self.election_timeout)?;
+        let silence = ms("election timeout", self.election_timeout)?;
+        let heartbeat_interval = ms("heartbeat", self.heartbeat)?;
         openraft::Config {
             cluster_name: self.cluster_name.clone(),
-            heartbeat_interval: ms("heartbeat", self.heartbeat)?,
-            election_timeout_min,
-            election_timeout_max: 2 * election_timeout_min,
+            heartbeat_interval,
+            // A follower of openraft stands after its leader's lease, which is the longest timeout, and a random timeout together.
+            election_timeout_min: (silence / 5).max(heartbeat_interval + 1),
+            election_timeout_max: (silence / 2).max(heartbeat_interval + 2),
             // Snapshots and purges go by bytes of log, see `maintenance`.
             snapshot_policy: openraft::SnapshotPolicy::Never,
             max_in_snapshot_log_to_keep: u64::MAX,
