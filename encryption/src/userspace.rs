@@ -115,11 +115,11 @@ impl UserspaceDevice {
         let thread = std::thread::Builder::new().name(format!("{name}-control"));
         let control = thread.spawn(move || control.run(&queue));
         device.control = Some(control.map_err(OpenError::Threads)?);
-        let is_udp_joined = tun.takes_udp_offload();
+        let joins = tun.joins();
         for (index, queue) in tun.into_queues().into_iter().enumerate() {
             let (shared, events) = (Arc::clone(&device.shared), device.events.clone());
             let work = move || {
-                if let Err(error) = worker::run(index, &shared, &events, &queue, is_udp_joined) {
+                if let Err(error) = worker::run(index, &shared, &events, &queue, joins) {
                     events.send(Event::Broken(error));
                 }
             };

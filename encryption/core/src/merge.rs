@@ -10,7 +10,10 @@ use std::ops::Range;
 use crate::checksum::{pseudo_header, write_ipv4};
 use crate::packet::{IPV4_HEADER_BYTES, IPV6_HEADER_BYTES, TCP, UDP};
 use crate::split::PACKET_BYTES_MAX;
-use crate::vnet::{DATA_VALID, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VnetHeader};
+use crate::vnet::{
+    DATA_VALID, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, GSO_UDP_TUNNEL_IPV4, GSO_UDP_TUNNEL_IPV6,
+    NEEDS_CSUM, VnetHeader,
+};
 
 /// Packets that one batch can hold.
 pub const BATCH_PACKETS_MAX: usize = 2_048;
@@ -22,6 +25,23 @@ const OPEN_FLOWS_MAX: usize = 16;
 /// VXLAN (Linux's port and IANA's) and Geneve: each datagram is a packet with headers of its own, and whoever takes
 /// these off wants to see every one.
 const TUNNEL_PORTS: [u16; 3] = [8_472, 4_789, 6_081];
+/// Those of them that carry VXLAN.
+const VXLAN_PORTS: [u16; 2] = [8_472, 4_789];
+/// First byte of a VXLAN header whose identifier is valid (RFC 7348, 5).
+const VXLAN_VALID: u8 = 8;
+const UDP_HEADER_BYTES: usize = 8;
+/// UDP, VXLAN and the inner Ethernet header.
+const VXLAN_BYTES: usize = UDP_HEADER_BYTES + 8 + ETHERNET_BYTES;
+const ETHERNET_BYTES: usize = 14;
+
+/// What the device takes in one piece.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Joins {
+    /// Datagrams of UDP (Linux 6.2).
+    pub udp: bool,
+    /// TCP in VXLAN (Linux 6.17).
+    pub tunnels: bool,
+}
 
 const FIN: u8 = 1;
 const PSH: u8 = 8;
@@ -32,6 +52,10 @@ const NONE: u32 = u32::MAX;
 /// Where the headers of a packet that can be joined end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Joinable {
+    /// Of a tunnel: whether its addresses are IPv6, and where its UDP header is.
+    outer: Option<(bool, usize)>,
+    /// Where the IP header is: in a tunnel, the inner one.
+    network: usize,
     is_v6: bool,
     is_tcp: bool,
     transport: usize,
@@ -70,19 +94,24 @@ pub struct Merger {
     groups: Vec<Group>,
     pieces: Vec<Piece>,
     open: Vec<usize>,
-    is_udp_joined: bool,
+    joins: Joins,
 }
 
 impl Merger {
-    /// An empty one; `is_udp_joined`: the device takes super-packets of UDP (Linux 6.2).
+    /// An empty one for a device that takes these.
     #[must_use]
-    pub fn new(is_udp_joined: bool) -> Self {
+    pub fn new(joins: Joins) -> Self {
         Self {
             groups: Vec::with_capacity(BATCH_PACKETS_MAX),
             pieces: Vec::with_capacity(BATCH_PACKETS_MAX),
             open: Vec::with_capacity(OPEN_FLOWS_MAX),
-            is_udp_joined,
+            joins,
         }
+    }
+
+    /// From now on tunnels are left alone: the device refused one.
+    pub fn leave_tunnels(&mut self) {
+        self.joins.tunnels = false;
     }
 
     /// Super-packets so far.
@@ -115,7 +144,7 @@ impl Merger {
         let Some(packet) = buffer.get(range.clone()) else {
             return;
         };
-        let Some((shape, is_data)) = shape_of(packet, self.is_udp_joined) else {
+        let Some((shape, is_data)) = shape_of(packet, self.joins) else {
             // A fragment, perhaps, of a flow that waits.
             self.close_all();
             self.begin(packet, range, None);
@@ -150,6 +179,7 @@ impl Merger {
             group.joinable.is_some_and(|other| {
                 other.is_v6 == shape.is_v6
                     && other.is_tcp == shape.is_tcp
+                    && other.outer == shape.outer
                     && is_same_flow(first, packet, shape)
             })
         })
@@ -172,7 +202,7 @@ impl Merger {
         };
         if let Some(shape) = joinable {
             group.segment_payload = shape.payload_len;
-            group.last_id = u16_at(packet, 4);
+            group.last_id = u16_at(packet, shape.network + 4);
             let mut may_grow = true;
             if shape.is_tcp {
                 let flags = packet[shape.transport + 13];
@@ -212,14 +242,14 @@ impl Merger {
         {
             return false;
         }
-        let id = u16_at(packet, 4);
+        let id = u16_at(packet, shape.network + 4);
         let ids_go_up = if shape.is_v6 {
             None
         } else {
             let goes_up = match id.wrapping_sub(group.last_id) {
                 1 => true,
                 // Only where nothing may cut the packet, equal ids mean nothing (RFC 6864).
-                0 if packet[6] & 0x40 != 0 => false,
+                0 if packet[shape.network + 6] & 0x40 != 0 => false,
                 _ => return false,
             };
             if group.ids_go_up.is_some_and(|before| before != goes_up) {
@@ -282,18 +312,32 @@ impl Merger {
         if group.pieces == 1 {
             return valid;
         }
-        let total = length16(group.total_len);
-        if shape.is_v6 {
-            let payload = length16(group.total_len - IPV6_HEADER_BYTES);
-            packet[4..6].copy_from_slice(&payload.to_be_bytes());
-        } else {
-            packet[2..4].copy_from_slice(&total.to_be_bytes());
-            write_ipv4(&mut packet[..shape.transport]);
+        let mut gso_type = match (shape.is_tcp, shape.is_v6) {
+            (true, false) => GSO_TCPV4,
+            (true, true) => GSO_TCPV6,
+            (false, _) => GSO_UDP_L4,
+        };
+        let mut outer_transport = 0;
+        if let Some((is_v6, transport)) = shape.outer {
+            write_ip(&mut packet[..transport], is_v6, group.total_len);
+            let length = length16(group.total_len - transport);
+            packet[transport + 4..transport + 6].copy_from_slice(&length.to_be_bytes());
+            gso_type |= if is_v6 {
+                GSO_UDP_TUNNEL_IPV6
+            } else {
+                GSO_UDP_TUNNEL_IPV4
+            };
+            // The kernel refuses a smaller number than it would be behind an Ethernet header, though this device has
+            // none (6.17 to 6.18 at least). It is a hint: who goes on with the packet looks for himself.
+            outer_transport = length16(transport + ETHERNET_BYTES);
         }
+        let length = group.total_len - shape.network;
+        let header = shape.network..shape.transport;
+        write_ip(&mut packet[header], shape.is_v6, length);
         let addresses = if shape.is_v6 { 8..40 } else { 12..20 };
         let protocol = if shape.is_tcp { TCP } else { UDP };
         let length = length16(group.total_len - shape.transport);
-        let pseudo = pseudo_header(&packet[addresses], protocol)
+        let pseudo = pseudo_header(&packet[shape.network..][addresses], protocol)
             .add_u16(length)
             .folded();
         let transport = &mut packet[shape.transport..];
@@ -307,16 +351,23 @@ impl Merger {
         transport[csum_offset..csum_offset + 2].copy_from_slice(&pseudo);
         VnetHeader {
             flags: NEEDS_CSUM,
-            gso_type: match (shape.is_tcp, shape.is_v6) {
-                (true, false) => GSO_TCPV4,
-                (true, true) => GSO_TCPV6,
-                (false, _) => GSO_UDP_L4,
-            },
+            gso_type,
             hdr_len: length16(shape.header_len),
             gso_size: length16(group.segment_payload),
             csum_start: length16(shape.transport),
             csum_offset: length16(csum_offset),
+            outer_transport,
+            inner_network: length16(shape.network),
         }
+    }
+
+    /// Whether super-packet `index` is one in a tunnel.
+    #[must_use]
+    pub fn is_tunnel(&self, index: usize) -> bool {
+        let group = self.groups.get(index);
+        group.is_some_and(|group| {
+            group.pieces > 1 && group.joinable.is_some_and(|shape| shape.outer.is_some())
+        })
     }
 
     /// The pieces of super-packet `index`, in order: the whole first packet, then the payloads of the others.
@@ -335,48 +386,90 @@ impl Merger {
     }
 }
 
-/// Where the headers of a TCP or UDP packet end, and whether it is one that the kernel would join, too.
-fn shape_of(packet: &[u8], is_udp_joined: bool) -> Option<(Joinable, bool)> {
-    let (is_v6, transport, protocol) = match packet.first()? {
+/// Sets length and checksum of an IP header whose packet is `length` bytes long.
+fn write_ip(header: &mut [u8], is_v6: bool, length: usize) {
+    if is_v6 {
+        let payload = length16(length - IPV6_HEADER_BYTES);
+        header[4..6].copy_from_slice(&payload.to_be_bytes());
+    } else {
+        header[2..4].copy_from_slice(&length16(length).to_be_bytes());
+        write_ipv4(header);
+    }
+}
+
+/// Where the IP header at `network` ends, whether it is IPv6, and what comes then; nothing of fragments.
+fn network_of(packet: &[u8], network: usize) -> Option<(bool, usize, u8)> {
+    let packet = packet.get(network..)?;
+    match packet.first()? {
         0x45 if packet.len() >= IPV4_HEADER_BYTES => {
-            // No fragments.
             if packet[6] & 0x3f != 0 || packet[7] != 0 {
                 return None;
             }
-            (false, IPV4_HEADER_BYTES, packet[9])
+            Some((false, network + IPV4_HEADER_BYTES, packet[9]))
         }
         first if first >> 4 == 6 && packet.len() >= IPV6_HEADER_BYTES => {
-            (true, IPV6_HEADER_BYTES, packet[6])
+            Some((true, network + IPV6_HEADER_BYTES, packet[6]))
         }
+        _ => None,
+    }
+}
+
+/// Where the headers of a TCP or UDP packet end, and whether it is one that the kernel would join, too.
+fn shape_of(packet: &[u8], joins: Joins) -> Option<(Joinable, bool)> {
+    let (is_v6, transport, protocol) = network_of(packet, 0)?;
+    if protocol == UDP
+        && joins.tunnels
+        && let Some(network) = vxlan_inner(packet, transport)
+    {
+        let (inner_is_v6, inner_transport, inner_protocol) = network_of(packet, network)?;
+        // What its own header does not hold would be lost.
+        let is_whole = network + crate::packet::stated_len(&packet[network..])? == packet.len();
+        if inner_protocol == TCP && is_whole {
+            let outer = Some((is_v6, transport));
+            return tcp_shape(packet, outer, network, inner_is_v6, inner_transport);
+        }
+    }
+    match protocol {
+        TCP => tcp_shape(packet, None, 0, is_v6, transport),
+        UDP => udp_shape(packet, is_v6, transport, joins),
+        _ => None,
+    }
+}
+
+/// Where the inner IP header of a VXLAN datagram is whose UDP header is at `transport`.
+fn vxlan_inner(packet: &[u8], transport: usize) -> Option<usize> {
+    let header = packet.get(transport..transport + VXLAN_BYTES)?;
+    let is_whole = usize::from(u16_at(header, 4)) == packet.len() - transport;
+    let has_checksum = u16_at(header, 6) != 0;
+    let is_vxlan = VXLAN_PORTS.contains(&u16_at(header, 2)) && header[8] == VXLAN_VALID;
+    let is_ip = match u16_at(header, VXLAN_BYTES - 2) {
+        0x0800 => 4,
+        0x86dd => 6,
         _ => return None,
-    };
+    } == packet.get(transport + VXLAN_BYTES)? >> 4;
+    (is_whole && !has_checksum && is_vxlan && is_ip).then_some(transport + VXLAN_BYTES)
+}
+
+fn tcp_shape(
+    packet: &[u8],
+    outer: Option<(bool, usize)>,
+    network: usize,
+    is_v6: bool,
+    transport: usize,
+) -> Option<(Joinable, bool)> {
     let header = packet.get(transport..)?;
-    let is_tcp = match protocol {
-        TCP => true,
-        UDP => false,
-        _ => return None,
-    };
-    let (length, is_data) = if is_tcp {
-        let length = usize::from(header.get(12)? >> 4) * 4;
-        // Plain data: ACK, perhaps with PSH, FIN, ECE.
-        let is_data = header.get(13)? & !(FIN | PSH | 0x40) == ACK;
-        if length < 20 {
-            return None;
-        }
-        (length, is_data)
-    } else {
-        let [.., length_high, length_low, sum_high, sum_low] = header.get(..8)? else {
-            return None;
-        };
-        let stated = usize::from(u16::from_be_bytes([*length_high, *length_low]));
-        let is_whole = stated == header.len() && (*sum_high, *sum_low) != (0, 0);
-        let is_tunnel = TUNNEL_PORTS.contains(&u16_at(header, 2));
-        (8, is_whole && is_udp_joined && !is_tunnel)
-    };
+    let length = usize::from(header.get(12)? >> 4) * 4;
+    // Plain data: ACK, perhaps with PSH, FIN, ECE.
+    let is_data = header.get(13)? & !(FIN | PSH | 0x40) == ACK;
+    if length < 20 {
+        return None;
+    }
     let payload_len = header.len().checked_sub(length)?;
     let shape = Joinable {
+        outer,
+        network,
         is_v6,
-        is_tcp,
+        is_tcp: true,
         transport,
         header_len: transport + length,
         payload_len,
@@ -384,21 +477,60 @@ fn shape_of(packet: &[u8], is_udp_joined: bool) -> Option<(Joinable, bool)> {
     Some((shape, is_data && payload_len > 0))
 }
 
-/// Same addresses and ports.
-fn is_same_flow(first: &[u8], packet: &[u8], shape: Joinable) -> bool {
-    let addresses = if shape.is_v6 { 8..40 } else { 12..20 };
-    let ports = shape.transport..shape.transport + 4;
-    first.get(addresses.clone()) == packet.get(addresses)
-        && first.get(ports.clone()) == packet.get(ports)
+fn udp_shape(
+    packet: &[u8],
+    is_v6: bool,
+    transport: usize,
+    joins: Joins,
+) -> Option<(Joinable, bool)> {
+    let header = packet.get(transport..)?;
+    let [.., length_high, length_low, sum_high, sum_low] = header.get(..UDP_HEADER_BYTES)? else {
+        return None;
+    };
+    let stated = usize::from(u16::from_be_bytes([*length_high, *length_low]));
+    let is_whole = stated == header.len() && (*sum_high, *sum_low) != (0, 0);
+    let is_tunnel = TUNNEL_PORTS.contains(&u16_at(header, 2));
+    let payload_len = header.len() - UDP_HEADER_BYTES;
+    let shape = Joinable {
+        outer: None,
+        network: 0,
+        is_v6,
+        is_tcp: false,
+        transport,
+        header_len: transport + UDP_HEADER_BYTES,
+        payload_len,
+    };
+    let is_data = is_whole && joins.udp && !is_tunnel;
+    Some((shape, is_data && payload_len > 0))
 }
 
-/// Same traffic class, hop limit, flow label and "don't fragment".
+/// Same addresses and ports, outside and inside.
+fn is_same_flow(first: &[u8], packet: &[u8], shape: Joinable) -> bool {
+    let same = |range: Range<usize>| first.get(range.clone()) == packet.get(range);
+    let is_same_outside = shape.outer.is_none_or(|(is_v6, transport)| {
+        let addresses = if is_v6 { 8..40 } else { 12..20 };
+        // All of the tunnel's header, its identifier too, and of the inner link layer.
+        same(addresses)
+            && same(transport..transport + 4)
+            && same(transport + UDP_HEADER_BYTES..shape.network)
+    });
+    let (from, to) = if shape.is_v6 { (8, 40) } else { (12, 20) };
+    is_same_outside
+        && same(shape.network + from..shape.network + to)
+        && same(shape.transport..shape.transport + 4)
+}
+
+/// Same traffic class, hop limit, flow label and "don't fragment", outside and inside.
 fn is_same_ip(first: &[u8], packet: &[u8], shape: Joinable) -> bool {
-    if shape.is_v6 {
-        first[..4] == packet[..4] && first[7] == packet[7]
-    } else {
-        first[1] == packet[1] && first[8] == packet[8] && first[6] == packet[6]
-    }
+    let is_same = |is_v6: bool, at: usize| {
+        let (first, packet) = (&first[at..], &packet[at..]);
+        if is_v6 {
+            first[..4] == packet[..4] && first[7] == packet[7]
+        } else {
+            first[1] == packet[1] && first[8] == packet[8] && first[6] == packet[6]
+        }
+    };
+    is_same(shape.is_v6, shape.network) && shape.outer.is_none_or(|(is_v6, _)| is_same(is_v6, 0))
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {

@@ -3,12 +3,16 @@
 use proptest::prelude::*;
 
 use crate::checksum::{Sum, pseudo_header, write_ipv4};
-use crate::merge::Merger;
+use crate::merge::{Joins, Merger};
 use crate::packet::{TCP, UDP};
 use crate::split::{PACKET_BYTES_MAX, Split};
 use crate::vnet::{
-    GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VNET_HEADER_BYTES, VnetHeader,
+    GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, GSO_UDP_TUNNEL_IPV4, GSO_UDP_TUNNEL_IPV6,
+    NEEDS_CSUM, VNET_HEADER_BYTES, VnetHeader,
 };
+
+/// UDP, VXLAN and the inner Ethernet header.
+const VXLAN_BYTES: usize = 30;
 
 /// A super-packet as the kernel hands it to a TUN device.
 #[derive(Clone, Debug)]
@@ -19,6 +23,8 @@ struct Super {
 
 #[derive(Clone, Copy, Debug)]
 struct Shape {
+    /// In a tunnel, with IPv6 outside or not.
+    outer: Option<bool>,
     is_v6: bool,
     is_tcp: bool,
     options: usize,
@@ -32,6 +38,55 @@ struct Shape {
 }
 
 fn super_packet(shape: Shape) -> Super {
+    let inner = inner_super_packet(shape);
+    let Some(is_v6) = shape.outer else {
+        return inner;
+    };
+    let transport = if is_v6 { 40 } else { 20 };
+    let network = transport + VXLAN_BYTES;
+    let mut packet = vec![0; network];
+    packet.extend(inner.packet);
+    let length = u16::try_from(packet.len()).unwrap();
+    if is_v6 {
+        packet[0] = 0x60 | shape.class >> 4;
+        packet[1] = shape.class << 4;
+        packet[4..6].copy_from_slice(&(length - 40).to_be_bytes());
+        (packet[6], packet[7]) = (UDP, 64);
+        packet[8..40].copy_from_slice(&[0xfc; 32]);
+    } else {
+        (packet[0], packet[1]) = (0x45, shape.class);
+        packet[2..4].copy_from_slice(&length.to_be_bytes());
+        packet[4..6].copy_from_slice(&shape.id.wrapping_add(77).to_be_bytes());
+        (packet[6], packet[8], packet[9]) = (0x40, 64, UDP);
+        packet[12..20].copy_from_slice(&[192, 168, 0, 1, 192, 168, 0, 2]);
+        write_ipv4(&mut packet[..20]);
+    }
+    let udp_length = length - u16::try_from(transport).unwrap();
+    let head = &mut packet[transport..network];
+    head[..2].copy_from_slice(&50_000_u16.to_be_bytes());
+    head[2..4].copy_from_slice(&8_472_u16.to_be_bytes());
+    head[4..6].copy_from_slice(&udp_length.to_be_bytes());
+    head[8] = 8;
+    head[12..15].copy_from_slice(&[1, 0, 7]);
+    head[16..28].copy_from_slice(&[2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1]);
+    head[28..30].copy_from_slice(if shape.is_v6 { &[0x86, 0xdd] } else { &[8, 0] });
+    let added = u16::try_from(network).unwrap();
+    let mut vnet = inner.vnet;
+    vnet.hdr_len += added;
+    vnet.csum_start += added;
+    if vnet.gso_type != GSO_NONE {
+        vnet.gso_type |= if is_v6 {
+            GSO_UDP_TUNNEL_IPV6
+        } else {
+            GSO_UDP_TUNNEL_IPV4
+        };
+        vnet.inner_network = added;
+        vnet.outer_transport = u16::try_from(transport).unwrap();
+    }
+    Super { vnet, packet }
+}
+
+fn inner_super_packet(shape: Shape) -> Super {
     let transport = if shape.is_v6 { 40 } else { 20 };
     let header_len = transport + if shape.is_tcp { 20 + shape.options } else { 8 };
     let total = header_len + shape.payload;
@@ -89,6 +144,7 @@ fn super_packet(shape: Shape) -> Super {
         gso_size: if gso_type == GSO_NONE { 0 } else { shape.size },
         csum_start: u16::try_from(transport).unwrap(),
         csum_offset,
+        ..VnetHeader::default()
     };
     Super { vnet, packet }
 }
@@ -106,7 +162,10 @@ fn split(from: &Super) -> Vec<Vec<u8>> {
 
 fn merge(packets: &[Vec<u8>]) -> Vec<Super> {
     let mut buffer = Vec::new();
-    let mut merger = Merger::new(true);
+    let mut merger = Merger::new(Joins {
+        udp: true,
+        tunnels: true,
+    });
     for packet in packets {
         let from = buffer.len();
         buffer.extend_from_slice(packet);
@@ -128,8 +187,37 @@ fn merge(packets: &[Vec<u8>]) -> Vec<Super> {
         .collect()
 }
 
-/// Checks a packet's own checksums as a receiver would.
+/// Where the inner IP header of a packet is; 0 if it is in no tunnel.
+fn inner_at(packet: &[u8]) -> usize {
+    let (transport, protocol) = if packet[0] >> 4 == 4 {
+        (20, packet[9])
+    } else {
+        (40, packet[6])
+    };
+    let is_tunnel = protocol == UDP && packet[transport + 2..transport + 4] == [0x21, 0x18];
+    if is_tunnel {
+        transport + VXLAN_BYTES
+    } else {
+        0
+    }
+}
+
+/// Checks a packet's own checksums and lengths as a receiver would.
 fn assert_checksums(packet: &[u8]) {
+    let inner = inner_at(packet);
+    if inner > 0 {
+        assert_eq!(crate::packet::stated_len(packet), Some(packet.len()));
+        let transport = inner - VXLAN_BYTES;
+        if transport == 20 {
+            let sum = Sum::default().add_bytes(&packet[..20]);
+            assert_eq!(sum.folded(), [0xff, 0xff]);
+        }
+        let length = u16::try_from(packet.len() - transport).unwrap();
+        assert_eq!(packet[transport + 4..transport + 6], length.to_be_bytes());
+        assert_eq!(packet[transport + 6..transport + 8], [0, 0]);
+    }
+    let packet = &packet[inner..];
+    assert_eq!(crate::packet::stated_len(packet), Some(packet.len()));
     let (transport, addresses) = if packet[0] >> 4 == 4 {
         assert_eq!(
             Sum::default().add_bytes(&packet[..20]).folded(),
@@ -153,7 +241,7 @@ fn assert_checksums(packet: &[u8]) {
 
 fn shapes() -> impl Strategy<Value = Shape> {
     let header = (
-        any::<bool>(),
+        (any::<Option<bool>>(), any::<bool>()),
         any::<bool>(),
         0usize..4,
         1usize..60_000,
@@ -167,17 +255,21 @@ fn shapes() -> impl Strategy<Value = Shape> {
         any::<u16>(),
     );
     (header, fields).prop_map(
-        |((is_v6, is_tcp, words, payload, size), (flags, class, sequence, id, port))| Shape {
-            is_v6,
-            is_tcp,
-            options: words * 4,
-            payload: payload.min(usize::from(size) * 100),
-            size,
-            flags,
-            class,
-            sequence,
-            id,
-            port,
+        |(((outer, is_v6), is_tcp, words, payload, size), (flags, class, sequence, id, port))| {
+            Shape {
+                // Only TCP is joined there.
+                outer: outer.filter(|_| is_tcp),
+                is_v6,
+                is_tcp,
+                options: words * 4,
+                payload: payload.min(usize::from(size) * 100),
+                size,
+                flags,
+                class,
+                sequence,
+                id,
+                port,
+            }
         },
     )
 }
@@ -185,6 +277,7 @@ fn shapes() -> impl Strategy<Value = Shape> {
 #[test]
 fn segments_have_their_own_lengths_ids_sequences_and_flags() {
     let whole = super_packet(Shape {
+        outer: None,
         is_v6: false,
         is_tcp: true,
         options: 12,
@@ -223,6 +316,7 @@ fn segments_have_their_own_lengths_ids_sequences_and_flags() {
 #[test]
 fn acknowledgements_and_other_flows_do_not_break_a_run_but_those_of_its_own_flow_do() {
     let data = Shape {
+        outer: None,
         is_v6: false,
         is_tcp: true,
         options: 0,
@@ -255,6 +349,7 @@ fn acknowledgements_and_other_flows_do_not_break_a_run_but_those_of_its_own_flow
 fn datagrams_of_a_tunnel_within_are_left_alone() {
     let packets = |port: u16| {
         let mut packets = split(&super_packet(Shape {
+            outer: None,
             is_v6: false,
             is_tcp: false,
             options: 0,
@@ -275,6 +370,69 @@ fn datagrams_of_a_tunnel_within_are_left_alone() {
     assert_eq!(merge(&packets(8_472)).len(), 4);
 }
 
+#[test]
+fn datagrams_within_a_tunnel_are_split_and_left_alone_on_the_way_back() {
+    for (outer, is_v6) in [(false, false), (false, true), (true, false), (true, true)] {
+        let whole = super_packet(Shape {
+            outer: Some(outer),
+            is_v6,
+            is_tcp: false,
+            options: 0,
+            payload: 2_500,
+            size: 1_000,
+            flags: 0,
+            class: 2,
+            sequence: 0,
+            id: 0xffff,
+            port: 9,
+        });
+        let segments = split(&whole);
+        assert_eq!(segments.len(), 3);
+        segments.iter().for_each(|one| assert_checksums(one));
+        let merged: Vec<Vec<u8>> = merge(&segments).into_iter().map(|m| m.packet).collect();
+        assert_eq!(merged, segments);
+    }
+}
+
+#[test]
+fn other_tunnels_and_other_marks_within_are_not_joined() {
+    let shape = Shape {
+        outer: Some(false),
+        is_v6: false,
+        is_tcp: true,
+        options: 12,
+        payload: 3_000,
+        size: 1_000,
+        flags: 0x10,
+        class: 0,
+        sequence: 1,
+        id: 1,
+        port: 1,
+    };
+    let packets = split(&super_packet(shape));
+    assert_eq!(merge(&packets).len(), 1);
+    // Outside: type of service, addresses, source port, checksum, flags, identifier, link addresses; inside: type of
+    // service, options of TCP.
+    for place in [1, 12, 20, 26, 28, 33, 41, 51, 50 + 20 + 21] {
+        let mut changed = packets.clone();
+        changed[1][place] ^= 0x40;
+        assert_eq!(merge(&changed).len(), 3, "byte {place}");
+    }
+    let mut merger = Merger::new(Joins {
+        udp: true,
+        tunnels: true,
+    });
+    merger.leave_tunnels();
+    let buffer = packets.concat();
+    let mut at = 0;
+    for packet in &packets {
+        merger.push(&buffer, at..at + packet.len());
+        at += packet.len();
+    }
+    assert_eq!(merger.len(), 3, "the device takes none");
+    assert!(!merger.is_tunnel(0));
+}
+
 proptest! {
     #[test]
     fn what_is_split_merges_to_what_it_was(shape in shapes()) {
@@ -287,7 +445,12 @@ proptest! {
         } else {
             prop_assert_eq!(merged.len(), 1);
             prop_assert_eq!(&merged[0].packet, &whole.packet);
-            prop_assert_eq!(merged[0].vnet, whole.vnet);
+            let mut vnet = whole.vnet;
+            if vnet.outer_transport > 0 {
+                // As the kernel wants it from a device without link header.
+                vnet.outer_transport += 14;
+            }
+            prop_assert_eq!(merged[0].vnet, vnet);
         }
     }
 
@@ -315,12 +478,18 @@ proptest! {
             }
         }
         let again: Vec<Vec<u8>> = merge(&packets).iter().flat_map(|merged| {
-            if merged.vnet.gso_type == GSO_NONE { vec![merged.packet.clone()] } else { split(merged) }
+            let mut merged = merged.clone();
+            if merged.vnet.outer_transport > 0 {
+                merged.vnet.outer_transport -= 14;
+            }
+            if merged.vnet.gso_type == GSO_NONE { vec![merged.packet] } else { split(&merged) }
         }).collect();
         // Flags FIN and PSH move to the end of a run, which is where they were; nothing else may differ.
         let flow = |packet: &[u8]| {
+            let is_tunnel = inner_at(packet) > 0;
+            let (outer, packet) = (packet[0] >> 4, &packet[inner_at(packet)..]);
             let at = if packet[0] >> 4 == 4 { 20 } else { 40 };
-            (at, packet[at..at + 2].to_vec(), packet[if at == 20 { 9 } else { 6 }])
+            (is_tunnel, outer, at, packet[at..at + 2].to_vec(), packet[if at == 20 { 9 } else { 6 }])
         };
         let mut flows: Vec<_> = packets.iter().map(|packet| flow(packet)).collect();
         flows.sort();
@@ -339,11 +508,13 @@ proptest! {
         vnet in any::<[u8; VNET_HEADER_BYTES]>(),
         first in any::<u8>(),
         bytes in proptest::collection::vec(any::<u8>(), 0..300),
-        kind in 0u8..6,
+        kind in prop_oneof![0u8..6, 0x20u8..0x26, 0x40u8..0x46],
     ) {
         let mut header = VnetHeader::from_bytes(&vnet);
         header.gso_type = kind;
-        header.csum_start %= 80;
+        header.csum_start %= 160;
+        header.inner_network %= 120;
+        header.outer_transport %= 80;
         let mut bytes = bytes;
         if let Some(byte) = bytes.first_mut() {
             *byte = if first % 2 == 0 { 0x45 } else { 0x60 };

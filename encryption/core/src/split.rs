@@ -1,12 +1,16 @@
 //! Cuts a super-packet of the TUN device into packets of MTU size: headers, lengths, IP ids, sequence numbers, flags and
-//! checksums are set for each segment, as a network card does.
+//! checksums are set for each segment, as a network card does. One within a tunnel (VXLAN, Geneve) gets its outer
+//! headers on every segment too.
 
 use crate::checksum::{Sum, pseudo_header};
 use crate::packet::{IPV4_HEADER_BYTES, IPV6_HEADER_BYTES, TCP, UDP, half};
-use crate::vnet::{GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VnetHeader};
+use crate::vnet::{
+    GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, GSO_UDP_TUNNEL_IPV4, GSO_UDP_TUNNEL_IPV6,
+    NEEDS_CSUM, VnetHeader,
+};
 
-/// Longest run of IP and transport headers that is understood, bytes.
-pub const HEADERS_BYTES_MAX: usize = 128;
+/// Longest run of headers that is understood, those of a tunnel too, bytes.
+pub const HEADERS_BYTES_MAX: usize = 192;
 /// Longest packet that the device reads, bytes.
 pub const PACKET_BYTES_MAX: usize = 65_535;
 
@@ -45,12 +49,81 @@ enum Kind {
     Udp,
 }
 
+/// An IP header that every segment gets.
+#[derive(Clone, Copy, Debug)]
+struct Ip {
+    at: usize,
+    is_v6: bool,
+    /// Of what all such IPv4 headers have in common.
+    common: Sum,
+}
+
+impl Ip {
+    /// The header at `at` of `headers`, behind which `end` is.
+    fn read(headers: &[u8], at: usize, end: usize) -> Option<Self> {
+        let header = headers.get(at..end)?;
+        let mut ip = Self {
+            at,
+            is_v6: false,
+            common: Sum::default(),
+        };
+        match header.first()? {
+            first if first >> 4 == 4 && header.len() >= IPV4_HEADER_BYTES => {
+                if header.len() != usize::from(first & 15) * 4 {
+                    return None;
+                }
+                // Without length, id and checksum.
+                ip.common = ip
+                    .common
+                    .add_bytes(&header[..2])
+                    .add_bytes(&header[6..10])
+                    .add_bytes(&header[12..]);
+            }
+            first if first >> 4 == 6 && header.len() >= IPV6_HEADER_BYTES => ip.is_v6 = true,
+            _ => return None,
+        }
+        Some(ip)
+    }
+
+    /// Sets length, id and checksum for segment `index`, which has a copy of the super-packet's headers.
+    #[inline]
+    fn write(&self, index: usize, segment: &mut [u8]) {
+        let packet = &mut segment[self.at..];
+        let length = packet.len();
+        if self.is_v6 {
+            let payload = number(length - IPV6_HEADER_BYTES);
+            packet[4..6].copy_from_slice(&payload);
+        } else {
+            packet[2..4].copy_from_slice(&number(length));
+            let first = half(packet, 4).unwrap_or(0);
+            let id = number(first + index);
+            packet[4..6].copy_from_slice(&id);
+            let checksum = self
+                .common
+                .add_u16(u16::from_be_bytes(number(length)))
+                .add_u16(u16::from_be_bytes(id))
+                .finish();
+            packet[10..12].copy_from_slice(&checksum);
+        }
+    }
+}
+
+/// The headers of a tunnel.
+#[derive(Clone, Copy, Debug)]
+struct Outer {
+    ip: Ip,
+    /// Where the UDP header is. It has no checksum: such offloads are not asked for.
+    transport: usize,
+}
+
 /// How one packet of the device becomes packets of the wire.
 #[derive(Clone, Debug)]
 pub struct Split {
     kind: Kind,
-    is_v6: bool,
-    /// IP and transport headers of the super-packet.
+    outer: Option<Outer>,
+    /// The inner one in a tunnel.
+    ip: Ip,
+    /// All headers of the super-packet.
     headers: [u8; HEADERS_BYTES_MAX],
     transport: usize,
     header_len: usize,
@@ -59,8 +132,6 @@ pub struct Split {
     count: usize,
     /// Of the addresses and the protocol.
     pseudo: Sum,
-    /// Of what all IPv4 headers have in common.
-    common: Sum,
 }
 
 impl Split {
@@ -72,14 +143,28 @@ impl Split {
         if total_len > PACKET_BYTES_MAX || head.len() > total_len {
             return Err(SplitError::Malformed);
         }
-        let is_v6 = match head.first().map(|first| first >> 4) {
-            Some(4) if head.len() >= IPV4_HEADER_BYTES => false,
-            Some(6) if head.len() >= IPV6_HEADER_BYTES => true,
+        let gso_type = vnet.gso_type & !GSO_ECN;
+        let is_ecn = vnet.gso_type & GSO_ECN != 0;
+        let tunnel = gso_type & (GSO_UDP_TUNNEL_IPV4 | GSO_UDP_TUNNEL_IPV6);
+        let network = if tunnel == 0 {
+            0
+        } else {
+            usize::from(vnet.inner_network)
+        };
+        let left = head.len().saturating_sub(network);
+        let is_v6 = match head.get(network).map(|first| first >> 4) {
+            Some(4) if left >= IPV4_HEADER_BYTES => false,
+            Some(6) if left >= IPV6_HEADER_BYTES => true,
             _ => return Err(SplitError::Malformed),
         };
         let mut plan = Self {
             kind: Kind::Whole { checksum: None },
-            is_v6,
+            outer: None,
+            ip: Ip {
+                at: network,
+                is_v6,
+                common: Sum::default(),
+            },
             headers: [0; HEADERS_BYTES_MAX],
             transport: 0,
             header_len: 0,
@@ -87,12 +172,10 @@ impl Split {
             segment_payload: total_len,
             count: 1,
             pseudo: Sum::default(),
-            common: Sum::default(),
         };
-        let (start, offset) = (vnet.csum_start.into(), usize::from(vnet.csum_offset));
-        let (gso_type, is_ecn) = (vnet.gso_type & !GSO_ECN, vnet.gso_type & GSO_ECN != 0);
-        let header_len = match (gso_type, is_v6) {
-            (GSO_NONE, _) => {
+        let (start, offset) = (usize::from(vnet.csum_start), usize::from(vnet.csum_offset));
+        let header_len = match (gso_type & !tunnel, is_v6) {
+            (GSO_NONE, _) if tunnel == 0 => {
                 if vnet.flags & NEEDS_CSUM != 0 {
                     if start + offset + 2 > total_len {
                         return Err(SplitError::ChecksumOutside);
@@ -123,11 +206,6 @@ impl Split {
                 return Err(SplitError::UnknownOffload { gso_type });
             }
         };
-        let least = if is_v6 {
-            IPV6_HEADER_BYTES
-        } else {
-            IPV4_HEADER_BYTES
-        };
         let payload = total_len
             .checked_sub(header_len)
             .ok_or(SplitError::Malformed)?;
@@ -137,9 +215,13 @@ impl Split {
             .headers
             .get_mut(..header_len)
             .ok_or(SplitError::Malformed)?;
-        let is_short = start < least || (!is_v6 && start != usize::from(head[0] & 15) * 4);
-        if is_short || size == 0 {
+        if size == 0 {
             return Err(SplitError::Malformed);
+        }
+        plan.ip = Ip::read(headers, network, start).ok_or(SplitError::Malformed)?;
+        if tunnel != 0 {
+            let outer = read_outer(headers, vnet.outer_transport.into(), network);
+            plan.outer = Some(outer.ok_or(SplitError::Malformed)?);
         }
         room.copy_from_slice(headers);
         plan.transport = start;
@@ -147,20 +229,8 @@ impl Split {
         plan.segment_payload = size;
         plan.count = payload.div_ceil(size).max(1);
         let protocol = if plan.kind == Kind::Udp { UDP } else { TCP };
-        let addresses = if is_v6 {
-            &headers[8..40]
-        } else {
-            &headers[12..20]
-        };
-        plan.pseudo = pseudo_header(addresses, protocol);
-        if !is_v6 {
-            // Without length, id and checksum.
-            let header = &headers[..start];
-            plan.common = Sum::default()
-                .add_bytes(&header[..2])
-                .add_bytes(&header[6..10])
-                .add_bytes(&header[12..]);
-        }
+        let addresses = if is_v6 { 8..40 } else { 12..20 };
+        plan.pseudo = pseudo_header(&headers[network..][addresses], protocol);
         Ok(plan)
     }
 
@@ -224,36 +294,26 @@ impl Split {
                 checksum: Some((start, at)),
             } => complete_checksum(segment, start, at),
             Kind::Tcp { first_only } => {
-                self.write_ip(index, segment);
+                self.write_headers(index, segment);
                 self.write_tcp(index, first_only, segment);
                 Ok(())
             }
             Kind::Udp => {
-                self.write_ip(index, segment);
+                self.write_headers(index, segment);
                 self.write_udp(segment);
                 Ok(())
             }
         }
     }
 
-    fn write_ip(&self, index: usize, segment: &mut [u8]) {
-        let length = segment.len();
+    fn write_headers(&self, index: usize, segment: &mut [u8]) {
         segment[..self.header_len].copy_from_slice(&self.headers[..self.header_len]);
-        if self.is_v6 {
-            let payload = number(length - IPV6_HEADER_BYTES);
-            segment[4..6].copy_from_slice(&payload);
-        } else {
-            segment[2..4].copy_from_slice(&number(length));
-            let first = half(&self.headers, 4).unwrap_or(0);
-            let id = number(first + index);
-            segment[4..6].copy_from_slice(&id);
-            let checksum = self
-                .common
-                .add_u16(u16::from_be_bytes(number(length)))
-                .add_u16(u16::from_be_bytes(id))
-                .finish();
-            segment[10..12].copy_from_slice(&checksum);
+        if let Some(outer) = &self.outer {
+            outer.ip.write(index, segment);
+            let length = number(segment.len() - outer.transport);
+            segment[outer.transport + 4..outer.transport + 6].copy_from_slice(&length);
         }
+        self.ip.write(index, segment);
     }
 
     fn write_tcp(&self, index: usize, first_only: u8, segment: &mut [u8]) {
@@ -285,6 +345,18 @@ impl Split {
         let checksum = self.pseudo.add_u16(length).add_bytes(udp).finish();
         udp[6..8].copy_from_slice(&not_zero(checksum));
     }
+}
+
+/// The headers of a tunnel, whose UDP header is at `transport` and whose inner IP header at `network`.
+fn read_outer(headers: &[u8], transport: usize, network: usize) -> Option<Outer> {
+    let ip = Ip::read(headers, 0, transport)?;
+    let udp = headers.get(transport..network)?;
+    let has_checksum = udp.get(6..8)? != [0, 0];
+    (!has_checksum && headers_protocol(headers, &ip)? == UDP).then_some(Outer { ip, transport })
+}
+
+fn headers_protocol(headers: &[u8], ip: &Ip) -> Option<u8> {
+    headers.get(if ip.is_v6 { 6 } else { 9 }).copied()
 }
 
 /// Completes the checksum of a packet whose field holds the sum of the pseudo header.

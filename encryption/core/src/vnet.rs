@@ -1,7 +1,7 @@
-//! The header before each packet of a TUN device with offloads (`virtio_net_hdr`, virtio 1.3, 5.1.6).
+//! The header before each packet of a TUN device with offloads (`virtio_net_hdr_v1_hash_tunnel`, virtio 1.4, 5.1.6).
 
-/// Bytes of the header.
-pub const VNET_HEADER_BYTES: usize = 10;
+/// Bytes of the header. Kernels that know no tunnels (before 6.17) use the first ten.
+pub const VNET_HEADER_BYTES: usize = 24;
 
 /// The checksum from [`VnetHeader::csum_start`] on is still to be completed.
 pub const NEEDS_CSUM: u8 = 1;
@@ -16,6 +16,10 @@ pub const GSO_TCPV4: u8 = 1;
 pub const GSO_TCPV6: u8 = 4;
 /// UDP datagrams of one size.
 pub const GSO_UDP_L4: u8 = 5;
+/// Flag beside a kind: it is within UDP over IPv4.
+pub const GSO_UDP_TUNNEL_IPV4: u8 = 0x20;
+/// Flag beside a kind: it is within UDP over IPv6.
+pub const GSO_UDP_TUNNEL_IPV6: u8 = 0x40;
 /// Flag beside a TCP kind: CWR is for the first segment only (RFC 3168, 6.1.2).
 pub const GSO_ECN: u8 = 0x80;
 
@@ -34,10 +38,14 @@ pub struct VnetHeader {
     pub csum_start: u16,
     /// Where it is stored, from there.
     pub csum_offset: u16,
+    /// Where the outer UDP header of a tunnel is.
+    pub outer_transport: u16,
+    /// Where the inner IP header of a tunnel is; the checksum's is the inner transport header then.
+    pub inner_network: u16,
 }
 
 impl VnetHeader {
-    /// From the bytes of the device, which are in the machine's order.
+    /// From the bytes of the device, which are in the machine's order but for those of the tunnel, least byte first.
     #[must_use]
     pub fn from_bytes(bytes: &[u8; VNET_HEADER_BYTES]) -> Self {
         let half = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
@@ -48,6 +56,8 @@ impl VnetHeader {
             gso_size: half(4),
             csum_start: half(6),
             csum_offset: half(8),
+            outer_transport: u16::from_le_bytes([bytes[20], bytes[21]]),
+            inner_network: u16::from_le_bytes([bytes[22], bytes[23]]),
         }
     }
 
@@ -61,6 +71,8 @@ impl VnetHeader {
         bytes[4..6].copy_from_slice(&self.gso_size.to_ne_bytes());
         bytes[6..8].copy_from_slice(&self.csum_start.to_ne_bytes());
         bytes[8..10].copy_from_slice(&self.csum_offset.to_ne_bytes());
+        bytes[20..22].copy_from_slice(&self.outer_transport.to_le_bytes());
+        bytes[22..24].copy_from_slice(&self.inner_network.to_le_bytes());
         bytes
     }
 }
@@ -78,6 +90,8 @@ mod tests {
             gso_size: 1340,
             csum_start: 40,
             csum_offset: 16,
+            outer_transport: 20,
+            inner_network: 50,
         };
         assert_eq!(VnetHeader::from_bytes(&header.to_bytes()), header);
     }

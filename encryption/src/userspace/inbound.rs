@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use clustermesh_encryption_core::engine::{Engine, Slot};
-use clustermesh_encryption_core::merge::{Merger, PIECES_MAX};
+use clustermesh_encryption_core::merge::{Joins, Merger, PIECES_MAX};
 use clustermesh_encryption_core::message::{Message, TRANSPORT_HEADER_BYTES, parse};
 use clustermesh_encryption_core::packet;
 use clustermesh_encryption_core::session::{Session, SessionError};
@@ -57,12 +57,12 @@ struct Opened {
 impl Inbound {
     /// With empty memory.
     #[must_use]
-    pub fn new(shared: Arc<Shared>, events: Events, is_udp_joined: bool) -> Self {
+    pub fn new(shared: Arc<Shared>, events: Events, joins: Joins) -> Self {
         Self {
             shared,
             events,
             receiver: Receiver::default(),
-            merger: Merger::new(is_udp_joined),
+            merger: Merger::new(joins),
             writer: Writer::new(PIECES_MAX),
             open: None,
             last_source: None,
@@ -276,6 +276,11 @@ impl Inbound {
                 match error.raw_os_error().map(Errno::from_raw) {
                     // The device was removed.
                     Some(Errno::EBADFD) => return Err(error),
+                    // Another kernel, another idea of what such a header must say.
+                    Some(Errno::EINVAL) if self.merger.is_tunnel(index) => {
+                        self.merger.leave_tunnels();
+                        count(&self.shared.counters.write_errors);
+                    }
                     _ => count(&self.shared.counters.write_errors),
                 }
             }

@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use clustermesh_encryption_core::merge::Joins;
 use clustermesh_encryption_core::vnet::VNET_HEADER_BYTES;
 use nix::errno::Errno;
 
@@ -26,8 +27,10 @@ const TUN_F_TSO6: c_uint = 0x04;
 const TUN_F_TSO_ECN: c_uint = 0x08;
 const TUN_F_USO4: c_uint = 0x20;
 const TUN_F_USO6: c_uint = 0x40;
+const TUN_F_UDP_TUNNEL_GSO: c_uint = 0x80;
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
 
 #[repr(C)]
 struct IfReq {
@@ -68,7 +71,7 @@ pub struct Queue {
 pub struct Tun {
     name: String,
     queues: Vec<Queue>,
-    takes_udp_offload: bool,
+    joins: Joins,
 }
 
 impl Tun {
@@ -80,7 +83,7 @@ impl Tun {
         let mut tun = Self {
             name: name.to_owned(),
             queues: Vec::new(),
-            takes_udp_offload: true,
+            joins: Joins::default(),
         };
         for _ in 0..queues {
             let file = OpenOptions::new()
@@ -105,12 +108,8 @@ impl Tun {
                     format!("TUNSETIFF {name}: {error}"),
                 )
             })?;
-            let tcp = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
-            // Linux before 6.2 knows no segmentation of UDP.
-            if set_offload(&file, tcp | TUN_F_USO4 | TUN_F_USO6).is_err() {
-                tun.takes_udp_offload = false;
-                set_offload(&file, tcp)?;
-            }
+            set_header_bytes(&file)?;
+            tun.joins = set_offloads(&file)?;
             tun.queues.push(Queue { file });
         }
         Ok(tun)
@@ -122,10 +121,10 @@ impl Tun {
         &self.name
     }
 
-    /// Whether super-packets of UDP can be written.
+    /// Which super-packets beside those of TCP can be written.
     #[must_use]
-    pub const fn takes_udp_offload(&self) -> bool {
-        self.takes_udp_offload
+    pub const fn joins(&self) -> Joins {
+        self.joins
     }
 
     /// Hands out the queues.
@@ -133,6 +132,34 @@ impl Tun {
     pub fn into_queues(self) -> Vec<Queue> {
         self.queues
     }
+}
+
+fn set_header_bytes(file: &File) -> io::Result<()> {
+    let bytes = c_int::try_from(VNET_HEADER_BYTES).map_err(io::Error::other)?;
+    // SAFETY: the pointer is to a number that outlives the call.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const bytes) };
+    Errno::result(result)?;
+    Ok(())
+}
+
+/// Asks for as much as the kernel knows: tunnels since Linux 6.17, segmentation of UDP since 6.2.
+fn set_offloads(file: &File) -> io::Result<Joins> {
+    let tcp = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
+    let udp = TUN_F_USO4 | TUN_F_USO6;
+    if set_offload(file, tcp | udp | TUN_F_UDP_TUNNEL_GSO).is_ok() {
+        return Ok(Joins {
+            udp: true,
+            tunnels: true,
+        });
+    }
+    let takes_udp = set_offload(file, tcp | udp).is_ok();
+    if !takes_udp {
+        set_offload(file, tcp)?;
+    }
+    Ok(Joins {
+        udp: takes_udp,
+        tunnels: false,
+    })
 }
 
 fn set_offload(file: &File, offload: c_uint) -> io::Result<()> {

@@ -4,6 +4,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use clustermesh_encryption_core::merge::Joins;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -27,10 +28,10 @@ pub fn run(
     shared: &Arc<Shared>,
     events: &Events,
     queue: &Queue,
-    is_udp_joined: bool,
+    joins: Joins,
 ) -> std::io::Result<()> {
     let mut outbound = Outbound::new(Arc::clone(shared), events.clone());
-    let mut inbound = Inbound::new(Arc::clone(shared), events.clone(), is_udp_joined);
+    let mut inbound = Inbound::new(Arc::clone(shared), events.clone(), joins);
     let mut room = vec![0; PACKET_ROOM_BYTES];
     let Some(wake) = shared.wake(index) else {
         return Ok(());
