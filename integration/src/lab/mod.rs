@@ -72,6 +72,8 @@ pub struct LabConfig {
     pub routing_mode: RoutingMode,
     /// Whether the underlay between tunnel ends is IPv6.
     pub underlay_v6: bool,
+    /// What stands below `[encryption]` in the agents' configuration; empty: nothing is encrypted.
+    pub encryption: &'static str,
     /// Folder of the binaries under test.
     pub binaries: PathBuf,
 }
@@ -90,6 +92,7 @@ impl LabConfig {
             attach_mode: AttachMode::Auto,
             routing_mode: RoutingMode::Tunnel,
             underlay_v6: false,
+            encryption: "",
             binaries: binaries_folder()?,
         })
     }

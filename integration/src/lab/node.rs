@@ -14,6 +14,18 @@ use super::{AttachMode, Lab};
 /// Longest that an agent may take to find out that it cannot run.
 const GIVE_UP_SECONDS_MAX: u64 = 15;
 
+/// Where the settings of encryption begin, at the end of the configuration.
+const ENCRYPTION_HEADING: &str = "\n[encryption]\n";
+
+fn encryption_section(folder: &Path, settings: &str) -> String {
+    // The sockets of all nodes would have the same names.
+    let sockets = folder.join("run/wireguard");
+    format!(
+        "{ENCRYPTION_HEADING}socket_dir = {:?}\n{settings}\n",
+        sockets.display().to_string()
+    )
+}
+
 /// A node.
 #[derive(Debug)]
 pub struct Node {
@@ -59,7 +71,7 @@ impl Node {
         } else {
             format!("\"172.30.{id}.{host}\", \"fd30:{id}::{host}\"")
         };
-        let config_text = format!(
+        let mut config_text = format!(
             r#"node = "{name}"
 cluster = "{cluster}"
 state_dir = "{folder}/state"
@@ -88,6 +100,9 @@ key = "{pki}/{cluster}/{name}.key"
             routing = routing_name(lab.config().routing_mode),
             pki = pki.display(),
         );
+        if !lab.config().encryption.is_empty() {
+            config_text.push_str(&encryption_section(&folder, lab.config().encryption));
+        }
         Ok(Self {
             name,
             cluster: cluster.name().to_owned(),
@@ -155,6 +170,29 @@ key = "{pki}/{cluster}/{name}.key"
             .args(["status", "-o", "json"]);
         let output = run(&mut command).await?;
         Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// How the node's packets to others are encrypted, as JSON.
+    ///
+    /// # Errors
+    /// When the agent does not answer.
+    pub async fn encryption_status(&self) -> Result<serde_json::Value> {
+        let mut command = command_in(&self.netns, None, &self.binaries.join("clustermesh"));
+        command
+            .args(["encryption", "status", "-o", "json", "--socket"])
+            .arg(self.socket());
+        let output = run(&mut command).await?;
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    /// Gives the agent settings of encryption when it starts the next time, in place of those that it has.
+    pub fn set_encryption(&mut self, settings: &str) {
+        let before = self.config_text.split(ENCRYPTION_HEADING).next();
+        self.config_text = before.unwrap_or_default().to_owned();
+        if !settings.is_empty() {
+            let section = encryption_section(&self.folder, settings);
+            self.config_text.push_str(&section);
+        }
     }
 
     /// A drop counter of the agent's programs.
