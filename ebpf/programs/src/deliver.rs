@@ -13,7 +13,7 @@ use clustermesh_ebpf_abi::{
     NodeConfig, NodeValue, TUNNEL_MAC_SOURCE, TrafficPath, WireTraffic,
 };
 
-use crate::encap::{TUNNEL_BYTES, UDP_BYTES, encapsulate};
+use crate::encap::{TUNNEL_BYTES, UDP_BYTES, encapsulate, forget_segments};
 use crate::frame::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES};
 use crate::maps::NODES;
 use crate::parse::{Family, PROTOCOL_UDP, Packet, Words};
@@ -199,6 +199,7 @@ pub fn send(
         if node.flags & NODE_ENCRYPTED == 0 {
             direct(frame, node, &endpoint)?;
         } else {
+            forget_segments(frame);
             into_wireguard(node);
         }
         count_sent(node, packet.length_bytes);

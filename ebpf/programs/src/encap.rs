@@ -260,6 +260,19 @@ pub fn decapsulate(
     Ok(())
 }
 
+/// Makes the kernel count an offloaded packet's segments anew where it needs their number.
+///
+/// A WireGuard device says how many segments it takes at best; the kernel cuts a packet with more, which costs far more
+/// than it helps. Those who send by routes keep to that number; who sends through a redirect never heard of it.
+#[inline(always)]
+pub fn forget_segments(frame: Frame) {
+    if frame.segment_bytes() != 0 {
+        let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
+        // SAFETY: the context is valid. Where the kernel does not do it, the packet is as good, only slower.
+        unsafe { bpf_skb_adjust_room(frame.skb, 0, BPF_ADJ_ROOM_MAC, flags) };
+    }
+}
+
 /// Makes the kernel note another IP version for the packet, and with it the room for its header.
 /// Flags of the shrinking call do both at once, but kernels before 6.3 do not know them.
 #[inline(always)]

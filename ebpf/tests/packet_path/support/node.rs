@@ -188,6 +188,12 @@ impl Node {
     /// offloads.
     pub fn add_wireguard(&mut self, offloads: Offloads, flags: u32) -> Option<Wireguard> {
         let wireguard = Wireguard::new(&self.host, offloads)?;
+        self.join_wireguard(flags);
+        Some(wireguard)
+    }
+
+    /// As [`Self::add_wireguard`], for a device that is there.
+    pub fn join_wireguard(&mut self, flags: u32) {
         self.attach("eth0", "to_network", TcAttachType::Egress);
         self.attach("wg0", "from_wireguard", TcAttachType::Ingress);
         self.configure(flags);
@@ -207,7 +213,6 @@ impl Node {
         ip(&format!(
             "-n {host} -6 route replace default via fd00:0:0:{n:x}::fe mtu {WIREGUARD_MTU}"
         ));
-        Some(wireguard)
     }
 
     /// As [`Self::learn`], of a node that is sent to through WireGuard and taken from there only.

@@ -19,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const ROOM_BYTES: usize = 70_000;
 /// Largest packet of the device: an underlay of 1,500 less WireGuard's headers over IPv6.
 const MTU: u32 = 1420;
+/// Segments that the device says it takes at best: fewer than any long packet has.
+const SEGMENTS: u32 = 2;
 
 // linux/if_tun.h
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
@@ -59,7 +61,9 @@ impl Wireguard {
             Offloads::Tunnel => TUNNEL_HEADER_BYTES as usize,
         };
         let file = inside(namespace, || open(offloads))?;
-        ip(&format!("-n {namespace} link set wg0 mtu {MTU} up"));
+        ip(&format!(
+            "-n {namespace} link set wg0 mtu {MTU} gso_max_segs {SEGMENTS} up"
+        ));
         Some(Self { file, header_bytes })
     }
 
