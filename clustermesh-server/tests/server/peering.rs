@@ -57,14 +57,49 @@ async fn until_state(client: &Client, wanted: State) -> clustermesh_api::v1::Pee
     .await
 }
 
+/// Cluster 1 with node `w1`, and its operator.
+async fn with_a_node(pki: &Pki) -> (Cluster, Client) {
+    let cluster = Cluster::start(pki, 1, &[]).await;
+    let operator = cluster.operator(pki);
+    write(&operator, node(1, "w1", 1)).await;
+    (cluster, operator)
+}
+
+/// Cluster 2, which reaches its peer through `gate`.
+async fn behind(pki: &Pki, peer: &Cluster, gate: &Gate) -> Cluster {
+    let mut cluster = Cluster::start(pki, 2, &[]).await;
+    cluster.stop().await;
+    cluster.add_peer_behind(peer, gate);
+    cluster.restart(pki).await;
+    cluster
+}
+
+async fn until_there(client: &Client, key: &str) {
+    until(client, key, |value| value.is_some()).await;
+}
+
+async fn until_gone(client: &Client, key: &str) {
+    until(client, key, |value| value.is_none()).await;
+}
+
+/// Puts in one transaction.
+async fn write_all(client: &Client, records: impl Iterator<Item = (String, String)>) {
+    let operation = |(key, value)| RequestOp {
+        request: Some(request_op::Request::RequestPut(put(key, value))),
+    };
+    let request = TxnRequest {
+        success: records.map(operation).collect(),
+        ..Default::default()
+    };
+    client.txn(request).await.unwrap();
+}
+
 const COPY: &str = "cilium/cache/ip/v1/c1/10.1.1.";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_is_copied_kept_through_a_cut_and_resumed_by_difference() {
     let pki = Pki::new();
-    let mut a = Cluster::start(&pki, 1, &[]).await;
-    let at_a = a.operator(&pki);
-    write(&at_a, node(1, "w1", 1)).await;
+    let (mut a, at_a) = with_a_node(&pki).await;
     for host in 4..30 {
         write(&at_a, address(1, 1, host, 65_600)).await;
     }
@@ -93,9 +128,9 @@ async fn a_peer_is_copied_kept_through_a_cut_and_resumed_by_difference() {
 
     // Live changes.
     write(&at_a, address(1, 1, 40, 65_601)).await;
-    until(&at_b, &format!("{COPY}40"), |value| value.is_some()).await;
+    until_there(&at_b, &format!("{COPY}40")).await;
     delete(&at_a, "cilium/state/ip/v1/default/10.1.1.5").await;
-    until(&at_b, &format!("{COPY}5"), |value| value.is_none()).await;
+    until_gone(&at_b, &format!("{COPY}5")).await;
 
     // A cut deletes nothing.
     a.stop().await;
@@ -113,8 +148,8 @@ async fn a_peer_is_copied_kept_through_a_cut_and_resumed_by_difference() {
     let at_a = a.operator(&pki);
     delete(&at_a, "cilium/state/ip/v1/default/10.1.1.6").await;
     write(&at_a, address(1, 1, 41, 65_601)).await;
-    until(&at_b, &format!("{COPY}41"), |value| value.is_some()).await;
-    until(&at_b, &format!("{COPY}6"), |value| value.is_none()).await;
+    until_there(&at_b, &format!("{COPY}41")).await;
+    until_gone(&at_b, &format!("{COPY}6")).await;
     assert_eq!(
         at_b.get(format!("{COPY}7"))
             .await
@@ -133,9 +168,7 @@ async fn a_peer_is_copied_kept_through_a_cut_and_resumed_by_difference() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_store_of_the_peer_is_listed_and_only_differences_are_written() {
     let pki = Pki::new();
-    let mut a = Cluster::start(&pki, 1, &[]).await;
-    let at_a = a.operator(&pki);
-    write(&at_a, node(1, "w1", 1)).await;
+    let (mut a, at_a) = with_a_node(&pki).await;
     for host in 4..8 {
         write(&at_a, address(1, 1, host, 65_600)).await;
     }
@@ -147,11 +180,11 @@ async fn a_new_store_of_the_peer_is_listed_and_only_differences_are_written() {
     std::fs::remove_dir_all(a.dir.path().join("data")).unwrap();
     a.restart(&pki).await;
     // As soon as the empty store says that it is complete, what it does not have is gone.
-    until(&at_b, &format!("{COPY}4"), |value| value.is_none()).await;
+    until_gone(&at_b, &format!("{COPY}4")).await;
     let at_a = a.operator(&pki);
     write(&at_a, node(1, "w1", 1)).await;
     write(&at_a, address(1, 1, 4, 65_600)).await;
-    until(&at_b, &format!("{COPY}4"), |value| value.is_some()).await;
+    until_there(&at_b, &format!("{COPY}4")).await;
     assert!(
         at_b.get(format!("{COPY}4"))
             .await
@@ -170,10 +203,7 @@ async fn a_new_store_takes_nothing_away_before_it_has_settled() {
     let mut a = Cluster::start(&pki, 1, &[]).await;
     write(&a.operator(&pki), node(1, "w1", 1)).await;
     let gate = Gate::before(a.address()).await;
-    let mut b = Cluster::start(&pki, 2, &[]).await;
-    b.stop().await;
-    b.add_peer_behind(&a, &gate);
-    b.restart(&pki).await;
+    let b = behind(&pki, &a, &gate).await;
     let at_b = b.operator(&pki);
     until_state(&at_b, State::Synced).await;
 
@@ -187,16 +217,10 @@ async fn a_new_store_takes_nothing_away_before_it_has_settled() {
     let at_a = a.operator(&pki);
     write(&at_a, node(1, "w2", 2)).await;
     gate.set_open(true);
-    until(&at_b, "cilium/cache/nodes/v1/c1/w2", |value| {
-        value.is_some()
-    })
-    .await;
+    until_there(&at_b, "cilium/cache/nodes/v1/c1/w2").await;
     // Later than the listing.
     write(&at_a, node(1, "w3", 3)).await;
-    until(&at_b, "cilium/cache/nodes/v1/c1/w3", |value| {
-        value.is_some()
-    })
-    .await;
+    until_there(&at_b, "cilium/cache/nodes/v1/c1/w3").await;
     let kept = at_b.get("cilium/cache/nodes/v1/c1/w1").await.unwrap();
     assert!(kept.is_some(), "absence was taken for a deletion");
     let status = at_b.mesh_status().await.unwrap();
@@ -209,43 +233,26 @@ async fn a_new_store_takes_nothing_away_before_it_has_settled() {
     a.stop().await;
     a.settle_seconds = 0;
     a.restart(&pki).await;
-    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
-        value.is_none()
-    })
-    .await;
+    until_gone(&at_b, "cilium/cache/nodes/v1/c1/w1").await;
     until_state(&at_b, State::Synced).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn synced_is_said_only_of_a_copy_that_has_caught_up() {
     let pki = Pki::new();
-    let a = Cluster::start(&pki, 1, &[]).await;
-    let at_a = a.operator(&pki);
-    write(&at_a, node(1, "w1", 1)).await;
+    let (a, at_a) = with_a_node(&pki).await;
     let gate = Gate::before(a.address()).await;
-    let mut b = Cluster::start(&pki, 2, &[]).await;
-    b.stop().await;
-    b.add_peer_behind(&a, &gate);
-    b.restart(&pki).await;
+    let b = behind(&pki, &a, &gate).await;
     let at_b = b.operator(&pki);
     until_state(&at_b, State::Synced).await;
     gate.set_open(false);
     until_state(&at_b, State::Unreachable).await;
     for hosts in (4..244).collect::<Vec<_>>().chunks(60) {
-        let operation = |host: &u32| {
-            let (key, value) = address(1, 1, *host, 65_600);
-            RequestOp {
-                request: Some(request_op::Request::RequestPut(put(key, value))),
-            }
-        };
-        at_a.txn(TxnRequest {
-            success: hosts.iter().map(operation).collect(),
-            ..Default::default()
-        })
-        .await
-        .unwrap();
+        let records = hosts.iter().map(|host| address(1, 1, *host, 65_600));
+        write_all(&at_a, records).await;
     }
     gate.set_open(true);
+    // Without a pause: the first time that it is said counts.
     let status = soon("synced", async {
         loop {
             let status = at_b.mesh_status().await.unwrap();
@@ -261,9 +268,7 @@ async fn synced_is_said_only_of_a_copy_that_has_caught_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_compaction_only_what_changed_is_read_again() {
     let pki = Pki::new();
-    let a = Cluster::start(&pki, 1, &[]).await;
-    let at_a = a.operator(&pki);
-    write(&at_a, node(1, "w1", 1)).await;
+    let (a, at_a) = with_a_node(&pki).await;
     for host in 4..54 {
         write(&at_a, address(1, 1, host, 65_600)).await;
     }
@@ -318,9 +323,7 @@ async fn after_a_compaction_only_what_changed_is_read_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn claims_that_a_peer_may_not_make_are_refused_and_shown() {
     let pki = Pki::new();
-    let a = Cluster::start(&pki, 1, &[]).await;
-    let at_a = a.operator(&pki);
-    write(&at_a, node(1, "w1", 1)).await;
+    let (a, at_a) = with_a_node(&pki).await;
     write(&at_a, address(1, 1, 4, 65_600)).await;
     // Another cluster's identity, our own pod CIDR, and a record that is none.
     write(&at_a, address(1, 1, 5, 3 * 65_536)).await;
@@ -346,19 +349,14 @@ async fn claims_that_a_peer_may_not_make_are_refused_and_shown() {
     );
     // Put right, it is taken.
     write(&at_a, node(1, "w2", 2)).await;
-    until(&at_b, "cilium/cache/nodes/v1/c1/w2", |value| {
-        value.is_some()
-    })
-    .await;
+    until_there(&at_b, "cilium/cache/nodes/v1/c1/w2").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_is_copied_up_to_its_quota_and_goes_on_when_there_is_room() {
     const RECORDS: usize = 10;
     let pki = Pki::new();
-    let a = Cluster::start(&pki, 1, &[]).await;
-    let at_a = a.operator(&pki);
-    write(&at_a, node(1, "w1", 1)).await;
+    let (a, at_a) = with_a_node(&pki).await;
     for host in 10..30 {
         write(&at_a, address(1, 1, host, 65_600)).await;
     }
@@ -392,7 +390,7 @@ async fn a_peer_is_copied_up_to_its_quota_and_goes_on_when_there_is_room() {
     .await;
     assert_eq!(copied().await, RECORDS);
     delete(&at_a, "cilium/state/ip/v1/default/10.1.1.11").await;
-    until(&at_b, &format!("{COPY}11"), |value| value.is_none()).await;
+    until_gone(&at_b, &format!("{COPY}11")).await;
     soon("one that waited has the room", async {
         while copied().await < RECORDS {
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
@@ -430,9 +428,7 @@ async fn a_peer_with_our_id_is_refused_with_the_reason_and_its_revision_is_not_w
 #[tokio::test(flavor = "multi_thread")]
 async fn agents_hear_the_watermark_and_a_former_peer_leaves_nothing_behind() {
     let pki = Pki::new();
-    let a = Cluster::start(&pki, 1, &[]).await;
-    let at_a = a.operator(&pki);
-    write(&at_a, node(1, "w1", 1)).await;
+    let (a, at_a) = with_a_node(&pki).await;
     let mut b = Cluster::start(&pki, 2, &[&a]).await;
     let agent = b.node(&pki, "n1");
     let mut watch = agent.agent_watch(0, 0).await.unwrap();
@@ -460,11 +456,8 @@ async fn agents_hear_the_watermark_and_a_former_peer_leaves_nothing_behind() {
     b.forget_peers();
     b.restart(&pki).await;
     let at_b = b.operator(&pki);
-    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
-        value.is_none()
-    })
-    .await;
-    until(&at_b, "cilium/cluster-config/c1", |value| value.is_none()).await;
+    until_gone(&at_b, "cilium/cache/nodes/v1/c1/w1").await;
+    until_gone(&at_b, "cilium/cluster-config/c1").await;
     let synced = at_b
         .list_prefix("cilium/synced/c1/")
         .collect(10)
@@ -484,14 +477,8 @@ async fn two_clusters_that_copy_each_other_come_to_rest() {
     let (at_a, at_b) = (a.operator(&pki), b.operator(&pki));
     let written = write(&at_a, node(1, "w1", 1)).await;
     write(&at_b, node(2, "w1", 2)).await;
-    until(&at_a, "cilium/cache/nodes/v1/c2/w1", |value| {
-        value.is_some()
-    })
-    .await;
-    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
-        value.is_some()
-    })
-    .await;
+    until_there(&at_a, "cilium/cache/nodes/v1/c2/w1").await;
+    until_there(&at_b, "cilium/cache/nodes/v1/c1/w1").await;
     until_state(&at_a, State::Synced).await;
     until_state(&at_b, State::Synced).await;
     let mut watch = b.node(&pki, "n1").agent_watch(0, 0).await.unwrap();
@@ -520,9 +507,7 @@ async fn two_clusters_that_copy_each_other_come_to_rest() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_claims_our_nodes_underlay_address_is_refused_and_loses_it() {
     let pki = Pki::new();
-    let a = Cluster::start(&pki, 1, &[]).await;
-    let at_a = a.operator(&pki);
-    write(&at_a, node(1, "w1", 1)).await;
+    let (a, at_a) = with_a_node(&pki).await;
     write(&at_a, node(1, "w2", 2)).await;
     let b = Cluster::start(&pki, 2, &[&a]).await;
     let at_b = b.operator(&pki);
@@ -530,10 +515,7 @@ async fn a_peer_that_claims_our_nodes_underlay_address_is_refused_and_loses_it()
 
     // Ours came later, and is ours all the same.
     write(&at_b, node(2, "own", 1)).await;
-    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
-        value.is_none()
-    })
-    .await;
+    until_gone(&at_b, "cilium/cache/nodes/v1/c1/w1").await;
     let status = soon("the refusal in the status", async {
         loop {
             let status = at_b.mesh_status().await.unwrap().peers[0].clone();
@@ -558,18 +540,13 @@ async fn a_peer_that_claims_our_nodes_underlay_address_is_refused_and_loses_it()
 
     // When our node is gone, the peer gets it.
     delete(&at_b, "cilium/state/nodes/v1/c2/own").await;
-    until(&at_b, "cilium/cache/nodes/v1/c1/w1", |value| {
-        value.is_some()
-    })
-    .await;
+    until_there(&at_b, "cilium/cache/nodes/v1/c1/w1").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_server_does_not_say_that_it_refused_nothing() {
     let pki = Pki::new();
-    let a = Cluster::start(&pki, 1, &[]).await;
-    let at_a = a.operator(&pki);
-    write(&at_a, node(1, "w1", 1)).await;
+    let (a, at_a) = with_a_node(&pki).await;
     write(&at_a, address(1, 1, 5, 3 * 65_536)).await;
     let mut b = Cluster::start(&pki, 2, &[&a]).await;
     let status = until_state(&b.operator(&pki), State::Synced).await;
@@ -587,30 +564,17 @@ async fn a_listing_that_compactions_overtake_goes_on_without_a_new_connection() 
     let pki = Pki::new();
     let a = Cluster::start(&pki, 1, &[]).await;
     let at_a = a.operator(&pki);
-    let put_op = |(key, value): (String, String)| RequestOp {
-        request: Some(request_op::Request::RequestPut(put(key, value))),
-    };
     for third in 1..=ADDRESSES / 250 {
         write(&at_a, node(1, &format!("w{third}"), third)).await;
         let hosts: Vec<u32> = (4..254).collect();
         for part in hosts.chunks(125) {
-            let success = part
-                .iter()
-                .map(|host| put_op(address(1, third, *host, 65_600)))
-                .collect();
-            let request = TxnRequest {
-                success,
-                ..Default::default()
-            };
-            at_a.txn(request).await.unwrap();
+            let records = part.iter().map(|host| address(1, third, *host, 65_600));
+            write_all(&at_a, records).await;
         }
     }
     let gate = Gate::before(a.address()).await;
     gate.set_open(false);
-    let mut b = Cluster::start(&pki, 2, &[]).await;
-    b.stop().await;
-    b.add_peer_behind(&a, &gate);
-    b.restart(&pki).await;
+    let b = behind(&pki, &a, &gate).await;
     gate.set_open(true);
     until_state(&b.operator(&pki), State::Syncing).await;
     let before = b.operator(&pki).mesh_status().await.unwrap().peers[0].reconnects;
