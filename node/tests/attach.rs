@@ -3,12 +3,14 @@
 
 use std::fs;
 use std::io::Write as _;
+use std::net::UdpSocket;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns};
 
 const START_WAIT: Duration = Duration::from_secs(10);
 /// Every machine has loopback to itself.
@@ -228,6 +230,76 @@ fn a_pod_is_attached_without_a_server_outlives_the_agent_and_leaves_by_a_queued_
     let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
     assert_eq!(status["endpoints"], serde_json::json!([]));
     assert_eq!(status["map_entries"]["interfaces"], 0);
+}
+
+/// Packets that entered the host's stack on a pod's interface itself: the kernel programs let none.
+fn unprogrammed(machine: &Machine) -> u64 {
+    let counted = ["iptables", "ip6tables"].map(|tables| {
+        let output = Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{}", machine.host))
+            .args([tables, "-t", "raw", "-nvxL", "PREROUTING"])
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let rule = text.lines().find(|line| line.contains("cm+")).unwrap();
+        let packets = rule.split_whitespace().next().unwrap();
+        packets.parse::<u64>().unwrap()
+    });
+    counted.iter().sum()
+}
+
+#[test]
+fn nothing_of_a_pod_passes_before_its_program_is_attached() {
+    let mut machine = Machine::new();
+    machine.start();
+    for tables in ["iptables", "ip6tables"] {
+        for rule in ["-i cm_host -j ACCEPT", "-i cm+"] {
+            let status = Command::new("nsenter")
+                .arg(format!("--net=/run/netns/{}", machine.host))
+                .args([tables, "-t", "raw", "-A", "PREROUTING"])
+                .args(rule.split(' '))
+                .status();
+            assert!(status.unwrap().success());
+        }
+    }
+    // The pod sends as soon as, and as fast as, it can.
+    let netns = machine.pod_netns();
+    let is_over = AtomicBool::new(false);
+    let sent = std::thread::scope(|scope| {
+        let (netns, is_over) = (&netns, &is_over);
+        let sender = scope.spawn(move || {
+            setns(fs::File::open(netns).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
+            let sockets = [
+                ("0.0.0.0:0", "203.0.113.9:9"),
+                ("[::]:0", "[2001:db8::9]:9"),
+            ]
+            .map(|(own, to)| (UdpSocket::bind(own).unwrap(), to));
+            let mut sent = 0_u64;
+            while !is_over.load(Ordering::Relaxed) {
+                for (socket, to) in &sockets {
+                    sent += u64::from(socket.send_to(b"early", to).is_ok());
+                }
+            }
+            sent
+        });
+        for container in ["c1", "c2", "c3"] {
+            let (ok, result) = machine.cni("ADD", container, netns);
+            assert!(ok, "{result}");
+            let router = Command::new("nsenter")
+                .args([&format!("--net={netns}"), "ping", "-c1", "-W1", "10.1.0.1"])
+                .output()
+                .unwrap();
+            assert!(
+                router.status.success(),
+                "the pod reaches its router at once"
+            );
+            assert!(machine.cni("DEL", container, netns).0);
+        }
+        is_over.store(true, Ordering::Relaxed);
+        sender.join().unwrap()
+    });
+    assert!(sent > 100, "{sent} datagrams are too few to tell");
+    assert_eq!(unprogrammed(&machine), 0);
 }
 
 #[test]

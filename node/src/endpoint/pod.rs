@@ -50,7 +50,8 @@ pub fn interface_name(attachment: &Attachment) -> String {
     format!("cm{:012x}", hash & 0xffff_ffff_ffff)
 }
 
-/// Makes the pair and sets the container's end up. On an error nothing of it is left.
+/// Makes the pair and sets the container's end up; nothing passes before the host's end is [set up](set_up) too. On an
+/// error nothing of it is left.
 ///
 /// # Errors
 /// The namespace is none, a name is taken, or the kernel refused something.
@@ -91,7 +92,6 @@ async fn finish(
         .ok_or_else(|| vanished(name))?;
     // Nothing on the host end has an address: the kernel programs take every packet.
     netlink::write_sysctl(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1")?;
-    netlink::set_link(handle, host.index, plan.mtu, true).await?;
     let host_mac = host.mac;
     let pod_mac = netlink::inside(namespace, move || configure(plan, host_mac)).await?;
     Ok(PodLink {
@@ -99,6 +99,15 @@ async fn finish(
         host_mac,
         pod_mac,
     })
+}
+
+/// Lets packets pass: to be called when the kernel program is attached that takes them, since without it the host would
+/// route them.
+///
+/// # Errors
+/// The kernel refused it.
+pub async fn set_up(handle: &Handle, link: PodLink, mtu: u32) -> Result<(), NetlinkError> {
+    netlink::set_link(handle, link.ifindex, mtu, true).await
 }
 
 /// Runs inside the container's namespace.

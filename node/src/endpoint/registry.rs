@@ -242,6 +242,7 @@ impl Endpoints {
             if same {
                 return Ok(held);
             }
+            netlink::delete_link(&self.handle, &held.host_interface).await?;
             self.unmap(&held)?;
             stored
                 .endpoints
@@ -307,12 +308,18 @@ impl Endpoints {
             pod_mac: link.pod_mac,
             mtu: request.mtu,
         };
-        if let Err(error) = self.map(&endpoint) {
-            if let Err(left) = self.unmap(&endpoint) {
-                warn!(error = %left, "map entries of a failed ADD are left until the next start");
-            }
+        let ready = match self.map(&endpoint) {
+            Ok(()) => pod::set_up(&self.handle, link, request.mtu)
+                .await
+                .map_err(EndpointError::from),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ready {
             if let Err(left) = netlink::delete_link(&self.handle, &endpoint.host_interface).await {
                 warn!(error = %left, "an interface of a failed ADD is left");
+            }
+            if let Err(left) = self.unmap(&endpoint) {
+                warn!(error = %left, "map entries of a failed ADD are left until the next start");
             }
             return Err(error);
         }
@@ -367,10 +374,11 @@ impl Endpoints {
             .iter()
             .find(|e| &e.attachment == attachment)
             .cloned();
+        // The link goes before its program: without one the host would route what the pod still sends.
+        netlink::delete_link(&self.handle, &interface_name(attachment)).await?;
         if let Some(held) = &held {
             self.unmap(held)?;
         }
-        netlink::delete_link(&self.handle, &interface_name(attachment)).await?;
         if held.is_none() && stored.ipam.addresses(attachment).is_none() {
             return Ok(());
         }
