@@ -5,9 +5,9 @@ use std::io;
 
 use clustermesh_encryption_core::config::DeviceConfig;
 use clustermesh_encryption_core::control::PeerStatus;
-use clustermesh_encryption_core::control_client::AnswerError;
+use clustermesh_encryption_core::control_client::{AnswerError, Description};
 use clustermesh_encryption_core::difference::DifferenceError;
-use clustermesh_encryption_core::key::PublicKey;
+use clustermesh_encryption_core::key::{PrivateKey, PublicKey};
 
 /// Who runs a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -46,6 +46,23 @@ pub struct DeviceStatus {
     pub peers: Vec<(PublicKey, PeerStatus)>,
     /// Names and numbers of what did not pass, where the device counts that.
     pub counters: Vec<(String, u64)>,
+}
+
+impl From<Description> for DeviceStatus {
+    fn from(description: Description) -> Self {
+        let Description {
+            config,
+            peers,
+            counters,
+        } = description;
+        let keys = config.peers.iter().map(|peer| peer.public_key);
+        Self {
+            public_key: config.private_key.as_ref().map(PrivateKey::public),
+            listen_port: config.listen_port,
+            peers: keys.zip(peers).collect(),
+            counters,
+        }
+    }
 }
 
 /// Why a device refuses.

@@ -5,6 +5,7 @@
 //! finds it running, and speaks to it over the cross-platform control socket: the device outlives whoever started it.
 
 pub mod device;
+pub mod kernel;
 pub mod link;
 pub mod process;
 pub mod userspace;

@@ -1,17 +1,16 @@
 //! The device of user space as a process of its own: started or adopted, and spoken to over its control socket.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clustermesh_encryption_core::config::{Change, DeviceConfig};
 use clustermesh_encryption_core::control_client::{
     AnswerError, Description, GET, read_description, read_result, set_request,
 };
 use clustermesh_encryption_core::difference::{difference, with_present};
-use clustermesh_encryption_core::key::PrivateKey;
 use zeroize::Zeroizing;
 
 use crate::device::{Backend, Device, DeviceError, DeviceStatus, Origin, Others};
@@ -142,35 +141,21 @@ impl Device for ProcessDevice {
     }
 
     fn status(&self) -> Result<DeviceStatus, DeviceError> {
-        let Description {
-            config,
-            peers,
-            counters,
-        } = self.describe()?;
-        Ok(DeviceStatus {
-            public_key: config.private_key.as_ref().map(PrivateKey::public),
-            listen_port: config.listen_port,
-            peers: config
-                .peers
-                .iter()
-                .map(|peer| peer.public_key)
-                .zip(peers)
-                .collect(),
-            counters,
-        })
+        self.describe().map(DeviceStatus::from)
     }
 
     fn remove(self: Box<Self>) -> Result<(), DeviceError> {
+        let process = UnixStream::connect(&self.socket);
         link::delete(&self.name).map_err(|source| self.failed("remove", source))?;
-        let begun = Instant::now();
-        // The process ends with its network device, and its socket with it.
-        while UnixStream::connect(&self.socket).is_ok() {
-            if begun.elapsed() > Duration::from_secs(END_SECONDS_MAX) {
-                return Err(self.failed("end", io::ErrorKind::TimedOut.into()));
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(())
+        let Ok(mut process) = process else {
+            return Ok(());
+        };
+        // The process ends with its network device, and connections with it.
+        process
+            .set_read_timeout(Some(Duration::from_secs(END_SECONDS_MAX)))
+            .and_then(|()| process.read(&mut [0]))
+            .map(drop)
+            .map_err(|source| self.failed("end", source))
     }
 }
 

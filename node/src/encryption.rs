@@ -12,8 +12,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clustermesh_api::v1::{WireguardKey as KeyMessage, WireguardKeys};
 use clustermesh_ebpf::abi::WIREGUARD_DEVICES_MAX;
+use clustermesh_encryption::kernel::{self, KernelDevice};
 use clustermesh_encryption::process::{ProcessDevice, ProcessOptions};
-use clustermesh_encryption::{Backend, Device, DeviceStatus, Origin, Others};
+use clustermesh_encryption::{Backend, Device, DeviceError, DeviceStatus, Origin, Others};
 use clustermesh_encryption_core::config::DeviceConfig;
 use clustermesh_encryption_core::key::PublicKey;
 use clustermesh_node_core::{PeerState, WireguardPeer, WireguardState};
@@ -284,18 +285,29 @@ fn peer_states(
 
 /// Which back end is to run the devices.
 fn choose(settings: &Settings) -> anyhow::Result<Backend> {
-    match settings.backend {
-        BackendChoice::Userspace | BackendChoice::Auto => Ok(Backend::Userspace),
-        BackendChoice::Kernel => anyhow::bail!("encryption.backend: there is no such back end yet"),
+    match (settings.backend, kernel::probe()) {
+        (BackendChoice::Userspace, _) => Ok(Backend::Userspace),
+        (_, Ok(())) => Ok(Backend::Kernel),
+        (BackendChoice::Auto, Err(error)) => {
+            info!(%error, "this kernel has no WireGuard: the device runs in user space");
+            Ok(Backend::Userspace)
+        }
+        (BackendChoice::Kernel, Err(source)) => {
+            Err(DeviceError::NoKernelDevice { source }).context("encryption.backend")
+        }
     }
 }
 
 fn open_device(
     settings: &Settings,
-    _backend: Backend,
+    backend: Backend,
     name: &str,
     mtu: u32,
-) -> anyhow::Result<(Box<dyn Device>, Origin)> {
+) -> Result<(Box<dyn Device>, Origin), DeviceError> {
+    if backend == Backend::Kernel {
+        let (device, origin) = KernelDevice::open(name)?;
+        return Ok((Box::new(device), origin));
+    }
     let options = ProcessOptions {
         program: settings.program(),
         socket_dir: settings.socket_dir.clone(),

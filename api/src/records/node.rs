@@ -119,7 +119,7 @@ pub struct NodeExtension {
     pub agent_version: String,
     /// What belongs to `WireguardPubKey`; `None` = as Cilium has it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub wireguard: Option<NodeWireguard>,
+    pub wireguard: Option<Box<NodeWireguard>>,
     /// Fields of newer writers, passed through.
     #[serde(flatten)]
     pub unknown: Map<String, Value>,

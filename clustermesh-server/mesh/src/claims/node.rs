@@ -79,7 +79,7 @@ pub fn plan_hello(
         record.wireguard_pub_key = keys.public_key;
         record.encryption_key = keys.encryption_key;
         if let Some(extension) = &mut record.extension {
-            extension.wireguard = Some(keys.more);
+            extension.wireguard = Some(Box::new(keys.more));
         }
     }
     draft.put(key, record.encode());

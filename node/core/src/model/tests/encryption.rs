@@ -249,7 +249,10 @@ fn with_direct_routing_pods_may_come_from_their_node_and_no_other() {
     assert_eq!(owners, 1, "{peers:?}");
 }
 
-fn records() -> impl Strategy<Value = Vec<(bool, u8, Option<(u8, Vec<u8>)>)>> {
+/// Of which cluster and name, and where it is and which keys it has, if it is there.
+type Told = (bool, u8, Option<(u8, Vec<u8>)>);
+
+fn records() -> impl Strategy<Value = Vec<Told>> {
     let node = proptest::option::of((1u8..7, proptest::collection::vec(1u8..6, 0..3)));
     proptest::collection::vec((any::<bool>(), 1u8..5, node), 0..24)
 }
