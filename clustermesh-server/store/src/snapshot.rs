@@ -134,7 +134,10 @@ impl SnapshotStore {
         if let Place::Memory { kept, .. } = &*self.0 {
             let mut kept = kept.lock();
             kept.retain(|other| other.meta.last_log_id != snapshot.meta.last_log_id);
-            kept.push_back(snapshot);
+            // As names of files sort: one that was received for long may be older than what there is by now.
+            let place =
+                kept.partition_point(|other| other.meta.last_log_id < snapshot.meta.last_log_id);
+            kept.insert(place, snapshot);
             while kept.len() > KEPT_SNAPSHOTS {
                 kept.pop_front();
             }

@@ -64,6 +64,23 @@ fn chunks_come_back_as_written_from_file_and_memory() {
 }
 
 #[test]
+fn one_that_is_finished_after_a_newer_one_is_not_the_newest() {
+    let dir = tempfile::tempdir().unwrap();
+    for store in [
+        SnapshotStore::folder(dir.path()).unwrap(),
+        SnapshotStore::memory(),
+    ] {
+        for index in [10, 30, 20] {
+            write(&store, index);
+        }
+        let newest = store.newest().unwrap().unwrap();
+        assert_eq!(newest.meta(), &meta(30));
+        let previous = store.previous().unwrap().unwrap();
+        assert_eq!(previous.meta(), &meta(20));
+    }
+}
+
+#[test]
 fn the_newest_two_are_kept() {
     let dir = tempfile::tempdir().unwrap();
     for store in [
