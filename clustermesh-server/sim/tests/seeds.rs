@@ -1,10 +1,14 @@
 //! A bounded number of seeds; `make sim SEEDS=1000` runs more.
 
+use std::collections::BTreeSet;
+
 use clustermesh_sim::world::{Options, run};
 
 /// Seeds of each thread: two threads take less than a minute on busy processors.
 const SEEDS: u64 = 15;
 const STEPS: u64 = 60;
+/// Seeds that are run twice: what depends on the order of a hash map does not show in each.
+const TRACED: std::ops::Range<u64> = 1..9;
 /// Seeds that have shown a fault which is mended.
 const MENDED: [u64; 1] = [959];
 
@@ -22,15 +26,16 @@ fn all_hold(seeds: impl IntoIterator<Item = u64>) {
 
 #[test]
 fn the_same_seed_twice_gives_the_same_trace() {
-    let options = Options {
-        seed: 7,
-        steps: STEPS,
+    let traces = || -> Vec<u64> {
+        let options = |seed| Options { seed, steps: STEPS };
+        TRACED.map(|seed| run(options(seed)).trace).collect()
     };
-    let first = run(options);
+    let first = traces();
     // Another thread has other random states of hash maps.
-    let second = std::thread::spawn(move || run(options)).join();
-    assert_eq!(Some(first.clone()), second.ok());
-    assert_ne!(first.trace, run(Options { seed: 8, ..options }).trace);
+    let second = std::thread::spawn(traces).join();
+    assert_eq!(Some(&first), second.as_ref().ok());
+    let different: BTreeSet<u64> = first.iter().copied().collect();
+    assert_eq!(different.len(), first.len());
 }
 
 #[test]

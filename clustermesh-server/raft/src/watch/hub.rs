@@ -76,6 +76,13 @@ impl Registry {
         self.next_id
     }
 
+    /// In the order of their ids: what is woken in a row must be woken in the same one by the same seed of a simulation.
+    fn ids(&self) -> Vec<SlotId> {
+        let mut ids: Vec<SlotId> = self.slots.keys().copied().collect();
+        ids.sort_unstable();
+        ids
+    }
+
     fn detach(&mut self, id: SlotId) -> Option<Arc<Slot>> {
         let attached = self.slots.remove(&id)?;
         self.cursor_slots.remove(&id);
@@ -216,7 +223,7 @@ impl Hub {
             }
             Publication::Replaced { sequence } => {
                 let revision = registry.revision;
-                for id in registry.slots.keys().copied().collect::<Vec<_>>() {
+                for id in registry.ids() {
                     if let Some(slot) = registry.detach(id) {
                         slot.fall_behind(revision);
                     }
@@ -285,10 +292,11 @@ impl Hub {
     pub(crate) fn close(&self) {
         let mut registry = self.registry.lock();
         registry.closed = true;
-        registry
-            .slots
-            .values()
-            .for_each(|attached| attached.slot.close());
+        for id in registry.ids() {
+            if let Some(attached) = registry.slots.get(&id) {
+                attached.slot.close();
+            }
+        }
     }
 }
 
