@@ -109,6 +109,14 @@ impl MemberError {
     }
 }
 
+/// The member that is reached there.
+fn at<'n>(
+    nodes: &'n BTreeMap<ReplicaId, Node>,
+    peer_url: &str,
+) -> Option<(&'n ReplicaId, &'n Node)> {
+    nodes.iter().find(|(_, node)| node.peer_url == peer_url)
+}
+
 /// Changes the membership.
 pub(crate) struct Members<R: AsyncRuntime> {
     pub(crate) router: Arc<Router<R>>,
@@ -242,6 +250,12 @@ impl<R: AsyncRuntime> Members<R> {
         }
     }
 
+    /// Whether a member is one for good: what a leader has only proposed, its successor may undo.
+    fn is_applied(&self, id: ReplicaId, node: &Node) -> bool {
+        let applied = self.shared.applied.read();
+        applied.membership.membership().get_node(&id) == Some(node)
+    }
+
     async fn add(&self, node: Node) -> Result<(ReplicaId, u64), MemberError> {
         let (nodes, voters) = self.nodes();
         if nodes
@@ -250,8 +264,12 @@ impl<R: AsyncRuntime> Members<R> {
         {
             return Err(MemberError::NoPeerPort);
         }
-        if nodes.values().any(|known| known.peer_url == node.peer_url) {
-            return Err(MemberError::Exists);
+        if let Some((id, known)) = at(&nodes, &node.peer_url) {
+            return Err(if self.is_applied(*id, known) {
+                MemberError::Exists
+            } else {
+                MemberError::InProgress
+            });
         }
         if nodes.len() >= MAX_MEMBERS || nodes.len() - voters.len() >= MAX_LEARNERS {
             return Err(MemberError::TooMany);
@@ -447,10 +465,8 @@ impl<R: AsyncRuntime> Members<R> {
             .await
             .map_err(|_| MemberError::NoLeader)?;
         let (nodes, _) = self.nodes();
-        let known = nodes
-            .iter()
-            .find(|(_, known)| known.peer_url == node.peer_url);
-        match known {
+        match at(&nodes, &node.peer_url) {
+            Some((id, known)) if !self.is_applied(*id, known) => Err(MemberError::InProgress),
             Some((id, known)) if known.name.is_empty() => Ok(*id),
             Some(_) => Err(MemberError::Exists),
             None => {
