@@ -27,6 +27,8 @@ pub enum Blow {
     Disk,
     /// A replica stood still.
     Pause,
+    /// A leader heard nobody, and the others went on without it.
+    Deaf,
     /// The membership was to change.
     Membership,
     /// Anything else.
@@ -134,6 +136,7 @@ impl World {
         let Some(deaf) = self.members.get(index) else {
             return;
         };
+        self.network.heal();
         let others = || self.members.iter().filter(|other| other.index != index);
         others().for_each(|other| self.network.cut(&other.url, &deaf.url));
         SimRuntime::sleep(draw(|random| random.time_ms(50..300))).await;
@@ -150,7 +153,7 @@ impl World {
     }
 
     /// One blow.
-    pub fn blow(self: &Arc<Self>) -> Blow {
+    pub async fn blow(self: &Arc<Self>) -> Blow {
         let taken: Vec<usize> = self.taken().map(|member| member.index).collect();
         let place = taken
             .get(draw(|random| random.place(taken.len())))
@@ -203,10 +206,15 @@ impl World {
                     drop(spawn_in(life, async move { replica.resign().await }));
                 }
             }
-            90..96 => drop(spawn_in(
-                WORLD,
-                self.clone().deafen(leader.unwrap_or(place)),
-            )),
+            90..96 => {
+                let deafened = self.clone().deafen(leader.unwrap_or(place));
+                let healed = spawn_in(WORLD, deafened);
+                // Other blows seldom let it come to that end.
+                if draw(|random| random.chance(70)) {
+                    let _healed = healed.await;
+                }
+                return Blow::Deaf;
+            }
             96..101 if member.is_up() => {
                 self.fail_disk(member);
                 return Blow::Disk;

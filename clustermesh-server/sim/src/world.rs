@@ -256,7 +256,7 @@ async fn play(options: Options) -> Report {
     let mut blows: BTreeMap<Blow, u64> = BTreeMap::new();
     for _ in 0..options.steps {
         SimRuntime::sleep(World::pause_between_blows()).await;
-        *blows.entry(world.blow()).or_default() += 1;
+        *blows.entry(world.blow().await).or_default() += 1;
         world.look_after_starts();
         if !world.history.faults().is_empty() {
             break;
