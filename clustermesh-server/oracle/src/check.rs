@@ -135,7 +135,28 @@ impl<'h> Oracle<'h> {
                 }
             }
             Action::Get { key, revision, .. } => self.check_read(operation, key, *revision),
+            Action::Revoke { lease } => {
+                if let Answer::Written { revision, .. } = operation.answer {
+                    self.check_revoked(operation, *lease, revision);
+                }
+            }
             Action::Compact { .. } | Action::Grant { .. } | Action::KeepAlive { .. } => {}
+        }
+    }
+
+    /// What hung on the lease is gone when that is said, and nothing comes to hang on it again.
+    fn check_revoked(&mut self, operation: &Operation, lease: i64, revision: i64) {
+        let key = leased_key(lease);
+        let versions = self.versions.get(&key).map_or(&[][..], Vec::as_slice);
+        let later = versions
+            .iter()
+            .find(|(at, value)| *at > revision && value.is_some())
+            .map(|(at, _)| *at);
+        let left = self.at(&key, revision).map(|(_, at)| at);
+        if let Some(at) = left.or(later) {
+            self.fault(format!(
+                "{operation:?}, but its key is there, of revision {at}"
+            ));
         }
     }
 
@@ -242,8 +263,14 @@ impl<'h> Oracle<'h> {
         }
     }
 
-    /// No lease ends before its TTL after the last time that it was kept alive.
+    /// No lease ends before its TTL after the last time that it was kept alive, but by a revocation; after that nobody keeps it alive.
     fn check_leases(&mut self, operations: &[Operation]) {
+        let mut revocations: BTreeMap<i64, Vec<&Operation>> = BTreeMap::new();
+        for operation in operations {
+            if let Action::Revoke { lease } = operation.action {
+                revocations.entry(lease).or_default().push(operation);
+            }
+        }
         let mut gone = BTreeMap::new();
         for (revision, group) in self.committed {
             for change in &group.changes {
@@ -258,20 +285,42 @@ impl<'h> Oracle<'h> {
             else {
                 continue;
             };
-            let key = Bytes::from(format!("lease/{lease:x}"));
-            let Some((revision, seen_at)) = gone.get(&key) else {
+            if operation.answer != Answer::Done {
+                continue;
+            }
+            let revocations = revocations.get(&lease).map_or(&[][..], Vec::as_slice);
+            let ended = |revocation: &&&Operation| {
+                matches!(revocation.answer, Answer::Written { .. })
+                    && revocation.answered < operation.asked
+            };
+            if let Some(revocation) = revocations.iter().find(ended) {
+                self.fault(format!("{operation:?} after {revocation:?}"));
+            }
+            let Some((revision, seen_at)) = gone.get(&leased_key(lease)) else {
                 continue;
             };
+            // One without an answer may have done it, too.
+            if revocations
+                .iter()
+                .any(|revocation| revocation.asked_at <= *seen_at)
+            {
+                continue;
+            }
             // By the leader's clock, which may run a little fast.
             let ttl = std::time::Duration::from_secs(ttl_s.unsigned_abs());
             let least = operation.asked_at + ttl - ttl / CLOCK_RATE_PART;
-            if operation.answer == Answer::Done && *seen_at < least {
+            if *seen_at < least {
                 self.fault(format!(
                     "{operation:?}, but the lease had ended at revision {revision} by {seen_at:?}"
                 ));
             }
         }
     }
+}
+
+/// The key that hangs on a lease.
+fn leased_key(lease: i64) -> Bytes {
+    format!("lease/{lease:x}").into()
 }
 
 /// The revision that orders an operation, and whether it made it.
@@ -283,7 +332,8 @@ fn ordered_revision(operation: &Operation) -> Option<(i64, bool)> {
         (Action::Delete { .. }, Answer::Written { revision, deleted }) => {
             Some((*revision, *deleted > 0))
         }
-        (Action::Swap { .. }, Answer::Read { revision, .. }) => Some((*revision, false)),
+        (Action::Swap { .. }, Answer::Read { revision, .. })
+        | (Action::Revoke { .. }, Answer::Written { revision, .. }) => Some((*revision, false)),
         (
             Action::Get {
                 linearizable: true, ..

@@ -72,6 +72,11 @@ pub enum Action {
         /// Its time, s.
         ttl_s: i64,
     },
+    /// End a lease.
+    Revoke {
+        /// Its id.
+        lease: i64,
+    },
 }
 
 /// What came of it.

@@ -227,7 +227,7 @@ impl World {
                 }
                 return Blow::Pause;
             }
-            110.. if self.changes_members => {
+            110.. if self.changes_members && self.has_begun() => {
                 self.change_members(member);
                 return Blow::Membership;
             }

@@ -4,8 +4,8 @@ use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::{
-    CompactionRequest, Compare, DeleteRangeRequest, LeaseGrantRequest, PutRequest, RangeRequest,
-    RequestOp, TxnRequest,
+    CompactionRequest, Compare, DeleteRangeRequest, LeaseGrantRequest, LeaseRevokeRequest,
+    PutRequest, RangeRequest, RequestOp, TxnRequest,
     compare::{CompareResult, CompareTarget, TargetUnion},
     request_op::Request,
 };
@@ -97,6 +97,7 @@ fn answer(told: Result<Committed, ProposeError>) -> (Answer, Option<Said>) {
     let answer = match committed.outcome {
         Ok(Outcome::Put(_)) => written(0),
         Ok(Outcome::DeleteRange(response)) => written(response.deleted),
+        Ok(Outcome::LeaseRevoke(_)) => written(0),
         Ok(Outcome::Txn(response)) if response.succeeded => written(0),
         Ok(Outcome::Txn(response)) => {
             use clustermesh_api::etcd::rpc::response_op::Response;
@@ -180,7 +181,10 @@ fn needs(action: &Action) -> Vec<Need> {
             vec![(key.clone(), true), (twin(key), true), (key.clone(), false)]
         }
         Action::Get { key, .. } => vec![(key.clone(), false)],
-        Action::Compact { .. } | Action::Grant { .. } | Action::KeepAlive { .. } => Vec::new(),
+        Action::Compact { .. }
+        | Action::Grant { .. }
+        | Action::KeepAlive { .. }
+        | Action::Revoke { .. } => Vec::new(),
     }
 }
 
@@ -220,6 +224,7 @@ async fn act(
             id: lease,
             ttl: ttl_s,
         }),
+        Action::Revoke { lease } => Command::LeaseRevoke(LeaseRevokeRequest { id: lease }),
         Action::KeepAlive { lease, .. } => {
             return Ok(match replica.keep_alive(lease).await {
                 Ok(Some(_)) => Answer::Done,
@@ -297,6 +302,11 @@ impl Client {
                 },
                 None => Action::Delete { key },
             },
+            94..96 => match self.lease() {
+                // It stays among its own: what is asked of it from now on must be refused.
+                Some((lease, _)) => Action::Revoke { lease },
+                None => Action::Delete { key },
+            },
             _ => match self.lease() {
                 Some((lease, ttl_s)) => Action::KeepAlive { lease, ttl_s },
                 None => Action::Get {
@@ -328,7 +338,10 @@ impl Client {
         let anyone = match action {
             Action::Put { lease, .. } => *lease == 0,
             Action::Swap { .. } | Action::Delete { .. } | Action::Get { .. } => true,
-            Action::Compact { .. } | Action::Grant { .. } | Action::KeepAlive { .. } => false,
+            Action::Compact { .. }
+            | Action::Grant { .. }
+            | Action::KeepAlive { .. }
+            | Action::Revoke { .. } => false,
         };
         let user = if anyone {
             Access::some_user()

@@ -35,6 +35,8 @@ pub const LIVENESS: Duration = Duration::from_secs(60);
 const LEASE_GRACE: Duration = Duration::from_secs(4);
 /// How often replicas are looked at.
 const SPY_INTERVAL: Duration = Duration::from_millis(10);
+/// Blows to a group that begins, most.
+const MAX_EARLY_BLOWS: u64 = 12;
 /// Places for replicas.
 const PLACES: usize = 9;
 
@@ -81,6 +83,7 @@ pub struct World {
     pub(crate) network: Network,
     /// What happened.
     pub history: History,
+    begun: AtomicBool,
     ended: AtomicBool,
     /// Compaction that was asked for, the furthest.
     pub compaction: AtomicI64,
@@ -115,6 +118,7 @@ impl World {
             begun_with,
             network: Network::default(),
             history: History::default(),
+            begun: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             compaction: AtomicI64::new(0),
             removals: Mutex::default(),
@@ -130,6 +134,11 @@ impl World {
     /// Places that belong to the group.
     pub fn taken(&self) -> impl Iterator<Item = &Member> {
         self.members.iter().filter(|member| member.is_taken())
+    }
+
+    /// Whether every replica that the group begins with was up once.
+    pub fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::Relaxed)
     }
 
     /// Whether clients stop.
@@ -227,13 +236,32 @@ async fn settle(world: &Arc<World>) {
     }
 }
 
+/// The first replicas come to be a group, often under blows already.
+async fn begin(world: &Arc<World>, blows: &mut BTreeMap<Blow, u64>) {
+    (0..world.begun_with).for_each(|index| world.start(index));
+    if draw(|random| random.chance(50)) {
+        for _ in 0..draw(|random| 1 + random.below(MAX_EARLY_BLOWS)) {
+            strike(world, blows).await;
+        }
+        world.heal();
+    }
+    world.wait("every replica up", || world.all_up()).await;
+    world.begun.store(true, Ordering::Relaxed);
+}
+
+async fn strike(world: &Arc<World>, blows: &mut BTreeMap<Blow, u64>) {
+    SimRuntime::sleep(World::pause_between_blows()).await;
+    *blows.entry(world.blow().await).or_default() += 1;
+    world.look_after_starts();
+}
+
 async fn play(options: Options) -> Report {
     let world = Arc::new(World::new());
     world.network.set_weather(Weather {
         delay_ms: 10,
         ..Weather::default()
     });
-    (0..world.begun_with).for_each(|index| world.start(index));
+    let mut blows: BTreeMap<Blow, u64> = BTreeMap::new();
     let spy = world.clone();
     drop(spawn_in(WORLD, async move {
         loop {
@@ -241,7 +269,7 @@ async fn play(options: Options) -> Report {
             SimRuntime::sleep(SPY_INTERVAL).await;
         }
     }));
-    world.wait("every replica up", || world.all_up()).await;
+    begin(&world, &mut blows).await;
     let mut clients = Vec::new();
     if world.access.is_some() {
         access::set_up(&world).await;
@@ -253,11 +281,8 @@ async fn play(options: Options) -> Report {
     let watchers: Vec<_> = (0..watcher::WATCHERS)
         .map(|_| spawn_in(WORLD, watcher::run(world.clone(), stop_watchers.clone())))
         .collect();
-    let mut blows: BTreeMap<Blow, u64> = BTreeMap::new();
     for _ in 0..options.steps {
-        SimRuntime::sleep(World::pause_between_blows()).await;
-        *blows.entry(world.blow().await).or_default() += 1;
-        world.look_after_starts();
+        strike(&world, &mut blows).await;
         if !world.history.faults().is_empty() {
             break;
         }

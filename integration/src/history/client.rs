@@ -234,9 +234,10 @@ impl Recorder {
                 let header = response.header.take();
                 read(&client, header, response)
             }
-            Action::Compact { .. } | Action::Grant { .. } | Action::KeepAlive { .. } => {
-                Ok(Answer::Refused)
-            }
+            Action::Compact { .. }
+            | Action::Grant { .. }
+            | Action::KeepAlive { .. }
+            | Action::Revoke { .. } => Ok(Answer::Refused),
         }
     }
 }

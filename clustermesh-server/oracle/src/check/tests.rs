@@ -210,3 +210,55 @@ fn a_hole_in_what_replicas_have_is_a_fault() {
     committed.remove(&2);
     assert_eq!(check(&[], &[], &committed, 0).len(), 1);
 }
+
+/// One key on a lease: written at revision 2, gone at revision 3 after so many seconds.
+fn leased(gone_at_s: u64) -> BTreeMap<i64, Committed> {
+    let group = |value: Option<&'static str>, seen_at_s| Committed {
+        changes: vec![Change {
+            key: "lease/7".into(),
+            value: value.map(Bytes::from),
+            lease: 7,
+        }],
+        seen_at: Duration::from_secs(seen_at_s),
+    };
+    BTreeMap::from([(2, group(Some("a"), 0)), (3, group(None, gone_at_s))])
+}
+
+fn keep_alive(moments: (u64, u64)) -> Operation {
+    let action = Action::KeepAlive {
+        lease: 7,
+        ttl_s: 10,
+    };
+    operation(moments, action, Answer::Done)
+}
+
+fn revoke(moments: (u64, u64), answer: Answer) -> Operation {
+    operation(moments, Action::Revoke { lease: 7 }, answer)
+}
+
+#[test]
+fn a_lease_that_ends_before_its_time_is_a_fault_unless_it_was_revoked() {
+    let faults =
+        |operations: &[Operation], gone_at_s| check(operations, &[], &leased(gone_at_s), 0).len();
+    assert_eq!(faults(&[keep_alive((1, 2))], 10), 0);
+    assert_eq!(faults(&[keep_alive((1, 2))], 5), 1);
+    for answer in [written(3), Answer::Unknown] {
+        let operations = [keep_alive((1, 2)), revoke((3, 4), answer)];
+        assert_eq!(faults(&operations, 5), 0);
+    }
+    let mut late = revoke((3, 4), Answer::Unknown);
+    late.asked_at = Duration::from_secs(6);
+    assert_eq!(faults(&[keep_alive((1, 2)), late], 5), 1);
+}
+
+#[test]
+fn a_revoked_lease_that_goes_on_is_a_fault() {
+    let faults = |operations: &[Operation]| check(operations, &[], &leased(10), 0).len();
+    assert_eq!(faults(&[revoke((1, 2), written(3))]), 0);
+    assert_eq!(faults(&[revoke((1, 2), written(2))]), 1, "its key is there");
+    assert_eq!(faults(&[revoke((1, 2), written(1))]), 1, "a key came later");
+    let kept = [revoke((1, 2), written(3)), keep_alive((3, 4))];
+    assert_eq!(faults(&kept), 1);
+    let before = [keep_alive((1, 4)), revoke((2, 3), written(3))];
+    assert_eq!(faults(&before), 0);
+}
