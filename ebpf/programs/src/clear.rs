@@ -16,6 +16,7 @@ use crate::deliver::{check_key, into_wireguard};
 use crate::encap::forget_segments;
 use crate::frame::{ETHERNET_BYTES, Frame, IPV6_BYTES};
 use crate::maps::{NODE_ADDRESSES, NODES};
+use crate::mss;
 use crate::parse::{Family, PROTOCOL_ICMPV6, PROTOCOL_TCP, PROTOCOL_UDP, Packet, Words};
 use crate::route::{in_pod_cidr, ipcache};
 use crate::verdict::{Action, Seen, count_wire};
@@ -146,6 +147,7 @@ pub fn leaving(frame: Frame, config: &NodeConfig, seen: &Seen) -> Result<Action,
     // The other end takes from us what comes from this address.
     if packet.source.equals(&underlay(config, packet.family)) {
         check_key(node)?;
+        mss::clamp(frame, packet, node);
         forget_segments(frame);
         into_wireguard(node);
         count_wire(WireTraffic::EncryptedOut, payload_bytes(frame));

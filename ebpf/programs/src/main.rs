@@ -31,6 +31,7 @@ mod from_network;
 mod from_pod;
 mod from_wireguard;
 mod maps;
+mod mss;
 mod own_device;
 mod parse;
 mod route;

@@ -1,15 +1,24 @@
 //! Real traffic between two nodes whose WireGuard devices are joined.
 
-use clustermesh_ebpf_abi::{CONFIG_ENCRYPT_NODES, CONFIG_STRICT, TrafficPath, WireTraffic};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
 
-use crate::support::net::{Namespaces, check};
-use crate::support::node::{Node, in_cidr, router, underlay};
+use clustermesh_ebpf_abi::{
+    CONFIG_ENCRYPT_NODES, CONFIG_STRICT, DropReason, TrafficPath, WireTraffic,
+};
+
+use crate::support::net::{Namespaces, check, inside, run};
+use crate::support::node::{CONTROL_PORT, Node, in_cidr, router, underlay};
 use crate::support::tcp::transfer;
 use crate::support::wireguard::{Link, Offloads};
 
 const TRANSFER_BYTES: usize = 8 << 20;
 /// More than the device says that it takes at best.
 const SUPER_BYTES: usize = 4 * 1420;
+
+/// Longest wait of a conversation.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 struct Pair {
     a: Node,
@@ -48,11 +57,11 @@ impl Pair {
         panic!("{what}: {error}; drops {drops:?}")
     }
 
-    fn talk(&self, from: &str, to: &str, target: std::net::IpAddr) {
+    fn talk(&self, from: &str, to: &str, target: IpAddr) {
         for bytes in ["56", "1280"] {
             let target = target.to_string();
             let ping = ["-c2", "-i0.05", "-W1", "-s", bytes, &target];
-            let output = crate::support::net::run(from, "ping", &ping);
+            let output = run(from, "ping", &ping);
             if !output.status.success() {
                 self.failed(&target, &String::from_utf8_lossy(&output.stdout));
             }
@@ -135,4 +144,55 @@ fn offloaded_packets_stay_whole_in_the_tunnel_where_the_kernel_can() {
         pair.nothing_was_in_clear();
         assert!(pair.link.longest() > SUPER_BYTES, "offloaded all the way");
     }
+}
+
+#[test]
+fn without_keys_only_servers_are_reached_in_clear_and_with_one_sides_key_too() {
+    let pair = pair(Offloads::None, false, false).expect("a device without offloads");
+    let (a, b) = (&pair.a, &pair.b);
+    for (a_has, b_has) in [(false, false), (true, false), (false, true)] {
+        for (node, other, has_key) in [(a, 2, a_has), (b, 1, b_has)] {
+            node.learn_encrypted(other, false, false);
+            if !has_key {
+                node.withhold(other);
+            }
+        }
+        for v6 in [false, true] {
+            for (from, to) in [(a, b), (b, a)] {
+                let target = underlay(to.number, v6);
+                let server = SocketAddr::new(target, CONTROL_PORT);
+                exchange(&from.host, &to.host, server)
+                    .unwrap_or_else(|error| pair.failed(&server.to_string(), &error));
+                let refused = |from: &str, target: IpAddr| {
+                    let output = run(from, "ping", &["-c1", "-W1", &target.to_string()]);
+                    assert!(!output.status.success(), "{target} answers");
+                };
+                if !(a_has || b_has) {
+                    refused(&from.host, target);
+                    refused(&from.pod, in_cidr(to.number, 4, v6));
+                }
+            }
+        }
+    }
+    assert!(a.datapath.drops(DropReason::AwaitingKey) >= 4);
+    assert!(b.datapath.drops(DropReason::AwaitingKey) >= 4);
+    // The pods' and pings' were dropped before they could be refused on the other side.
+    assert_eq!(b.datapath.drops(DropReason::ClearReceived), 0);
+}
+
+/// A small conversation over TCP.
+fn exchange(from: &str, to: &str, server: SocketAddr) -> Result<(), String> {
+    let failed = |error: std::io::Error| error.to_string();
+    let listener = inside(to, || TcpListener::bind(server)).map_err(failed)?;
+    let mut client =
+        inside(from, || TcpStream::connect_timeout(&server, PATIENCE)).map_err(failed)?;
+    let (mut accepted, _) = listener.accept().map_err(failed)?;
+    for stream in [&client, &accepted] {
+        stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    }
+    let mut answer = [0; 4];
+    client.write_all(b"hello").map_err(failed)?;
+    accepted.read_exact(&mut answer).map_err(failed)?;
+    accepted.write_all(b"keys").map_err(failed)?;
+    client.read_exact(&mut answer).map_err(failed)
 }

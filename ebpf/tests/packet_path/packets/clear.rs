@@ -8,8 +8,8 @@ use clustermesh_ebpf_abi::{
 
 use crate::support::bpf::{Datapath, addr};
 use crate::support::packet::{
-    FRAGMENT, ICMP, ICMPV6, TCP, UDP, datagram, ethernet, fix_v4, framed, packet, tcp, tunnelled,
-    udp,
+    FRAGMENT, ICMP, ICMPV6, TCP, UDP, datagram, ethernet, fix_transport, fix_v4, framed, packet,
+    tcp, tunnelled, udp, verified,
 };
 
 use super::fixture::*;
@@ -592,4 +592,63 @@ fn the_hosts_own_packets_to_nodes_go_into_wireguard() {
     configure(&datapath, CONFIG_ENCRYPT_NODES, 0);
     let from_port = ethernet(&packet(OWN, four, UDP, &udp(WIREGUARD_PORT, 9, b"")));
     check(&datapath, "to_network", "no mark", &from_port, pass);
+}
+
+/// A SYN of the host with these options, its checksum right.
+fn syn(source: &str, target: &str, options: &[u8]) -> Vec<u8> {
+    let mut segment = segment(1000, 22, SYN);
+    segment[12] = ((20 + options.len()) / 4 << 4) as u8;
+    segment.extend(options);
+    let mut message = packet(source, target, TCP, &segment);
+    let at = message.len() - segment.len();
+    fix_transport(&mut message, at, 16);
+    ethernet(&message)
+}
+
+#[test]
+fn the_hosts_connections_through_wireguard_are_told_of_its_smaller_packets() {
+    let datapath = encrypting(CONFIG_ENCRYPT_NODES);
+    let mtu = usize::from(MTU);
+    let (four, six) = ((OWN, "192.168.2.1"), (OWN_V6, "fd00::3"));
+    // What pods may send leaves room for the tunnel; the host's own packets need none.
+    let (most_v4, most_v6) = (mtu + 50 - 40, mtu + 70 - 60);
+    let option = |bytes: usize| {
+        let bytes = (bytes as u16).to_be_bytes();
+        [2, 4, bytes[0], bytes[1]]
+    };
+    for ((source, target), named, then) in [
+        (four, 1460, most_v4),
+        (four, most_v4, most_v4),
+        (four, 536, 536),
+        (six, 1440, most_v6),
+        ((OWN, "192.168.5.1"), 1460, mtu - 40),
+    ] {
+        for before in [
+            &[][..],
+            &[1, 1, 4, 2],
+            &[3, 3, 7, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2, 1, 1],
+        ] {
+            let frame = syn(source, target, &[before, &option(named)].concat());
+            let out = forwarded(&datapath, "to_network", &frame, TrafficPath::NodeOut);
+            let expected = syn(source, target, &[before, &option(then)].concat());
+            assert_eq!(out.packet, expected, "{target} {named}");
+            verified(&out.packet[14..]);
+        }
+    }
+    for options in [
+        &[][..],
+        &[0, 0, 0, 0],
+        &[3, 0, 7, 1],
+        &[2, 3, 7, 1],
+        &[1, 1, 1, 1],
+        &[2, 4, 5],
+    ] {
+        let frame = syn(four.0, four.1, options);
+        let out = forwarded(&datapath, "to_network", &frame, TrafficPath::NodeOut);
+        assert_eq!(out.packet, frame, "{options:x?}");
+    }
+    let mut data = syn(four.0, four.1, &option(1460));
+    data[14 + 20 + 13] = ACK;
+    let out = forwarded(&datapath, "to_network", &data, TrafficPath::NodeOut);
+    assert_eq!(out.packet, data, "no SYN");
 }

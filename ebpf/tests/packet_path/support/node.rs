@@ -7,8 +7,8 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use clustermesh_ebpf::Features;
 use clustermesh_ebpf_abi::{
     ENDPOINT_HOST, EndpointValue, IDENTITY_REMOTE_NODE, InterfaceValue, NODE_CLEAR_REFUSED,
-    NODE_DIRECT, NODE_ENCRYPTED, NODE_INDEX_LOCAL, NODE_PRESENT, NodeConfig, NodeValue,
-    TUNNEL_PORT, V4_MAPPED_BITS,
+    NODE_DIRECT, NODE_ENCRYPTED, NODE_INDEX_LOCAL, NODE_PRESENT, NODE_WITHHELD, NodeConfig,
+    NodeValue, TUNNEL_PORT, V4_MAPPED_BITS,
 };
 
 use super::bpf::{Datapath, mapped};
@@ -206,13 +206,6 @@ impl Node {
             "-n {host} -6 route replace fd10::/16 dev cm_host src {} mtu {WIREGUARD_POD_MTU}",
             in_cidr(n, 1, true)
         ));
-        // What goes to other nodes goes through WireGuard too.
-        ip(&format!(
-            "-n {host} route replace default via 192.168.{n}.254 mtu {WIREGUARD_MTU}"
-        ));
-        ip(&format!(
-            "-n {host} -6 route replace default via fd00:0:0:{n:x}::fe mtu {WIREGUARD_MTU}"
-        ));
     }
 
     /// As [`Self::learn`], of a node that is sent to through WireGuard and taken from there only.
@@ -230,6 +223,17 @@ impl Node {
                 },
                 egress_ifindex: device_index(&self.host, "wg0"),
                 ..self.node_value(other, v6_outside, direct)
+            },
+        );
+    }
+
+    /// Node `other` is to be sent to encrypted, but its key is not known.
+    pub fn withhold(&self, other: u8) {
+        self.datapath.set_node(
+            u32::from(other),
+            &NodeValue {
+                flags: NODE_PRESENT | NODE_WITHHELD | NODE_CLEAR_REFUSED,
+                ..self.node_value(other, false, false)
             },
         );
     }

@@ -103,6 +103,16 @@ pub fn fix_v4(packet: &mut [u8]) {
     packet[10..12].copy_from_slice(&checksum.to_be_bytes());
 }
 
+/// Sets the checksum of the transport header at `at`, whose field is `field` bytes in.
+pub fn fix_transport(packet: &mut [u8], at: usize, field: usize) {
+    let octets = if at == 20 { 12..20 } else { 8..40 };
+    let protocol = if at == 20 { packet[9] } else { packet[6] };
+    packet[at + field..at + field + 2].fill(0);
+    let start = sum(&packet[octets], 0) + u32::from(protocol) + (packet.len() - at) as u32;
+    let checksum = !fold(sum(&packet[at..], start));
+    packet[at + field..at + field + 2].copy_from_slice(&checksum.to_be_bytes());
+}
+
 /// UDP without checksum.
 pub fn udp(source_port: u16, destination_port: u16, payload: &[u8]) -> Vec<u8> {
     let mut datagram = Vec::new();

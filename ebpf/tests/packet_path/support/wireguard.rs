@@ -124,8 +124,9 @@ fn open(offloads: Offloads) -> Option<File> {
     assert_eq!(status, 0, "TUNSETIFF: {}", std::io::Error::last_os_error());
     let wanted = match offloads {
         Offloads::None => return Some(file),
-        Offloads::Plain => CSUM | TSO | USO,
-        Offloads::Tunnel => CSUM | TSO | USO | UDP_TUNNEL_GSO,
+        // Linux before 6.2 knows no segmentation of UDP.
+        Offloads::Plain => [CSUM | TSO | USO, CSUM | TSO],
+        Offloads::Tunnel => [CSUM | TSO | USO | UDP_TUNNEL_GSO; 2],
     };
     if offloads == Offloads::Tunnel {
         let bytes = TUNNEL_HEADER_BYTES;
@@ -133,9 +134,13 @@ fn open(offloads: Offloads) -> Option<File> {
         let status = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const bytes) };
         assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
     }
-    // SAFETY: the argument is a number.
-    let status = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETOFFLOAD, wanted) };
-    (status == 0).then_some(file)
+    let takes = |offloads: libc::c_ulong| {
+        // SAFETY: the argument is a number.
+        let status = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETOFFLOAD, offloads) };
+        status == 0
+    };
+    let is_set = wanted.into_iter().any(takes);
+    is_set.then_some(file)
 }
 
 /// The kernel wants the place of the outer UDP header behind an Ethernet header too, which it does not say itself for a
