@@ -14,6 +14,7 @@ use tokio::process::Command;
 
 use crate::lab::cluster::Cluster;
 use crate::lab::host::run_unchecked;
+use crate::lab::{Lab, LabConfig};
 
 /// Namespace of everything in the scenarios.
 pub const NAMESPACE: &str = "shop";
@@ -44,6 +45,21 @@ where
         }
         tokio::time::sleep(LOOK_INTERVAL).await;
     }
+}
+
+/// One cluster of two nodes, of which the first `agents` run their agents.
+///
+/// # Errors
+/// When the lab cannot be built or started.
+pub async fn one_cluster(agents: usize) -> Result<Lab> {
+    let config = LabConfig {
+        clusters: vec!["a".to_owned()],
+        agents_per_cluster: agents,
+        ..LabConfig::two_by_two()?
+    };
+    let mut lab = Lab::build(config).await?;
+    lab.start().await?;
+    Ok(lab)
 }
 
 /// What `cluster` says of its peer `name`.

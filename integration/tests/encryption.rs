@@ -107,6 +107,19 @@ async fn all_answer(pair: &Pair, tunnel: &Tunnel) -> Result<()> {
     Ok(())
 }
 
+/// A tunnel between two of our devices, over which all answer.
+async fn two_of_ours() -> Result<(Pair, Tunnel)> {
+    let pair = Pair::new().await?;
+    let tunnel = pair.tunnel([Maker::Ours, Maker::Ours], Version::V4).await?;
+    all_answer(&pair, &tunnel).await?;
+    Ok((pair, tunnel))
+}
+
+async fn end(pair: Pair, tunnel: Tunnel) -> Result<()> {
+    tunnel.stop().await?;
+    pair.remove().await
+}
+
 async fn works_between(makers: [Maker; 2]) -> Result<()> {
     let pair = Pair::new().await?;
     for outer in [Version::V4, Version::V6] {
@@ -169,8 +182,7 @@ async fn roams(maker: Maker) -> Result<()> {
     let endpoint = tunnel.devices[0].show("endpoints").await?;
     anyhow::ensure!(endpoint == "192.0.2.77:31999", "endpoint is {endpoint}");
     all_answer(&pair, &tunnel).await?;
-    tunnel.stop().await?;
-    pair.remove().await
+    end(pair, tunnel).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -185,12 +197,7 @@ async fn ours_follows_a_peer_that_moves() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_strangers_handshake_and_a_wrong_source_get_nowhere() {
-    let pair = Pair::new().await.unwrap();
-    let tunnel = pair
-        .tunnel([Maker::Ours, Maker::Ours], Version::V4)
-        .await
-        .unwrap();
-    all_answer(&pair, &tunnel).await.unwrap();
+    let (pair, tunnel) = two_of_ours().await.unwrap();
     // Side 1 no longer allows side 0's IPv4 address.
     let (one, other) = (&tunnel.devices[0], &tunnel.devices[1]);
     let only_v6 = format!("{}/128", tunnel.address(0, Version::V6));
@@ -227,18 +234,12 @@ async fn a_strangers_handshake_and_a_wrong_source_get_nowhere() {
     ];
     one.wg(&arguments).await.unwrap();
     assert_eq!(one.show("latest-handshakes").await.unwrap(), "0");
-    tunnel.stop().await.unwrap();
-    pair.remove().await.unwrap();
+    end(pair, tunnel).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_path_that_takes_no_long_datagrams_is_still_a_path() {
-    let pair = Pair::new().await.unwrap();
-    let tunnel = pair
-        .tunnel([Maker::Ours, Maker::Ours], Version::V4)
-        .await
-        .unwrap();
-    all_answer(&pair, &tunnel).await.unwrap();
+    let (pair, tunnel) = two_of_ours().await.unwrap();
     // The underlay's MTU is below that of a full segment: the kernel will not cut runs, only fragments pass.
     for side in SIDES {
         ip_batch(Some(&pair.netns(side)), "link set eth0 mtu 1400\n")
@@ -259,8 +260,7 @@ async fn a_path_that_takes_no_long_datagrams_is_still_a_path() {
         .await
         .unwrap();
     send_file(&pair, &tunnel, 1, Version::V6).await.unwrap();
-    tunnel.stop().await.unwrap();
-    pair.remove().await.unwrap();
+    end(pair, tunnel).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -290,11 +290,7 @@ async fn a_second_device_at_the_same_port_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_is_removed_under_it_ends_the_process_with_its_name() {
-    let pair = Pair::new().await.unwrap();
-    let tunnel = pair
-        .tunnel([Maker::Ours, Maker::Ours], Version::V4)
-        .await
-        .unwrap();
+    let (pair, tunnel) = two_of_ours().await.unwrap();
     let name = tunnel.devices[0].name().to_owned();
     let mut command = command_in(&pair.netns(0), None, Path::new("ip"));
     run(command.args(["link", "del", &name])).await.unwrap();
@@ -306,8 +302,7 @@ async fn a_device_that_is_removed_under_it_ends_the_process_with_its_name() {
     .await
     .unwrap();
     assert!(sh("wg", &["show", &name]).await.is_err());
-    tunnel.stop().await.unwrap();
-    pair.remove().await.unwrap();
+    end(pair, tunnel).await.unwrap();
 }
 
 /// Echo requests for longer than two minutes, the age at which keys are replaced, while nothing may be lost.
@@ -334,8 +329,7 @@ async fn rekeys(makers: [Maker; 2]) -> Result<()> {
         after >= before + 119,
         "no new handshake: {before}, then {after}"
     );
-    tunnel.stop().await?;
-    pair.remove().await
+    end(pair, tunnel).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -395,12 +389,7 @@ fn flood(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn under_a_flood_of_handshakes_packets_pass_and_a_peer_gets_in_by_its_cookie() {
-    let pair = Pair::new().await.unwrap();
-    let tunnel = pair
-        .tunnel([Maker::Ours, Maker::Ours], Version::V4)
-        .await
-        .unwrap();
-    all_answer(&pair, &tunnel).await.unwrap();
+    let (pair, tunnel) = two_of_ours().await.unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let target = &tunnel.devices[1];
     let to = format!("192.0.2.2:{}", target.port()).parse().unwrap();
@@ -428,6 +417,5 @@ async fn under_a_flood_of_handshakes_packets_pass_and_a_peer_gets_in_by_its_cook
     stop.store(true, Ordering::Relaxed);
     let cookies = flood.join().unwrap().unwrap();
     assert!(cookies > 0, "no cookie was asked for");
-    tunnel.stop().await.unwrap();
-    pair.remove().await.unwrap();
+    end(pair, tunnel).await.unwrap();
 }

@@ -1,36 +1,21 @@
 //! Bad input at a node: each mistake is named with its remedy, and nothing else notices.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
-use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clustermesh_api::limits::MAX_PORTS_PER_SERVICE;
 use clustermesh_api::v1::refused::Reason;
 use clustermesh_api::v1::session_request::Message as Asked;
 use clustermesh_api::v1::session_response::Message as Answer;
 use clustermesh_api::v1::{Hello, UpsertEndpoint};
 use clustermesh_client::Client;
-use clustermesh_ebpf_abi::FRONTENDS_MAX;
+use clustermesh_integration::lab::Lab;
 use clustermesh_integration::lab::host::{command_in, run, sh};
 use clustermesh_integration::lab::process::Process;
-use clustermesh_integration::lab::{Lab, LabConfig};
-use clustermesh_integration::scenario::{NAMESPACE, bpftool_lookup, map_address, until, workload};
+use clustermesh_integration::scenario::{NAMESPACE, one_cluster, until, workload};
 use nix::sys::signal::Signal;
 
 const CONVERGED_SECONDS_MAX: u32 = 20;
-
-/// One cluster of two nodes, of which the first `agents` run their agents.
-async fn one_cluster(agents: usize) -> Lab {
-    let config = LabConfig {
-        clusters: vec!["a".to_owned()],
-        agents_per_cluster: agents,
-        ..LabConfig::two_by_two().unwrap()
-    };
-    let mut lab = Lab::build(config).await.unwrap();
-    lab.start().await.unwrap();
-    lab
-}
 
 async fn metric(lab: &Lab, line_start: &str) -> f64 {
     let mut command = command_in(lab.cluster(0).server_netns(), None, Path::new("curl"));
@@ -70,7 +55,7 @@ async fn claim(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_gets_no_address_that_is_not_its_own() {
-    let lab = one_cluster(1).await;
+    let lab = one_cluster(1).await.unwrap();
     let a = lab.cluster(0);
     a.apply(&workload("web", "web")).await.unwrap();
     a.wait_converged(CONVERGED_SECONDS_MAX).await.unwrap();
@@ -159,7 +144,7 @@ async fn a_node_gets_no_address_that_is_not_its_own() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_agent_of_a_node_gives_way_to_the_first() {
-    let lab = one_cluster(1).await;
+    let lab = one_cluster(1).await.unwrap();
     let a = lab.cluster(0);
     let node = a.node(0);
     a.apply(&workload("web", "web")).await.unwrap();
@@ -229,7 +214,7 @@ async fn a_second_agent_of_a_node_gives_way_to_the_first() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_without_a_bpffs_or_with_foreign_pins_says_so_and_touches_nothing() {
-    let lab = one_cluster(0).await;
+    let lab = one_cluster(0).await.unwrap();
     let node = lab.cluster(0).node(0);
     let bpffs = node.bpffs().display().to_string();
     let elsewhere = node.folder().join("no-bpffs").display().to_string();
@@ -282,7 +267,7 @@ async fn an_agent_without_a_bpffs_or_with_foreign_pins_says_so_and_touches_nothi
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_vanishes_in_the_middle_of_add_is_named_and_leaves_nothing_behind() {
-    let lab = one_cluster(1).await;
+    let lab = one_cluster(1).await.unwrap();
     let a = lab.cluster(0);
     let node = a.node(0);
     a.apply(&workload("steady", "web")).await.unwrap();
@@ -354,7 +339,7 @@ async fn what_vanishes_in_the_middle_of_add_is_named_and_leaves_nothing_behind()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cni_plugin_answers_in_the_specifications_form_whatever_is_down() {
-    let mut lab = one_cluster(1).await;
+    let mut lab = one_cluster(1).await.unwrap();
     let none = serde_json::json!({});
     let a = lab.cluster(0);
     a.apply(&(workload("web", "web") + &workload("cached", "web")))
@@ -467,82 +452,5 @@ async fn the_cni_plugin_answers_in_the_specifications_form_whatever_is_down() {
     })
     .await
     .unwrap();
-    assert_eq!(lab.remove().await, Vec::<String>::new());
-}
-
-/// Frontends that an agent puts into the map: the rest is room for what changes.
-const FRONTENDS_WANTED_MAX: usize = FRONTENDS_MAX as usize / 8 * 7;
-/// Each port of a service counts once in each family.
-const FRONTENDS_PER_SERVICE: usize = 2 * MAX_PORTS_PER_SERVICE;
-
-fn big_services(count: usize) -> Vec<String> {
-    let ports: String = (1..=MAX_PORTS_PER_SERVICE)
-        .map(|port| format!("    - {{name: p{port}, protocol: TCP, port: {port}}}\n"))
-        .collect();
-    let service = |number: usize| {
-        format!(
-            "apiVersion: clustermesh.io/v1\nkind: Service\nmetadata:\n  namespace: {NAMESPACE}\n  name: s{number}\nspec:\n  selector:\n    app: none\n  ports:\n{ports}---\n"
-        )
-    };
-    let all: Vec<String> = (0..count).map(service).collect();
-    all.chunks(50).map(<[String]>::concat).collect()
-}
-
-async fn holds_first_port(lab: &Lab, name: &str) -> bool {
-    let address = lab.cluster(0).service_address(NAMESPACE, name, false).await;
-    let address: IpAddr = address.unwrap().parse().unwrap();
-    let mut key = map_address(address).to_vec();
-    // Port 1, TCP.
-    key.extend_from_slice(&[0, 1, 6, 0]);
-    let bpffs = lab.cluster(0).node(0).bpffs();
-    let held = bpftool_lookup(&bpffs, "frontends", &key).await.unwrap();
-    held.is_some()
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_no_longer_fits_into_a_map_is_named_counted_and_taken_when_there_is_room() {
-    let lab = one_cluster(1).await;
-    let a = lab.cluster(0);
-    let fitting = FRONTENDS_WANTED_MAX / FRONTENDS_PER_SERVICE;
-    for batch in big_services(fitting) {
-        a.apply(&batch).await.unwrap();
-    }
-    a.wait_converged(CONVERGED_SECONDS_MAX).await.unwrap();
-    let refused = || async {
-        let status = a.status().await.unwrap();
-        status["nodes"][0]["refusedRecords"].clone()
-    };
-    assert_eq!(refused().await, serde_json::json!({}));
-    let late = big_services(1).concat().replace("name: s0", "name: late");
-    a.apply(&late).await.unwrap();
-    a.wait_converged(CONVERGED_SECONDS_MAX).await.unwrap();
-    until("the refusal is counted", || async {
-        Ok(refused().await["map-full"]
-            .as_u64()
-            .filter(|count| *count > 0))
-    })
-    .await
-    .unwrap();
-    let log = std::fs::read_to_string(a.node(0).agent().unwrap().log()).unwrap();
-    assert!(
-        log.contains("service shop/late")
-            && log.contains(&format!("the maps take {FRONTENDS_WANTED_MAX} frontends")),
-        "{log}"
-    );
-    assert!(!holds_first_port(&lab, "late").await);
-    assert!(holds_first_port(&lab, "s0").await);
-
-    // Pods come and go all the same.
-    for name in ["near", "far"] {
-        a.apply(&workload(name, "web")).await.unwrap();
-    }
-    let near = a.node(0).add_pod(NAMESPACE, "near").await.unwrap();
-    let far = a.node(0).add_pod(NAMESPACE, "far").await.unwrap();
-    near.ping(far.address(false).unwrap()).await.unwrap();
-
-    // One service less: the refused one has its room, without being touched.
-    a.run_cli(&["delete", "service", "shop/s7"]).await.unwrap();
-    a.wait_converged(CONVERGED_SECONDS_MAX).await.unwrap();
-    assert!(holds_first_port(&lab, "late").await);
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
