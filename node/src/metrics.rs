@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use clustermesh_ebpf::Maps;
+use clustermesh_ebpf::abi::TrafficValue;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::Counter;
@@ -187,6 +188,21 @@ impl Metrics {
     }
 }
 
+/// Packets and bytes by name.
+fn traffic(
+    key: &'static str,
+    values: impl Iterator<Item = (&'static str, TrafficValue)>,
+) -> (Family<Labels, Counter>, Family<Labels, Counter>) {
+    let packets = Family::<Labels, Counter>::default();
+    let bytes = Family::<Labels, Counter>::default();
+    for (name, value) in values {
+        let labels = label(key, name);
+        packets.get_or_create(&labels).inc_by(value.packets);
+        bytes.get_or_create(&labels).inc_by(value.bytes);
+    }
+    (packets, bytes)
+}
+
 /// Reads the kernel's counters when somebody asks.
 #[derive(Debug)]
 struct Kernel(Arc<Maps>);
@@ -206,16 +222,25 @@ impl Collector for Kernel {
             prometheus_client::metrics::MetricType::Counter,
         )?;
         drops.encode(descriptor)?;
-        let packets = Family::<Labels, Counter>::default();
-        let bytes = Family::<Labels, Counter>::default();
-        for (path, value) in self.0.traffic().unwrap_or_default() {
-            let labels = label("path", path.name());
-            packets.get_or_create(&labels).inc_by(value.packets);
-            bytes.get_or_create(&labels).inc_by(value.bytes);
-        }
+        let paths = self.0.traffic().unwrap_or_default();
+        let paths = paths.into_iter().map(|(path, value)| (path.name(), value));
+        let (packets, bytes) = traffic("path", paths);
+        let ways = self.0.wire_traffic().unwrap_or_default();
+        let ways = ways.into_iter().map(|(way, value)| (way.name(), value));
+        let (wire_packets, wire_bytes) = traffic("way", ways);
         for (name, help, family) in [
             ("packets", "Packets by path", packets),
             ("bytes", "Bytes by path", bytes),
+            (
+                "wire_packets",
+                "Packets to and from other nodes, encrypted and in clear",
+                wire_packets,
+            ),
+            (
+                "wire_bytes",
+                "Bytes to and from other nodes, encrypted and in clear",
+                wire_bytes,
+            ),
         ] {
             let descriptor = encoder.encode_descriptor(
                 name,
