@@ -26,6 +26,7 @@ use rand::Rng;
 
 use crate::{
     Types,
+    answer::{Answer, Committed},
     config::{
         MAX_BATCH_BYTES, MAX_BATCH_PROPOSALS, MAX_ENTRIES_IN_FLIGHT, MAX_FORWARDS_IN_FLIGHT,
         MAX_PROPOSAL_BYTES, MAX_WAITING_PROPOSALS,
@@ -33,8 +34,7 @@ use crate::{
     error::ProposeError,
     forward::Router,
     metrics::{Metrics, add, sub},
-    replica::Committed,
-    state_machine::{Answer, StateMachine},
+    state_machine::StateMachine,
     task::{Stop, spawn},
     wire::Forward,
 };

@@ -3,10 +3,15 @@
 use clustermesh_core::{ApplyError, SnapshotError};
 use clustermesh_store::{LogId, Node, ReplicaId, StoreError};
 
-use crate::{
-    peer::refuse,
-    wire::{Refusal, refusal::Reason},
-};
+use crate::wire::{Refusal, refusal::Reason};
+
+/// What another replica is told instead of an answer.
+pub(crate) fn refuse(reason: Reason, message: impl Into<String>) -> Refusal {
+    Refusal {
+        reason: reason.into(),
+        message: message.into(),
+    }
+}
 
 /// Why a proposal has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

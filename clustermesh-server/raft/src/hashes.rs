@@ -6,7 +6,7 @@ use clustermesh_core::{CompactionHashes, HashCursor, KvError, KvHash, SnapshotEr
 use openraft::async_runtime::{AsyncRuntime, Watch, WatchReceiver, WatchSender};
 use parking_lot::Mutex;
 
-use crate::{error::ReadError, replica::Replica, state_machine::Shared, task::spawn};
+use crate::{error::ReadError, state_machine::Shared, task::spawn};
 
 /// Hashes of compactions being taken at once; those of further ones are left out.
 const MAX_COMPACTION_HASHES_RUNNING: usize = 16;
@@ -23,6 +23,11 @@ pub(crate) struct Hashes<R: AsyncRuntime> {
 }
 
 impl<R: AsyncRuntime> Hashes<R> {
+    /// Those that the newest compactions left.
+    pub(crate) fn kept(&self) -> Vec<KvHash> {
+        self.kept.all()
+    }
+
     pub(crate) fn new(inline: bool) -> Self {
         let (running, running_seen) = R::Watch::channel(0);
         Self {
@@ -114,57 +119,4 @@ pub(crate) async fn hash_kv<R: AsyncRuntime>(
         }
     }
     Err(ReadError::Stopped)
-}
-
-impl<R: AsyncRuntime> Replica<R> {
-    /// etcd's hash of all changes up to `revision` (0: the newest), as applied here, with the newest revision. Writers are not kept waiting.
-    ///
-    /// # Errors
-    /// [`ReadError::Stopped`] when the state was replaced time and again; inside, [`KvError::Compacted`] and [`KvError::FutureRevision`].
-    pub async fn hash_kv(
-        &self,
-        revision: i64,
-    ) -> Result<Result<(KvHash, i64), KvError>, ReadError> {
-        hash_kv(self.shared(), revision).await
-    }
-
-    /// Hashes that the newest compactions left: comparable between replicas that compacted at the same revisions.
-    #[must_use]
-    pub fn compaction_hashes(&self) -> Vec<KvHash> {
-        self.shared().hashes.kept.all()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use clustermesh_core::pb::proposal::Command;
-
-    use crate::{
-        Replica,
-        test_support::{memory, put},
-    };
-
-    #[tokio::test]
-    async fn the_hash_of_a_compaction_is_that_of_before() {
-        let replica: Replica<openraft_rt_tokio::TokioRuntime> =
-            Replica::start(memory()).await.unwrap();
-        for value in ["1", "2", "3"] {
-            replica.propose(put("a", value, 0)).await.unwrap();
-        }
-        let (before, newest) = replica.hash_kv(3).await.unwrap().unwrap();
-        assert_eq!((before.compact_revision, newest), (-1, 4));
-        let compact = clustermesh_api::etcd::rpc::CompactionRequest {
-            revision: 3,
-            physical: false,
-        };
-        replica
-            .propose(Command::Compact(compact).into())
-            .await
-            .unwrap();
-        assert_eq!(replica.hash_kv(3).await.unwrap().unwrap().0, before);
-        let now = replica.hash_kv(0).await.unwrap().unwrap().0;
-        assert_eq!((now.compact_revision, now.revision), (3, 4));
-        assert!(replica.hash_kv(2).await.unwrap().is_err());
-        replica.shutdown().await;
-    }
 }

@@ -6,9 +6,21 @@ use std::sync::{
 };
 
 use clustermesh_store::{DataDir, Identity, StoreError};
+use openraft::async_runtime::AsyncRuntime;
 use parking_lot::Mutex;
+use rand::Rng;
 
 use crate::wire::refusal::Reason;
+
+/// An id of a replica or a group that nobody else has.
+pub(crate) fn random_id<R: AsyncRuntime>() -> u64 {
+    loop {
+        let id = R::thread_rng().next_u64();
+        if id != 0 {
+            return id;
+        }
+    }
+}
 
 /// Where the identity is kept.
 pub(crate) enum Kept {

@@ -3,6 +3,7 @@
 //! [`Replica`] is the handle that a process uses. Nothing here names an async runtime: tasks, clocks and randomness come
 //! from openraft's `AsyncRuntime`, the type parameter `R`.
 
+mod answer;
 mod backup;
 mod backup_file;
 mod batcher;
@@ -34,6 +35,7 @@ mod test_support;
 mod watch;
 pub mod wire;
 
+pub use answer::{Answer, Committed};
 pub use backup_file::{BackupError, BackupFile, BackupSummary, Restore, Restored};
 pub use check_data::{CheckReport, Finding, Severity, SnapshotFound, check_data};
 pub use clustermesh_store::{DiskFault, DiskFaults, Node, ReplicaId, SnapshotFile, StoreError};
@@ -46,8 +48,7 @@ pub use group::AuthChanges;
 pub use membership::MemberError;
 pub use metrics::Metrics;
 pub use peer::{AsideError, NoPeers, PeerHandler, Target, Transport, TransportError};
-pub use replica::{Committed, LeaseTime, Member, REVISION_BUMP, Replica, Status};
-pub use state_machine::Answer;
+pub use replica::{LeaseTime, Member, REVISION_BUMP, Replica, Status};
 pub use watch::{EventFilter, WatchEvents, WatchItem, WatchSpec, Watcher};
 
 /// openraft's types as this crate uses them.

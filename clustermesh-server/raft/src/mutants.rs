@@ -9,7 +9,10 @@ use clustermesh_api::etcd::rpc::CompactionRequest;
 use clustermesh_core::{SnapshotLoader, State, limits::BATCH_FORMAT, pb, pb::proposal::Command};
 use clustermesh_store::{LogId, Origin, ReplicaId};
 
-use crate::{config::SNAPSHOT_CHUNK_BYTES, replica::Committed, state_machine::Answer};
+use crate::{
+    answer::{Answer, Committed},
+    config::SNAPSHOT_CHUNK_BYTES,
+};
 
 /// A fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -363,7 +363,7 @@ async fn send_snapshot<R: AsyncRuntime>(
         "sending a snapshot"
     );
     let reader = snapshot.read().map_err(|error| {
-        CallError::Refused(crate::peer::refuse(
+        CallError::Refused(crate::error::refuse(
             crate::wire::refusal::Reason::Storage,
             error.to_string(),
         ))

@@ -121,13 +121,6 @@ impl CallError {
     }
 }
 
-pub(crate) fn refuse(reason: Reason, message: impl Into<String>) -> Refusal {
-    Refusal {
-        reason: reason.into(),
-        message: message.into(),
-    }
-}
-
 /// Why a message to another replica's process did not arrive.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AsideError {

@@ -1,12 +1,12 @@
 //! The handle of a running replica.
 
 mod bootstrap;
+mod hash_kv;
 mod recover;
 mod start;
 
 pub use recover::REVISION_BUMP;
 pub(crate) use recover::{close, recover_state, write_empty_log, write_snapshot};
-pub(crate) use start::random_id;
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use clustermesh_core::{KvError, Outcome, State, pb};
+use clustermesh_core::{State, pb};
 use clustermesh_store::{MemoryLog, Node, ReplicaId, SledLog};
 use openraft::{
     Raft,
@@ -23,7 +23,8 @@ use openraft::{
 use parking_lot::Mutex;
 
 use crate::{
-    Answer, Types,
+    Types,
+    answer::{Answer, Committed},
     batcher::Proposer,
     config::{CLOSE_TIMEOUT_MS, ROUTE_RETRY_PAUSE},
     error::{ProposeError, ReadError, StartError},
@@ -41,21 +42,6 @@ use crate::{
         member_change::Change,
     },
 };
-
-/// A proposal that was committed and applied here.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Committed {
-    /// What came of it: apply may refuse it, which changes nothing.
-    pub outcome: Result<Outcome, KvError>,
-    /// Main revision after it.
-    pub revision: i64,
-    /// Compact revision after its entry.
-    pub compact_revision: i64,
-    /// Raft term in which it was proposed.
-    pub term: u64,
-    /// Place of its entry in the log.
-    pub index: u64,
-}
 
 /// A lease as the leader sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]

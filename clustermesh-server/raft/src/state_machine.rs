@@ -9,8 +9,7 @@ use std::{
 };
 
 use clustermesh_core::{
-    ApplyError, ProposalResult, SnapshotLoader, State, limits::BATCH_FORMAT, pb,
-    pb::proposal::Command,
+    ApplyError, SnapshotLoader, State, limits::BATCH_FORMAT, pb, pb::proposal::Command,
 };
 use clustermesh_store::{
     LogId, Membership, ReplicaId, SnapshotFile, SnapshotMeta, SnapshotStore, StoreError,
@@ -29,6 +28,7 @@ use prost::Message;
 
 use crate::{
     Types,
+    answer::{Answer, Committed},
     batcher::Waiting,
     config::SNAPSHOT_CHUNK_BYTES,
     error::{EntryError, ProposeError, StartError},
@@ -38,18 +38,8 @@ use crate::{
     lease::LeaseKeeper,
     metrics::{Metrics, add},
     peer::Contact,
-    replica::Committed,
     watch::Publication,
 };
-
-/// What applying one entry answers: one result for each proposal of a batch, none for other entries.
-#[derive(Debug, Default)]
-pub struct Answer {
-    /// In the order of the proposals.
-    pub results: Vec<ProposalResult>,
-    /// Compact revision afterwards.
-    pub compact_revision: i64,
-}
 
 /// The state with its place in the log.
 pub(crate) struct Applied {

@@ -31,7 +31,7 @@ pub(crate) fn config(data: Data) -> ReplicaConfig {
     let mut config = ReplicaConfig::new(data, "test");
     config.heartbeat = Duration::from_millis(20);
     config.election_timeout = Duration::from_millis(60);
-    config.start_timeout = Duration::from_secs(10);
+    config.start_timeout = Duration::from_secs(30);
     config.auto_compaction = AutoCompaction::Off;
     config
 }

@@ -15,7 +15,8 @@ use super::{BackupError, BackupFile};
 use crate::{
     config::InitialMember,
     error::StartError,
-    replica::{random_id, write_empty_log, write_snapshot},
+    identity::random_id,
+    replica::{write_empty_log, write_snapshot},
 };
 
 /// Users of this name and the cluster's are ready-made in every cluster's store.

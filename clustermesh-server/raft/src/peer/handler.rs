@@ -17,13 +17,13 @@ use openraft::{
 use parking_lot::Mutex;
 
 use super::{
-    Incoming, Links, append_from_wire, append_result_to_wire, refuse, vote_answer_to_wire,
-    vote_from_wire,
+    Incoming, Links, append_from_wire, append_result_to_wire, vote_answer_to_wire, vote_from_wire,
 };
 use crate::{
     Types,
     batcher::Proposer,
     divergence,
+    error::refuse,
     identity::IdentityKeeper,
     membership::Members,
     reads::Readers,

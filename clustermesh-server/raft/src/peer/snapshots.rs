@@ -5,8 +5,11 @@ use futures_util::{StreamExt, stream::BoxStream};
 use openraft::async_runtime::AsyncRuntime;
 use parking_lot::Mutex;
 
-use super::{refuse, snapshot_from_wire};
-use crate::wire::{Refusal, Snapshot, SnapshotPart, SnapshotStart, refusal::Reason};
+use super::snapshot_from_wire;
+use crate::{
+    error::refuse,
+    wire::{Refusal, Snapshot, SnapshotPart, SnapshotStart, refusal::Reason},
+};
 
 /// What was received of one snapshot.
 struct Partial {

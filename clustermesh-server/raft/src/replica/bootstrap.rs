@@ -6,12 +6,13 @@ use clustermesh_core::{KvError, pb, pb::proposal::Command};
 use clustermesh_store::{Node, ReplicaId, wire as stored};
 use openraft::async_runtime::{AsyncRuntime, Instant};
 
-use super::{Replica, start::random_id};
+use super::Replica;
 use crate::{
     config::{
         BOOTSTRAP_POLL, InitialMember, READ_INDEX_TIMEOUT, ROUTE_RETRY_PAUSE, ReplicaConfig, Start,
     },
     error::{ProposeError, ReadError, StartError},
+    identity::random_id,
     peer::{Target, Transport},
     wire::{
         CallRequest, Header, Hello, HelloAnswer, Join, call_request::Call, call_response::Answer,

@@ -15,11 +15,12 @@ use openraft::{
 };
 use prost::Message;
 
-use super::{Replica, start::random_id};
+use super::Replica;
 use crate::{
     Answer,
     config::SNAPSHOT_CHUNK_BYTES,
     error::StartError,
+    identity::random_id,
     state_machine::{Applied, load, remove_gone},
 };
 

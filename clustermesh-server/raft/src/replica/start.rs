@@ -23,7 +23,7 @@ use crate::{
     divergence::{Comparer, stand_aside},
     error::StartError,
     forward::Router,
-    identity::{IdentityKeeper, Kept},
+    identity::{IdentityKeeper, Kept, random_id},
     lease, maintenance,
     membership::Members,
     metrics::Metrics,
@@ -42,15 +42,6 @@ struct Opened<R: AsyncRuntime> {
     purged: Option<LogId>,
     snapshots: SnapshotStore,
     kept: Kept,
-}
-
-pub(crate) fn random_id<R: AsyncRuntime>() -> u64 {
-    loop {
-        let id = R::thread_rng().next_u64();
-        if id != 0 {
-            return id;
-        }
-    }
 }
 
 /// Whether a replica lives in the data already.

@@ -30,9 +30,6 @@ use crate::{
     types::{Entry, LogId, Reply, TypeConfig, Vote},
 };
 
-/// Newest entries kept in memory, bytes: followers and apply read these.
-pub(super) const TAIL_BYTES: usize = 16 << 20;
-
 /// The log and vote on sled, made durable by group commit. Clones share it.
 pub struct SledLog<R: AsyncRuntime, A: Reply> {
     shared: Arc<Shared<R, A>>,

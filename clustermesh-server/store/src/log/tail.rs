@@ -9,6 +9,9 @@ use crate::{
     types::{Entry, LogId, Vote},
 };
 
+/// Newest entries kept in memory, bytes: followers and apply read these.
+pub(super) const TAIL_BYTES: usize = 16 << 20;
+
 /// Newest entries of a log, in order and without holes.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Tail {

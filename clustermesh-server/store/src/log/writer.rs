@@ -16,7 +16,7 @@ use openraft::{
 use parking_lot::{Condvar, Mutex};
 
 pub(super) use self::disk::Disk;
-use super::{durable::TAIL_BYTES, tail::Tail};
+use super::tail::{TAIL_BYTES, Tail};
 use crate::{
     error::StoreError,
     types::{Entry, LogId, Reply, TypeConfig, Vote},

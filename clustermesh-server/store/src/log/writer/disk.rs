@@ -17,7 +17,7 @@ use bytes::{Bytes, BytesMut};
 use prost::Message;
 
 use super::{
-    super::{durable::TAIL_BYTES, tail::Tail},
+    super::tail::{TAIL_BYTES, Tail},
     database,
 };
 use crate::{
