@@ -127,10 +127,11 @@ Examples:
   clustermesh alarm disarm
   clustermesh alarm disarm --member s2")]
     Alarm(AlarmArgs),
-    /// Show how this machine's packets to other nodes are encrypted; asks the node agent, not the server
+    /// Show how this machine's packets to other nodes are encrypted, change keys; asks the node agent, not the server
     #[command(after_help = "\
 Examples:
   clustermesh encryption status
+  clustermesh encryption rotate
   clustermesh encryption status -o json | jq '.peers[] | select(.traffic != \"encrypted\")'")]
     Encryption(EncryptionArgs),
     /// Make a certificate authority and certificates for tests and development
@@ -289,6 +290,8 @@ pub struct EncryptionArgs {
 pub enum EncryptionCommand {
     /// Devices of this machine, and how packets to every other node travel
     Status,
+    /// Change keys now: this machine begins, and all others follow; no packet is lost
+    Rotate,
 }
 
 #[derive(Debug, Args)]

@@ -2,7 +2,9 @@
 
 use anyhow::{Result, anyhow};
 use clustermesh_api::v1::agent_client::AgentClient;
-use clustermesh_api::v1::{EncryptionStatusRequest, EncryptionStatusResponse, WireguardPeerStatus};
+use clustermesh_api::v1::{
+    EncryptionStatusRequest, EncryptionStatusResponse, RotateKeysRequest, WireguardPeerStatus,
+};
 use clustermesh_client::local;
 use serde_json::{Value, json};
 
@@ -25,6 +27,19 @@ pub async fn run(global: &GlobalArgs, args: &EncryptionArgs) -> Result<()> {
             match global.output {
                 Output::Json => output::json(&to_json(&status)),
                 Output::Table => output::print(&to_text(&status)),
+            }
+        }
+        EncryptionCommand::Rotate => {
+            let epoch = agent
+                .rotate_keys(RotateKeysRequest {})
+                .await?
+                .into_inner()
+                .epoch;
+            match global.output {
+                Output::Json => output::json(&json!({ "epoch": epoch })),
+                Output::Table => output::print(&format!(
+                    "keys change to epoch {epoch}; `clustermesh encryption status` shows how far that is\n"
+                )),
             }
         }
     }

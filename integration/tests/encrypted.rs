@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clustermesh_integration::lab::cluster::Cluster;
 use clustermesh_integration::lab::host::{command_in, run};
 use clustermesh_integration::lab::node::Node;
@@ -15,6 +15,8 @@ use clustermesh_integration::scenario::{NAMESPACE, until, workload};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+/// Echo requests while keys change: half a minute of them.
+const ECHOES: &str = "1500";
 /// Longest that convergence may take.
 const CONVERGED_SECONDS_MAX: u32 = 30;
 /// Port of the pods' servers.
@@ -174,10 +176,14 @@ async fn all_reach_all(pods: &[Pod]) {
             for v6 in [false, true] {
                 let what = format!("{} to {} v6 {v6}", from.name(), to.name());
                 let address = to.address(v6).unwrap();
-                from.ping(address).await.expect(&what);
+                from.ping(address)
+                    .await
+                    .with_context(|| what.clone())
+                    .unwrap();
                 let server = server_of(to, v6).unwrap();
                 let arguments = ["probe", "--to", &server, "--attempts", "5"];
-                let report = from.traffic(&arguments).await.expect(&what);
+                let report = from.traffic(&arguments).await;
+                let report = report.with_context(|| what.clone()).unwrap();
                 assert_eq!(report["failed"], 0, "{what}: {report}");
             }
         }
@@ -291,6 +297,167 @@ async fn nodes_without_a_key_are_reached_in_clear_until_they_have_one() {
     all_reach_all(&pods).await;
     nothing_in_clear(taps).await;
     finish(streams).await;
+    drop(servers);
+    assert_eq!(lab.remove().await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nodes_say_to_each_other_is_encrypted_where_that_is_wanted() {
+    let lab = lab_with("mode = \"all\"\nstrict = true\nnodes = true", false).await;
+    let nodes: Vec<&Node> = lab.clusters().iter().flat_map(Cluster::nodes).collect();
+    for node in &nodes {
+        until_traffic(node, "encrypted", 3).await;
+    }
+    let either = |way: &str| {
+        let hosts = nodes.iter().map(|node| {
+            let (v4, v6) = node.underlay_addresses();
+            format!("{way} host {v4} or {way} host {v6}")
+        });
+        hosts.collect::<Vec<_>>().join(" or ")
+    };
+    // Neighbours are asked for by ICMPv6; servers are reached as they are.
+    let filter = format!(
+        "({CLEAR}) or (({}) and ({}) and not udp port 51871 and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137) \
+         and not arp)",
+        either("src"),
+        either("dst")
+    );
+    let taps = Tap::everywhere(&lab, &filter).await;
+    let port = PORT.to_string();
+    let program = nodes[0].binaries().join("clustermesh-lab-traffic");
+    let mut servers = Vec::new();
+    for node in &nodes {
+        let mut command = node.command(&program);
+        command.args(["serve", "--name", node.name(), "--tcp", &port]);
+        let log = node.folder().join("serve.log");
+        servers.push(
+            Process::start_ready("serve", &mut command, &log)
+                .await
+                .unwrap(),
+        );
+    }
+    for from in &nodes {
+        for to in nodes.iter().filter(|to| to.netns() != from.netns()) {
+            let (v4, v6) = to.underlay_addresses();
+            for address in [v4, v6] {
+                let mut command = from.command(Path::new("ping"));
+                command.args(["-n", "-c", "3", "-i", "0.05", "-W", "5", &address]);
+                run(&mut command).await.unwrap();
+                let to = SocketAddr::new(address.parse().unwrap(), PORT).to_string();
+                let mut command = from.command(&program);
+                command.args(["probe", "--to", &to, "--attempts", "5"]);
+                let output = run(&mut command).await.unwrap();
+                let text = String::from_utf8_lossy(&output.stdout).into_owned();
+                let report: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+                assert_eq!(report["failed"], 0, "{} to {to}: {report}", from.netns());
+            }
+        }
+    }
+    nothing_in_clear(taps).await;
+    drop(servers);
+    assert_eq!(lab.remove().await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_dies_is_started_again_and_nothing_leaves_in_clear_meanwhile() {
+    let lab = lab_with("mode = \"all\"\nstrict = true", false).await;
+    let taps = Tap::everywhere(&lab, CLEAR).await;
+    for cluster in lab.clusters() {
+        for node in cluster.nodes() {
+            until_traffic(node, "encrypted", 3).await;
+        }
+    }
+    let (pods, servers) = pods(&lab).await;
+    all_reach_all(&pods).await;
+    let streams = streams(&pods).await;
+    let node = lab.cluster(0).node(0);
+    let before = node.wireguard_pid().unwrap();
+    nix::sys::signal::kill(before, Signal::SIGKILL).unwrap();
+    until("another device", || async {
+        let pid = node.wireguard_pid()?;
+        Ok((pid != before).then_some(()))
+    })
+    .await
+    .unwrap();
+    until_traffic(node, "encrypted", 3).await;
+    until("every pod answers again", || async {
+        for to in &pods[1..] {
+            pods[0].ping(to.address(false)?).await?;
+            to.ping(pods[0].address(true)?).await?;
+        }
+        Ok(Some(()))
+    })
+    .await
+    .unwrap();
+    all_reach_all(&pods).await;
+    finish(streams).await;
+    nothing_in_clear(taps).await;
+    drop(servers);
+    assert_eq!(lab.remove().await, Vec::<String>::new());
+}
+
+/// Echo requests between every two pods, a hundred a second; each process ends by itself.
+fn pings(pods: &[Pod], folder: &Path) -> Vec<(Process, String)> {
+    let mut pings = Vec::new();
+    for from in pods {
+        for to in pods.iter().filter(|to| to.name() != from.name()) {
+            let v6 = from.name() < to.name();
+            let what = format!("{} to {} v6 {v6}", from.name(), to.name());
+            let mut command = from.command(Path::new("ping"));
+            command.args(["-n", "-q", "-i", "0.02", "-c", ECHOES, "-W", "10"]);
+            command.arg(to.address(v6).unwrap());
+            let log = folder.join(format!("ping-{}-{}.log", from.name(), to.name()));
+            pings.push((Process::start(&what, &mut command, &log).unwrap(), what));
+        }
+    }
+    pings
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_change_on_every_node_without_losing_a_packet() {
+    let lab = lab_with("mode = \"all\"\nstrict = true", false).await;
+    let taps = Tap::everywhere(&lab, CLEAR).await;
+    let nodes: Vec<&Node> = lab.clusters().iter().flat_map(Cluster::nodes).collect();
+    let mut before = Vec::new();
+    for node in &nodes {
+        let status = until_traffic(node, "encrypted", 3).await;
+        before.push(status["devices"][0]["public_key"].clone());
+    }
+    let (pods, servers) = pods(&lab).await;
+    all_reach_all(&pods).await;
+    let streams = streams(&pods).await;
+    let pings = pings(&pods, lab.folder());
+    nodes[0].rotate_keys().await.unwrap();
+    for (node, before) in nodes.iter().zip(&before) {
+        let changed = until("one device with another key", || async {
+            let status = node.encryption_status().await?;
+            let devices = status["devices"].as_array().cloned().unwrap_or_default();
+            let is_done = devices.len() == 1 && devices[0]["epoch"] == 1;
+            Ok((is_done && devices[0]["public_key"] != *before).then_some(()))
+        });
+        if let Err(error) = changed.await {
+            let log = node.agent().unwrap().log_tail();
+            panic!(
+                "{error:#}: {:#}\n{log}",
+                node.encryption_status().await.unwrap()
+            );
+        }
+    }
+    for (ping, what) in pings {
+        let log = ping.log().to_owned();
+        ping.wait().await.unwrap();
+        let text = std::fs::read_to_string(log).unwrap();
+        let all = format!("{ECHOES} packets transmitted, {ECHOES} received");
+        assert!(text.contains(&all), "{what}: {text}");
+    }
+    for node in &nodes {
+        let status = until_traffic(node, "encrypted", 3).await;
+        let peers = status["peers"].as_array().unwrap();
+        assert!(peers.iter().all(|peer| peer["epoch"] == 1), "{status:#}");
+    }
+    all_reach_all(&pods).await;
+    finish(streams).await;
+    nothing_in_clear(taps).await;
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }

@@ -395,6 +395,9 @@ impl Node {
                 self.activate().await?;
             }
         }
+        self.shared
+            .announcements
+            .send_modify(|n| *n = n.wrapping_add(1));
         Ok(())
     }
 

@@ -8,6 +8,8 @@ use clustermesh_ebpf::Datapath;
 use serde_json::{Value, json};
 
 use crate::config::Config;
+use crate::encryption::DEVICE_NAMES;
+use crate::encryption::keys::{KEY_FILE, NEXT_KEY_FILE};
 use crate::state::StateFiles;
 use crate::{host, netlink, privileges};
 
@@ -193,6 +195,9 @@ pub async fn uninstall(config: &Config) -> anyhow::Result<()> {
     Datapath::uninstall(&config.datapath())?;
     let handle = netlink::connect()?;
     host::remove(&handle).await?;
+    for name in DEVICE_NAMES {
+        netlink::delete_link(&handle, name).await?;
+    }
     println!("kernel programs, maps and {} removed", host::HOST_DEVICE);
     Ok(())
 }
@@ -213,6 +218,8 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
         "endpoints.json",
         "workloads.json",
         "store.json",
+        KEY_FILE,
+        NEXT_KEY_FILE,
     ] {
         remove_file(&config.state_dir.join(name))?;
     }

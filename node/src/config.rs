@@ -53,6 +53,7 @@ Settings that may stand above [server], with their defaults:
   backend = "auto"             # or "kernel", "userspace"
   port = 51871                 # UDP; keys that change use the next one, too
   keepalive_seconds = 0        # for nodes behind address translation; 0 = none
+  rotate_hours = 24            # age at which keys are changed; 0 = never
   program = ""                 # of the device in user space; "" = beside this one
   socket_dir = "/var/run/wireguard" # of that device, for `wg`
   control_ports = [2379, 2380] # of servers: nodes reach them without encryption

@@ -1,11 +1,13 @@
 //! Encryption between nodes: this node's keys and WireGuard devices, kept equal to what the records say.
 
+mod change;
 pub mod keys;
 mod peers;
 pub mod report;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +19,7 @@ use clustermesh_encryption::process::{ProcessDevice, ProcessOptions};
 use clustermesh_encryption::{Backend, Device, DeviceError, DeviceStatus, Origin, Others};
 use clustermesh_encryption_core::config::DeviceConfig;
 use clustermesh_encryption_core::key::PublicKey;
+use clustermesh_node_core::rotation::EPOCH_ANY;
 use clustermesh_node_core::{PeerState, WireguardPeer, WireguardState};
 use clustermesh_process::Drain;
 use nix::net::if_::if_nametoindex;
@@ -29,15 +32,18 @@ use crate::host::Underlay;
 use crate::netlink;
 use crate::reconcile;
 use crate::shared::Shared;
+use change::Turn;
 use keys::StoredKey;
 use report::Report;
 
-/// Devices by the parity of their key's epoch.
+/// The devices; a key that comes next has the one that is free.
 pub const DEVICE_NAMES: [&str; WIREGUARD_DEVICES_MAX] = ["cm_wg0", "cm_wg1"];
 /// `SO_MARK` of the devices' own datagrams: the programs let them through as they are.
 pub const MARK: u32 = 0xe00;
 /// How often the devices are looked at when no record changes.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// While keys change: time between keepalives on the device of the next key.
+const CHANGE_KEEPALIVE_SECONDS: u16 = 2;
 /// Changes of records are carried out together, at most this often.
 const GATHER: Duration = Duration::from_millis(10);
 
@@ -56,6 +62,8 @@ pub struct Encryption {
     settings: Settings,
     backend: Backend,
     inner: Mutex<Inner>,
+    /// Somebody wants new keys now.
+    is_change_asked: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -66,9 +74,9 @@ struct Inner {
     report: Report,
 }
 
-fn name_of(epoch: u32) -> &'static str {
-    let [even, odd] = DEVICE_NAMES;
-    if epoch.is_multiple_of(2) { even } else { odd }
+fn name_of(slot: usize) -> &'static str {
+    let [first, second] = DEVICE_NAMES;
+    if slot == 0 { first } else { second }
 }
 
 impl Encryption {
@@ -85,7 +93,8 @@ impl Encryption {
         if !settings.is_on() {
             return Ok(None);
         }
-        let key = keys::read_or_make(&config.state_dir)?;
+        let current = keys::read_or_make(&config.state_dir)?;
+        let next = keys::read_next(&config.state_dir, &current)?;
         let backend = choose(settings)?;
         let encryption = Self {
             settings: settings.clone(),
@@ -95,12 +104,17 @@ impl Encryption {
                 told: HashMap::new(),
                 report: Report::default(),
             }),
+            is_change_asked: AtomicBool::new(false),
         };
-        let device = encryption
-            .open(key, underlay, handle)
-            .await
-            .context("encryption")?;
-        encryption.lock().devices.push(device);
+        if next.is_none() {
+            // Of a change of keys that was cut off at its end.
+            netlink::delete_link(handle, name_of(1 - current.slot)).await?;
+        }
+        for key in [current].into_iter().chain(next) {
+            let device = encryption.open(key, underlay, handle).await;
+            let device = device.context("encryption")?;
+            encryption.lock().devices.push(device);
+        }
         tokio::task::block_in_place(|| encryption.look())?;
         Ok(Some(Arc::new(encryption)))
     }
@@ -109,9 +123,9 @@ impl Encryption {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The UDP port of the device with a key of that epoch.
-    fn port_of(&self, epoch: u32) -> u16 {
-        self.settings.port + u16::from(!epoch.is_multiple_of(2))
+    /// The UDP port of a device.
+    fn port_of(&self, slot: usize) -> u16 {
+        self.settings.port + u16::from(slot != 0)
     }
 
     /// Finds or starts the device for a key, gives it the key, and sets it up.
@@ -121,8 +135,8 @@ impl Encryption {
         underlay: &Underlay,
         handle: &Handle,
     ) -> anyhow::Result<OpenDevice> {
-        let name = name_of(key.epoch);
-        let (port, mtu) = (self.port_of(key.epoch), underlay.wireguard_mtu);
+        let name = name_of(key.slot);
+        let (port, mtu) = (self.port_of(key.slot), underlay.wireguard_mtu);
         let (device, origin) = tokio::task::block_in_place(|| {
             let (device, origin) = open_device(&self.settings, self.backend, name, mtu)?;
             let wanted = device_config(&key, port, Vec::new());
@@ -181,6 +195,21 @@ impl Encryption {
         }
     }
 
+    /// Asks for new keys; gives the epoch that they will have.
+    pub fn ask_for_change(&self) -> u32 {
+        let inner = self.lock();
+        let epochs: Vec<u32> = inner.devices.iter().map(|d| d.key.epoch).collect();
+        match *epochs.as_slice() {
+            // One is under way.
+            [_, next, ..] => next,
+            [current] => {
+                self.is_change_asked.store(true, Ordering::Relaxed);
+                current.saturating_add(1)
+            }
+            [] => 0,
+        }
+    }
+
     /// What the devices are ready for, as of the last look.
     #[must_use]
     pub fn state(&self) -> WireguardState {
@@ -225,10 +254,18 @@ impl Encryption {
         let mut steps = 0;
         let Inner { devices, told, .. } = &mut *inner;
         let mut told_now = HashMap::new();
-        for open in devices {
-            let of_epoch = wanted
-                .iter()
-                .filter(|peer| peer.key.epoch == open.key.epoch);
+        for (place, open) in devices.iter().enumerate() {
+            let is_present = place == 0;
+            let of_epoch = wanted.iter().filter(|peer| match peer.key.epoch {
+                EPOCH_ANY => is_present,
+                epoch => epoch == open.key.epoch,
+            });
+            // Under a new key somebody has to begin.
+            let keepalive_seconds = if is_present {
+                self.settings.keepalive_seconds
+            } else {
+                CHANGE_KEEPALIVE_SECONDS
+            };
             let known: BTreeSet<PublicKey> = open
                 .device
                 .status()?
@@ -242,7 +279,7 @@ impl Encryption {
                     let key = PublicKey(peer.key.key);
                     told_now.insert(key, endpoint);
                     let has_moved = told.get(&key) != Some(&endpoint) || !known.contains(&key);
-                    peers::config(peer, has_moved, self.settings.keepalive_seconds)
+                    peers::config(peer, has_moved, keepalive_seconds)
                 })
                 .collect();
             let wanted = device_config(&open.key, open.port, peers);
@@ -329,6 +366,7 @@ pub async fn run(shared: Arc<Shared>, encryption: Arc<Encryption>, handle: Handl
         handle,
         configured: None,
         last_fault: String::new(),
+        turn: Turn::new(),
     };
     loop {
         tokio::select! {
@@ -367,6 +405,7 @@ struct Task {
     /// What the devices were last made to be, and whether everything was known then.
     configured: Option<(Vec<WireguardPeer>, bool)>,
     last_fault: String,
+    turn: Turn,
 }
 
 impl Task {
@@ -385,24 +424,30 @@ impl Task {
                 self.configure(&wanted, is_settled)?;
                 self.encryption.lock().report.set_nodes(wanted, without);
             }
-            self.encryption.look()?;
-            let state = self.encryption.state();
-            self.encryption
-                .report()
-                .publish(&self.shared.metrics.encryption);
-            let is_news = match self.shared.model().as_mut() {
-                Some(model) if *model.wireguard() != state => {
-                    model.set_wireguard(state);
-                    model.is_listed()
-                }
-                _ => false,
-            };
-            if is_news {
-                // What fails is tried again by whoever follows the records.
-                reconcile::round(&self.shared);
+            self.publish_state()
+        })?;
+        self.change_keys().await
+    }
+
+    /// Tells the model what the devices know now, and makes the kernel follow.
+    fn publish_state(&self) -> anyhow::Result<()> {
+        self.encryption.look()?;
+        let state = self.encryption.state();
+        self.encryption
+            .report()
+            .publish(&self.shared.metrics.encryption);
+        let is_news = match self.shared.model().as_mut() {
+            Some(model) if *model.wireguard() != state => {
+                model.set_wireguard(state);
+                model.is_listed()
             }
-            Ok(())
-        })
+            _ => false,
+        };
+        if is_news {
+            // What fails is tried again by whoever follows the records.
+            reconcile::round(&self.shared);
+        }
+        Ok(())
     }
 
     fn configure(&mut self, wanted: &[WireguardPeer], is_settled: bool) -> anyhow::Result<()> {
@@ -442,7 +487,7 @@ impl Task {
         });
         for key in dead {
             warn!(
-                device = name_of(key.epoch),
+                device = name_of(key.slot),
                 "the WireGuard device has ended, starting it again"
             );
             let underlay = self.shared.underlay.borrow().clone();

@@ -11,7 +11,7 @@ use clustermesh_api::v1::session_request::Message as Request;
 use clustermesh_api::v1::session_response::Message as Response;
 use clustermesh_api::v1::{
     EndpointReadiness, Heartbeat, Hello, PortReadiness, ReportApplied, ReportReadiness,
-    SourceRevision, Welcome,
+    SourceRevision, Welcome, WireguardKeys,
 };
 use clustermesh_client::{Client, NodeSession};
 use clustermesh_ebpf::abi::LAYOUT_VERSION;
@@ -85,6 +85,9 @@ pub async fn run(shared: Arc<Shared>, client: Client, identity: Identity, drain:
 
 async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow::Result<()> {
     let mut underlay = shared.underlay.subscribe();
+    let mut announcements = shared.announcements.subscribe();
+    announcements.mark_unchanged();
+    let keys = shared.encryption.as_ref().map(|e| e.announcement());
     let underlay_addresses = underlay.borrow_and_update().address_texts();
     let hello = Hello {
         node: shared.config.node.clone(),
@@ -96,7 +99,7 @@ async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow:
         session_ttl_seconds: shared.config.session_ttl_seconds,
         pod_cidrs_held: shared.endpoints.cidrs_held().await,
         instance_id: identity.instance_id.clone(),
-        wireguard: shared.encryption.as_ref().map(|e| e.announcement()),
+        wireguard: keys.clone(),
     };
     let mut session = client.node_session(hello).await?;
     let welcome = tokio::time::timeout(WELCOME_WAIT, welcome(&mut session))
@@ -121,7 +124,20 @@ async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow:
     });
     shared.connected.send_replace(true);
     let beat = Duration::from_secs(u64::from(ttl)) / 3;
-    talk(shared, session, beat, underlay).await
+    let news = News {
+        underlay,
+        announcements,
+        keys,
+    };
+    talk(shared, session, beat, news).await
+}
+
+/// What makes another Hello necessary.
+struct News {
+    underlay: watch::Receiver<Underlay>,
+    announcements: watch::Receiver<u64>,
+    /// What the Hello said.
+    keys: Option<WireguardKeys>,
 }
 
 async fn welcome(session: &mut NodeSession) -> anyhow::Result<Welcome> {
@@ -172,7 +188,7 @@ async fn talk(
     shared: &Shared,
     session: NodeSession,
     beat: Duration,
-    mut underlay: watch::Receiver<Underlay>,
+    mut news: News,
 ) -> anyhow::Result<()> {
     let NodeSession {
         sender,
@@ -203,7 +219,14 @@ async fn talk(
                 let mut registered = shared.registered.lock().unwrap_or_else(PoisonError::into_inner);
                 registered.clone_from(claims.stored());
             }
-            Ok(()) = underlay.changed() => {
+            Ok(()) = news.announcements.changed() => {
+                let keys = shared.encryption.as_ref().map(|e| e.announcement());
+                if keys != news.keys {
+                    info!("WireGuard keys have changed, opening a session that says so");
+                    return Ok(());
+                }
+            }
+            Ok(()) = news.underlay.changed() => {
                 info!("the underlay has changed, opening a session that says so");
                 return Ok(());
             }

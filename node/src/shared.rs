@@ -80,6 +80,8 @@ pub struct Shared {
     pub peer_changes: watch::Sender<u64>,
     /// Counts changes of the WireGuard devices themselves.
     pub wireguard_changes: watch::Sender<u64>,
+    /// Counts changes of what other nodes are to know of this one's devices.
+    pub announcements: watch::Sender<u64>,
     /// Keys and devices; `None` where nothing is encrypted.
     pub encryption: Option<Arc<Encryption>>,
     /// Endpoints that the server has stored.
@@ -118,6 +120,7 @@ impl Shared {
             workload_changes: watch::Sender::new(0),
             peer_changes: watch::Sender::new(0),
             wireguard_changes: watch::Sender::new(0),
+            announcements: watch::Sender::new(0),
             encryption: parts.encryption,
             registered: Mutex::default(),
             model: Mutex::new(None),

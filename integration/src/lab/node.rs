@@ -185,6 +185,36 @@ key = "{pki}/{cluster}/{name}.key"
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
+    /// Makes the node change its WireGuard keys, and with it all others.
+    ///
+    /// # Errors
+    /// When the agent does not answer, or encrypts nothing.
+    pub async fn rotate_keys(&self) -> Result<()> {
+        let mut command = command_in(&self.netns, None, &self.binaries.join("clustermesh"));
+        command
+            .args(["encryption", "rotate", "--socket"])
+            .arg(self.socket());
+        run(&mut command).await.map(drop)
+    }
+
+    /// The process of the node's WireGuard device.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn wireguard_pid(&self) -> Result<nix::unistd::Pid> {
+        let processes = std::fs::read_to_string(self.cgroup.join("cgroup.procs"))?;
+        processes
+            .lines()
+            .filter_map(|line| line.parse().ok())
+            .find(|pid: &i32| {
+                let command = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+                // The kernel keeps 15 bytes of the name.
+                command.is_ok_and(|command| command.trim() == "clustermesh-wir")
+            })
+            .map(nix::unistd::Pid::from_raw)
+            .with_context(|| format!("no WireGuard device runs on {}", self.name))
+    }
+
     /// Gives the agent settings of encryption when it starts the next time, in place of those that it has.
     pub fn set_encryption(&mut self, settings: &str) {
         let before = self.config_text.split(ENCRYPTION_HEADING).next();

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -13,6 +13,36 @@ pub const LABS_DIR: &str = "/var/tmp/clustermesh-lab";
 
 /// First letters of every name that a lab makes.
 pub const PREFIX_START: &str = "cml";
+
+/// By this a later run knows what a killed one left behind.
+const OWNER: &str = "owner.pid";
+
+/// Makes the folder of the lab `prefix`, which this process owns. It appears with its owner in it: others take one
+/// without for abandoned.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn make_folder(prefix: &str) -> Result<PathBuf> {
+    let folder = Path::new(LABS_DIR).join(prefix);
+    let begun = hidden("new", prefix);
+    std::fs::create_dir_all(&begun)
+        .and_then(|()| std::fs::write(begun.join(OWNER), std::process::id().to_string()))
+        .and_then(|()| std::fs::rename(&begun, &folder))
+        .with_context(|| folder.display().to_string())?;
+    Ok(folder)
+}
+
+/// Removes the folder of a lab. It disappears with its owner still in it.
+fn remove_folder(prefix: &str, folder: &Path) -> std::io::Result<()> {
+    let gone = hidden("gone", prefix);
+    std::fs::rename(folder, &gone)?;
+    std::fs::remove_dir_all(&gone)
+}
+
+/// A name that is no lab's.
+fn hidden(why: &str, prefix: &str) -> PathBuf {
+    Path::new(LABS_DIR).join(format!(".{why}-{prefix}"))
+}
 
 /// Removes everything of the lab `prefix` and reports what could not be removed.
 ///
@@ -48,12 +78,12 @@ pub async fn remove_lab(prefix: &str) -> Vec<String> {
         note(&path, sh("umount", &["-l", &path]).await.map(drop));
     }
     if let Ok(cgroup) = cgroup {
-        note("cgroup", remove_cgroup(&cgroup));
+        note("cgroup", remove_cgroup(&cgroup).await);
     }
     if folder.exists() {
         note(
             &folder.display().to_string(),
-            std::fs::remove_dir_all(&folder).map_err(Into::into),
+            remove_folder(prefix, &folder).map_err(Into::into),
         );
     }
     failures
@@ -68,7 +98,7 @@ pub fn abandoned() -> Vec<String> {
         .flatten()
         .filter_map(|entry| {
             let prefix = entry.file_name().into_string().ok()?;
-            let owner = std::fs::read_to_string(entry.path().join("owner.pid")).ok();
+            let owner = std::fs::read_to_string(entry.path().join(OWNER)).ok();
             let alive = owner
                 .and_then(|pid| pid.trim().parse().ok())
                 .is_some_and(|pid| kill(Pid::from_raw(pid), None).is_ok());
@@ -82,7 +112,7 @@ pub async fn remove_own() -> Vec<String> {
     let own = std::process::id().to_string();
     let mut failures = Vec::new();
     for entry in std::fs::read_dir(LABS_DIR).into_iter().flatten().flatten() {
-        let owner = std::fs::read_to_string(entry.path().join("owner.pid"));
+        let owner = std::fs::read_to_string(entry.path().join(OWNER));
         if owner.is_ok_and(|pid| pid.trim() == own)
             && let Ok(prefix) = entry.file_name().into_string()
         {
@@ -138,12 +168,20 @@ fn folders_deepest_first(root: &Path) -> Vec<PathBuf> {
     all
 }
 
-fn remove_cgroup(cgroup: &Path) -> Result<()> {
+async fn remove_cgroup(cgroup: &Path) -> Result<()> {
     if !cgroup.exists() {
         return Ok(());
     }
     for folder in folders_deepest_first(cgroup) {
-        std::fs::remove_dir(&folder)?;
+        let mut tries = 200;
+        // A killed process leaves its cgroup after its namespaces: a device closes its queues in between.
+        while let Err(error) = std::fs::remove_dir(&folder) {
+            if error.kind() != std::io::ErrorKind::ResourceBusy || tries == 0 {
+                return Err(error.into());
+            }
+            tries -= 1;
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
     }
     Ok(())
 }

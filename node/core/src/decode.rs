@@ -18,6 +18,7 @@ use crate::change::{
     SliceRecord, WireguardKey, WorkloadDeclaration,
 };
 use crate::refused::{Reason, Refusal};
+use crate::rotation::EPOCH_ANY;
 
 /// IP protocol number of TCP.
 pub const PROTOCOL_TCP: u8 = 6;
@@ -355,7 +356,7 @@ fn node_keys(node: &records::Node) -> Vec<NodeKey> {
         .extension
         .as_ref()
         .and_then(|extension| extension.wireguard.as_ref());
-    let (port, epoch) = more.map_or((0, 0), |more| (more.port, more.epoch));
+    let (port, epoch) = more.map_or((0, EPOCH_ANY), |more| (more.port, more.epoch));
     let current = key(&node.wireguard_pub_key, port, epoch);
     let next = more
         .and_then(|more| more.next.as_ref())

@@ -14,6 +14,7 @@ pub mod plan;
 pub mod probes;
 pub mod progress;
 pub mod refused;
+pub mod rotation;
 pub mod select;
 pub mod tables;
 

@@ -31,6 +31,8 @@ pub struct Encryption {
     pub port: u16,
     /// Time between keepalives that are sent without cause, seconds; 0 = none. Needed behind address translation.
     pub keepalive_seconds: u16,
+    /// Age at which this node's key is changed, hours; 0 = never. The node that is first takes all others along.
+    pub rotate_hours: u32,
     /// Program of the device in user space; empty = beside the agent's own.
     pub program: PathBuf,
     /// Folder of that device's control socket.
@@ -50,6 +52,7 @@ impl Default for Encryption {
             backend: BackendChoice::Auto,
             port: WIREGUARD_PORT_DEFAULT,
             keepalive_seconds: 0,
+            rotate_hours: 24,
             program: PathBuf::new(),
             socket_dir: SOCKET_DIR.into(),
             control_ports: CONTROL_PORTS_DEFAULT.to_vec(),

@@ -4,9 +4,11 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use clustermesh_ebpf::abi::WIREGUARD_DEVICES_MAX;
 use clustermesh_encryption_core::key::PrivateKey;
 use zeroize::Zeroizing;
 
@@ -18,8 +20,6 @@ pub const KEY_FILE: &str = "wireguard.key";
 pub const NEXT_KEY_FILE: &str = "wireguard-next.key";
 /// Longest key file, bytes.
 const FILE_BYTES_MAX: u64 = 256;
-/// What stands before the epoch in the second line.
-const EPOCH_WORD: &str = "epoch ";
 
 /// A private key and its place among the node's keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +28,22 @@ pub struct StoredKey {
     pub private: PrivateKey,
     /// Counts keys in step with all other nodes.
     pub epoch: u32,
+    /// Which of the two devices has it: 0 or 1.
+    pub slot: usize,
+}
+
+/// The second line of a file: what belongs to the key.
+fn second_line(epoch: u32, slot: usize) -> String {
+    format!("epoch {epoch} device {slot}")
+}
+
+fn read_second_line(line: &str) -> Option<(u32, usize)> {
+    let (epoch, slot) = line.strip_prefix("epoch ")?.split_once(" device ")?;
+    let slot = slot
+        .parse()
+        .ok()
+        .filter(|slot| *slot < WIREGUARD_DEVICES_MAX)?;
+    Some((epoch.parse().ok()?, slot))
 }
 
 /// Why a key file cannot be used.
@@ -101,11 +117,13 @@ pub fn read(path: &Path) -> Result<Option<StoredKey>, KeyFileError> {
     };
     let mut lines = text.lines();
     let key = lines.next().map(PrivateKey::from_base64);
-    let epoch = lines
-        .next()
-        .and_then(|line| line.strip_prefix(EPOCH_WORD)?.parse().ok());
-    match (key, epoch, lines.next()) {
-        (Some(Ok(private)), Some(epoch), None) => Ok(Some(StoredKey { private, epoch })),
+    let place = lines.next().and_then(read_second_line);
+    match (key, place, lines.next()) {
+        (Some(Ok(private)), Some((epoch, slot)), None) => Ok(Some(StoredKey {
+            private,
+            epoch,
+            slot,
+        })),
         _ => Err(damaged()),
     }
 }
@@ -114,16 +132,20 @@ pub fn read(path: &Path) -> Result<Option<StoredKey>, KeyFileError> {
 ///
 /// # Errors
 /// The folder cannot be written.
-pub fn make(path: &Path, epoch: u32) -> Result<StoredKey, KeyFileError> {
+pub fn make(path: &Path, epoch: u32, slot: usize) -> Result<StoredKey, KeyFileError> {
     let mut bytes = Zeroizing::new([0_u8; 32]);
     rand::fill(&mut bytes[..]);
     let private = PrivateKey::from_bytes(*bytes);
     let encoded = Zeroizing::new(STANDARD.encode(private.bytes()));
-    let text = Zeroizing::new(format!("{}\n{EPOCH_WORD}{epoch}\n", *encoded));
+    let text = Zeroizing::new(format!("{}\n{}\n", *encoded, second_line(epoch, slot)));
     // One that a crash left has perhaps another mode.
     remove(&path.with_extension("new"))?;
     write_durably(path, text.as_bytes()).map_err(failed("write", path))?;
-    Ok(StoredKey { private, epoch })
+    Ok(StoredKey {
+        private,
+        epoch,
+        slot,
+    })
 }
 
 /// Removes a key; none there is fine.
@@ -145,8 +167,41 @@ pub fn read_or_make(dir: &Path) -> Result<StoredKey, KeyFileError> {
     let path = dir.join(KEY_FILE);
     match read(&path)? {
         Some(key) => Ok(key),
-        None => make(&path, 0),
+        None => make(&path, 0, 0),
     }
+}
+
+/// The key that comes next, if keys were changing when the last run ended.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_next(dir: &Path, current: &StoredKey) -> Result<Option<StoredKey>, KeyFileError> {
+    let next = read(&dir.join(NEXT_KEY_FILE))?;
+    // One that has become the present one, or belongs to another, is not next.
+    Ok(next.filter(|next| next.epoch > current.epoch && next.slot != current.slot))
+}
+
+/// The next key becomes the present one, in one step.
+///
+/// # Errors
+/// The folder cannot be written.
+pub fn promote(dir: &Path) -> Result<(), KeyFileError> {
+    let path = dir.join(KEY_FILE);
+    fs::rename(dir.join(NEXT_KEY_FILE), &path)
+        .and_then(|()| fs::File::open(dir)?.sync_all())
+        .map_err(failed("replace", &path))
+}
+
+/// How long ago the present key was made.
+///
+/// # Errors
+/// The file is gone.
+pub fn age(dir: &Path) -> Result<Duration, KeyFileError> {
+    let path = dir.join(KEY_FILE);
+    let made = fs::metadata(&path).and_then(|facts| facts.modified());
+    let made = made.map_err(failed("look at", &path))?;
+    // A clock that was set back makes it new.
+    Ok(SystemTime::now().duration_since(made).unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -168,6 +223,22 @@ mod tests {
         let stored = fs::read_to_string(&path).unwrap();
         let secret = stored.lines().next().unwrap();
         assert!(!format!("{first:?}").contains(secret), "a key is not shown");
+    }
+
+    #[test]
+    fn the_next_key_takes_the_place_of_the_present_one_in_one_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = read_or_make(dir.path()).unwrap();
+        assert_eq!(read_next(dir.path(), &first).unwrap(), None);
+        let next = make(&dir.path().join(NEXT_KEY_FILE), 7, 1).unwrap();
+        assert_eq!(read_next(dir.path(), &first).unwrap(), Some(next.clone()));
+        promote(dir.path()).unwrap();
+        assert_eq!(read_or_make(dir.path()).unwrap(), next);
+        assert_eq!(read_next(dir.path(), &next).unwrap(), None);
+        assert!(age(dir.path()).unwrap() < Duration::from_secs(60));
+        // Left over from another key: it has the same place.
+        make(&dir.path().join(NEXT_KEY_FILE), 8, 1).unwrap();
+        assert_eq!(read_next(dir.path(), &next).unwrap(), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 use clustermesh_api::v1::agent_server::Agent;
 use clustermesh_api::v1::{
     AgentStatusRequest, AgentStatusResponse, EncryptionStatusRequest, EncryptionStatusResponse,
-    Flow, FlowsRequest, LocalEndpoint, TrafficCounter,
+    Flow, FlowsRequest, LocalEndpoint, RotateKeysRequest, RotateKeysResponse, TrafficCounter,
 };
 use clustermesh_ebpf::abi::{LAYOUT_VERSION, WireTraffic};
 use clustermesh_process::Drain;
@@ -156,6 +156,19 @@ impl Agent for AgentService {
             }
         }
         Ok(Response::new(response))
+    }
+
+    async fn rotate_keys(
+        &self,
+        _: Request<RotateKeysRequest>,
+    ) -> Result<Response<RotateKeysResponse>, Status> {
+        let Some(encryption) = &self.shared.encryption else {
+            return Err(Status::failed_precondition(
+                "this node encrypts nothing: set encryption.mode in its configuration",
+            ));
+        };
+        let epoch = encryption.ask_for_change();
+        Ok(Response::new(RotateKeysResponse { epoch }))
     }
 
     type FlowsStream = Pin<Box<dyn Stream<Item = Result<Flow, Status>> + Send>>;

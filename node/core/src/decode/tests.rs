@@ -50,7 +50,7 @@ fn wireguard_keys_of_a_node_are_read_as_cilium_and_as_we_write_them() {
         port,
     };
     let current = format!("\"WireguardPubKey\":\"{one}\"");
-    assert_eq!(keys(&current), [key(1, 51_871, 0)]);
+    assert_eq!(keys(&current), [key(1, 51_871, EPOCH_ANY)]);
     let more = |next: &str, epoch: u32| {
         format!(
             "{current},\"clustermesh.io\":{{\"wireguard\":{{\"port\":7,\"epoch\":4,\"next\":{{\"pubKey\":\"{next}\",\"port\":8,\"epoch\":{epoch}}}}}}}"
