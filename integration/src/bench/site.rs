@@ -9,7 +9,7 @@ use clustermesh_ebpf::{AttachMode, Datapath, Options};
 
 use crate::lab::host::{cgroup2_root, ip_batch, netns_path, sh};
 use crate::lab::tap::in_netns;
-use crate::lab::teardown::{self, LABS_DIR, PREFIX_START};
+use crate::lab::teardown::{self, PREFIX_START};
 
 /// A place of its own on this machine.
 #[derive(Debug)]
@@ -24,10 +24,7 @@ impl Site {
         static SITES: AtomicU32 = AtomicU32::new(0);
         let number = SITES.fetch_add(1, Ordering::Relaxed);
         let prefix = format!("{PREFIX_START}{:x}xb{number}", std::process::id());
-        let folder = Path::new(LABS_DIR).join(&prefix);
-        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-        // By this a later run knows what a killed one left behind.
-        std::fs::write(folder.join("owner.pid"), std::process::id().to_string())?;
+        let folder = teardown::make_folder(&prefix)?;
         Ok(Self { prefix, folder })
     }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::lab::host::{command_in, ip_batch, run, run_unchecked, sh};
 use crate::lab::requirements;
-use crate::lab::teardown::{self, LABS_DIR, PREFIX_START};
+use crate::lab::teardown::{self, PREFIX_START};
 use device::{Device, Maker, Running};
 
 /// The two machines, by place.
@@ -56,10 +56,7 @@ impl Pair {
         );
         let number = PAIRS.fetch_add(1, Ordering::Relaxed);
         let prefix = format!("{PREFIX_START}{:x}xw{number}", std::process::id());
-        let folder = Path::new(LABS_DIR).join(&prefix);
-        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-        // By this a later run knows what a killed one left behind.
-        std::fs::write(folder.join("owner.pid"), std::process::id().to_string())?;
+        let folder = teardown::make_folder(&prefix)?;
         let pair = Self {
             prefix,
             folder,

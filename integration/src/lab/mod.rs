@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, bail};
 
 use cluster::Cluster;
-use teardown::{LABS_DIR, PREFIX_START};
+use teardown::PREFIX_START;
 use wan::Wan;
 
 /// Clusters in one lab.
@@ -148,9 +148,7 @@ impl Lab {
             teardown::remove_lab(&prefix).await;
         }
         let prefix = new_prefix();
-        let folder = Path::new(LABS_DIR).join(&prefix);
-        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-        std::fs::write(folder.join("owner.pid"), std::process::id().to_string())?;
+        let folder = teardown::make_folder(&prefix)?;
         let mut lab = Self {
             prefix,
             folder,
