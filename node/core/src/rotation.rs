@@ -1,0 +1,273 @@
+//! When this node's WireGuard key gives way to the next one.
+//!
+//! Keys are counted by epochs, in step over the whole mesh: a device speaks with keys of its own epoch only. A node that
+//! begins an epoch runs a second device with the next key beside the first one; others see that in its record and
+//! follow. From then on both devices of every node take packets, and each node sends to each other one through the new
+//! device once the two have shaken hands there. The old device goes when nobody uses it any more.
+
+use crate::change::NodeKey;
+
+/// Epoch of a key whose owner counts none (Cilium's): it belongs to whichever key is the present one.
+pub const EPOCH_ANY: u32 = u32::MAX;
+/// A peer that is silent for so long after a change began is not waited for.
+pub const SILENCE_MS_MAX: u64 = 10 * 60 * 1_000;
+/// Least time from the beginning of a change to its end, and to the beginning of the next.
+pub const CHANGE_MS_MIN: u64 = 5_000;
+/// Epochs that a peer may be ahead: more is no step of the mesh.
+pub const EPOCHS_AHEAD_MAX: u32 = 1 << 16;
+
+/// This node's keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnKeys {
+    /// Epoch of the key in use.
+    pub current: u32,
+    /// How long it has been in use.
+    pub age_ms: u64,
+    /// Epoch of the key that comes next, while keys change.
+    pub next: Option<u32>,
+    /// How long ago the change began, or the last one ended.
+    pub since_ms: u64,
+}
+
+/// Another node that has a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeerKeys {
+    /// Largest epoch among its keys.
+    pub newest: u32,
+    /// It has answered on the device of our next key.
+    pub has_answered: bool,
+    /// It has sent to the device of our present key a moment ago.
+    pub uses_old: bool,
+}
+
+impl PeerKeys {
+    /// The largest epoch among these keys; `None` for a node that counts none.
+    #[must_use]
+    pub fn newest_of(keys: &[NodeKey]) -> Option<u32> {
+        let counted = keys.iter().map(|key| key.epoch);
+        counted.filter(|epoch| *epoch != EPOCH_ANY).max()
+    }
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Nothing.
+    Wait,
+    /// Make a key of this epoch and a device for it.
+    Begin {
+        /// The epoch.
+        epoch: u32,
+    },
+    /// The next key becomes the present one; the device of the old one goes.
+    Finish {
+        /// Peers that were not waited for any longer.
+        left_behind: usize,
+    },
+}
+
+/// Decides; `every_ms` is the age at which a key is changed (0 = never), `is_asked`: somebody wants it now.
+#[must_use]
+pub fn decide(own: OwnKeys, peers: &[PeerKeys], every_ms: u64, is_asked: bool) -> Decision {
+    if own.since_ms < CHANGE_MS_MIN {
+        return Decision::Wait;
+    }
+    if own.next.is_some() {
+        let is_through = |peer: &&PeerKeys| peer.has_answered && !peer.uses_old;
+        let missing = peers.len() - peers.iter().filter(is_through).count();
+        return if missing == 0 || own.since_ms >= SILENCE_MS_MAX {
+            Decision::Finish {
+                left_behind: missing,
+            }
+        } else {
+            Decision::Wait
+        };
+    }
+    let most = own.current.saturating_add(EPOCHS_AHEAD_MAX);
+    let mesh = peers.iter().map(|peer| peer.newest);
+    let ahead = mesh.filter(|epoch| (own.current + 1..=most).contains(epoch));
+    let is_old = every_ms > 0 && own.age_ms >= every_ms;
+    match ahead.max() {
+        // Others have begun: this node follows to the same epoch.
+        Some(epoch) => Decision::Begin { epoch },
+        None if is_old || is_asked => Decision::Begin {
+            epoch: own.current + 1,
+        },
+        None => Decision::Wait,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
+
+    fn own(current: u32, age_ms: u64) -> OwnKeys {
+        OwnKeys {
+            current,
+            age_ms,
+            next: None,
+            since_ms: CHANGE_MS_MIN,
+        }
+    }
+
+    fn peer(newest: u32) -> PeerKeys {
+        PeerKeys {
+            newest,
+            has_answered: false,
+            uses_old: false,
+        }
+    }
+
+    #[test]
+    fn a_change_begins_by_age_by_command_or_because_others_have_begun() {
+        let peers = [peer(4), peer(3)];
+        assert_eq!(
+            decide(own(4, DAY_MS - 1), &peers, DAY_MS, false),
+            Decision::Wait
+        );
+        let next = Decision::Begin { epoch: 5 };
+        assert_eq!(decide(own(4, DAY_MS), &peers, DAY_MS, false), next);
+        assert_eq!(decide(own(4, DAY_MS), &peers, 0, false), Decision::Wait);
+        assert_eq!(decide(own(4, 0), &peers, 0, true), next);
+        // One that comes late goes to where the others are.
+        let far = Decision::Begin { epoch: 9 };
+        assert_eq!(decide(own(4, 0), &[peer(9), peer(7)], DAY_MS, false), far);
+        // What no mesh can have come to is not followed.
+        let wild = [peer(u32::MAX - 1), peer(4 + EPOCHS_AHEAD_MAX + 1)];
+        assert_eq!(decide(own(4, 0), &wild, DAY_MS, false), Decision::Wait);
+    }
+
+    #[test]
+    fn a_change_ends_when_all_have_come_over_or_were_silent_for_long() {
+        let through = PeerKeys {
+            has_answered: true,
+            ..peer(5)
+        };
+        let lingering = PeerKeys {
+            uses_old: true,
+            ..through
+        };
+        let changing = |since_ms| OwnKeys {
+            next: Some(5),
+            since_ms,
+            ..own(4, DAY_MS)
+        };
+        let done = Decision::Finish { left_behind: 0 };
+        assert_eq!(
+            decide(changing(CHANGE_MS_MIN), &[through], DAY_MS, false),
+            done
+        );
+        assert_eq!(decide(changing(CHANGE_MS_MIN), &[], DAY_MS, false), done);
+        let early = changing(CHANGE_MS_MIN - 1);
+        assert_eq!(decide(early, &[through], DAY_MS, false), Decision::Wait);
+        for missing in [peer(4), peer(5), lingering] {
+            let late = changing(SILENCE_MS_MAX - 1);
+            let peers = [through, missing];
+            assert_eq!(decide(late, &peers, DAY_MS, true), Decision::Wait);
+            let over = Decision::Finish { left_behind: 1 };
+            assert_eq!(
+                decide(changing(SILENCE_MS_MAX), &peers, DAY_MS, false),
+                over
+            );
+        }
+    }
+
+    /// A node of a mesh in which records travel when chance wants it.
+    #[derive(Clone)]
+    struct Node {
+        current: u32,
+        next: Option<u32>,
+        since_ms: u64,
+        /// Epochs of every other node, as this one has heard of them last.
+        known: Vec<Vec<u32>>,
+        /// Others that have answered, by epoch.
+        answered: Vec<Vec<u32>>,
+    }
+
+    impl Node {
+        fn epochs(&self) -> Vec<u32> {
+            [self.current].into_iter().chain(self.next).collect()
+        }
+
+        /// Through the device of which epoch this node sends to another; as the model does.
+        fn sends_to(&self, other: usize) -> Option<u32> {
+            let usable = self
+                .epochs()
+                .into_iter()
+                .filter(|e| self.known[other].contains(e));
+            let usable: Vec<u32> = usable.collect();
+            let answered = usable
+                .iter()
+                .rev()
+                .find(|e| self.answered[other].contains(e));
+            answered.or(usable.first()).copied()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_packet_is_lost_while_a_mesh_changes_its_keys(
+            steps in prop::collection::vec((0usize..4, 0usize..4, 0u8..4), 1..400),
+        ) {
+            let fresh = Node {
+                current: 0,
+                next: None,
+                since_ms: CHANGE_MS_MIN,
+                known: vec![vec![0]; 4],
+                answered: vec![vec![0]; 4],
+            };
+            let mut nodes = vec![fresh; 4];
+            for (actor, other, what) in steps {
+                match what {
+                    // A record arrives.
+                    0 => {
+                        let epochs = nodes[other].epochs();
+                        nodes[actor].known[other] = epochs;
+                    }
+                    // Devices shake hands that know each other.
+                    1 if actor != other => {
+                        for epoch in nodes[actor].epochs() {
+                            let knows = |a: usize, b: usize| nodes[a].known[b].contains(&epoch);
+                            if nodes[other].epochs().contains(&epoch) && knows(actor, other) && knows(other, actor) {
+                                nodes[actor].answered[other].push(epoch);
+                                nodes[other].answered[actor].push(epoch);
+                            }
+                        }
+                    }
+                    _ => {
+                        let node = &nodes[actor];
+                        let keys = OwnKeys { current: node.current, age_ms: 0, next: node.next, since_ms: node.since_ms };
+                        let peers: Vec<PeerKeys> = (0..4).filter(|other| *other != actor).map(|other| PeerKeys {
+                            newest: node.known[other].iter().copied().max().unwrap_or(0),
+                            has_answered: node.next.is_some_and(|next| node.answered[other].contains(&next)),
+                            uses_old: nodes[other].sends_to(actor) == Some(node.current),
+                        }).collect();
+                        match decide(keys, &peers, 0, actor == 0) {
+                            Decision::Begin { epoch } => nodes[actor].next = Some(epoch),
+                            Decision::Finish { left_behind } => {
+                                prop_assert_eq!(left_behind, 0);
+                                let node = &mut nodes[actor];
+                                node.current = node.next.take().unwrap();
+                            }
+                            Decision::Wait => {}
+                        }
+                    }
+                }
+                for a in 0..4 {
+                    for b in (0..4).filter(|b| *b != a) {
+                        let epoch = nodes[a].sends_to(b);
+                        prop_assert!(epoch.is_some(), "{} has no way to {}", a, b);
+                        let epoch = epoch.unwrap();
+                        let is_taken = nodes[b].epochs().contains(&epoch) && nodes[b].known[a].contains(&epoch);
+                        // A key under which nobody has answered is the old one, which both still have.
+                        prop_assert!(is_taken, "{} sends to {} with epoch {}", a, b, epoch);
+                    }
+                }
+            }
+        }
+    }
+}
