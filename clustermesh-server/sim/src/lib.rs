@@ -9,6 +9,7 @@ pub mod member;
 mod membership;
 pub mod network;
 pub mod random;
+pub mod run;
 pub mod runtime;
 mod spy;
 pub mod watcher;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::Parser;
-use clustermesh_sim::world::{Options, run};
+use clustermesh_sim::run::{Options, run};
 use parking_lot::Mutex;
 
 #[derive(Parser)]

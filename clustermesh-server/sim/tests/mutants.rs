@@ -2,7 +2,7 @@
 #![cfg(feature = "mutants")]
 
 use clustermesh_raft::mutants::{Mutant, plant};
-use clustermesh_sim::world::{Options, run};
+use clustermesh_sim::run::{Options, run};
 
 /// Seeds tried, most.
 const SEEDS: u64 = 40;
