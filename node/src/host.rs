@@ -270,6 +270,7 @@ pub async fn ensure_pair(handle: &Handle) -> anyhow::Result<HostPair> {
             peer: NET_DEVICE,
             peer_namespace: None,
             mtu: PAIR_MTU_BYTES,
+            peer_segments_max: None,
         };
         netlink::create_veth(handle, pair).await?;
     }

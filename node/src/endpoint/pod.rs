@@ -22,6 +22,8 @@ pub struct PodPlan {
     pub routers: Vec<IpAddr>,
     /// Largest packet, bytes.
     pub mtu: u32,
+    /// Most segments in one packet; `None` = as many as the kernel likes.
+    pub segments_max: Option<u32>,
 }
 
 /// A pod's link as it was made.
@@ -68,6 +70,7 @@ pub async fn create(
         peer: &plan.ifname,
         peer_namespace: Some(namespace.as_fd()),
         mtu: plan.mtu,
+        peer_segments_max: plan.segments_max,
     };
     netlink::create_veth(handle, pair).await?;
     match finish(handle, namespace, plan).await {

@@ -58,6 +58,8 @@ pub struct AddRequest {
     pub identity: u32,
     /// Largest packet, bytes.
     pub mtu: u32,
+    /// Most segments in one packet that the pod sends; `None` = as many as the kernel likes.
+    pub segments_max: Option<u32>,
 }
 
 /// The endpoints of this node. All changes go through one lock: an ADD takes milliseconds.
@@ -292,6 +294,7 @@ impl Endpoints {
             addresses: addresses.clone(),
             routers: stored.ipam.routers(),
             mtu: request.mtu,
+            segments_max: request.segments_max,
         };
         let host_interface = plan.host_interface.clone();
         let link = pod::create(&self.handle, namespace, plan).await?;

@@ -10,6 +10,7 @@ use clustermesh_api::v1::{
     CniError as WireError, CniGcRequest, CniGcResponse, CniRequest, CniRoute, CniStatusRequest,
     CniStatusResponse,
 };
+use clustermesh_encryption::link::segments_per_call;
 use clustermesh_node_core::change::WorkloadName;
 use clustermesh_node_core::cni::{CniError, code};
 use clustermesh_node_core::ipam::{Attachment, Ipam, IpamError};
@@ -104,12 +105,18 @@ impl CniService {
                 ),
             ));
         };
+        let underlay = self.shared.underlay.borrow().clone();
+        // Packets that are redirected into the device of user space should fit one call there.
+        let mtu = usize::try_from(underlay.wireguard_mtu).unwrap_or(usize::MAX);
+        let is_encrypted = self.shared.config.encryption.is_on();
+        let segments_max = is_encrypted.then(|| segments_per_call(mtu));
         let request = AddRequest {
             attachment: attachment(request),
             netns: request.netns.clone(),
             workload,
             identity,
-            mtu: self.shared.underlay.borrow().pod_mtu,
+            mtu: underlay.pod_mtu,
+            segments_max,
         };
         let endpoint = self
             .to_its_end(|shared| async move {

@@ -36,6 +36,8 @@ pub struct VethPair<'a> {
     pub peer_namespace: Option<BorrowedFd<'a>>,
     /// Largest packet on both ends, bytes.
     pub mtu: u32,
+    /// Most segments in one packet that the other end hands over; `None` = as many as the kernel likes.
+    pub peer_segments_max: Option<u32>,
 }
 
 /// The link with that name, if there is one.
@@ -86,6 +88,9 @@ pub async fn create_veth(handle: &Handle, pair: VethPair<'_>) -> Result<(), Netl
         .mtu(pair.mtu);
     if let Some(namespace) = pair.peer_namespace {
         peer = peer.setns_by_fd(namespace.as_raw_fd());
+    }
+    if let Some(segments) = pair.peer_segments_max {
+        peer = peer.append_extra_attribute(LinkAttribute::GsoMaxSegs(segments));
     }
     let message = LinkMessageBuilder::<LinkVeth>::new(pair.name, pair.peer)
         .mtu(pair.mtu)
@@ -217,4 +222,47 @@ pub async fn add_address(handle: &Handle, index: u32, ip: IpAddr) -> Result<(), 
         .execute()
         .await
         .map_err(|error| NetlinkError::new(format!("add {ip} to interface {index}"), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn segments_of(handle: &Handle, name: &str) -> Option<u32> {
+        let request = handle.link().get().match_name(name.to_owned());
+        let message = request.execute().try_next().await.unwrap().unwrap();
+        message.attributes.into_iter().find_map(|a| match a {
+            LinkAttribute::GsoMaxSegs(segments) => Some(segments),
+            _ => None,
+        })
+    }
+
+    #[test]
+    fn the_other_end_of_a_pair_keeps_to_its_number_of_segments() {
+        // A namespace of its own: it belongs to the thread, and goes with it.
+        let body = || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("run as root");
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let handle = super::super::connect().unwrap();
+                for (peer_segments_max, expected) in [(Some(45), 45), (None, 65_535)] {
+                    let pair = VethPair {
+                        name: "end0",
+                        peer: "end1",
+                        peer_namespace: None,
+                        mtu: 1_400,
+                        peer_segments_max,
+                    };
+                    create_veth(&handle, pair).await.unwrap();
+                    assert_eq!(segments_of(&handle, "end0").await, Some(65_535));
+                    assert_eq!(segments_of(&handle, "end1").await, Some(expected));
+                    delete_link(&handle, "end0").await.unwrap();
+                }
+            });
+        };
+        std::thread::spawn(body).join().unwrap();
+    }
 }
