@@ -2,11 +2,12 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result};
+use clustermesh_integration::lab::capture::{Capture, PODS_IN_CLEAR};
 use clustermesh_integration::lab::cluster::Cluster;
-use clustermesh_integration::lab::host::{command_in, run};
+use clustermesh_integration::lab::host::run;
 use clustermesh_integration::lab::node::Node;
 use clustermesh_integration::lab::pod::Pod;
 use clustermesh_integration::lab::process::Process;
@@ -23,89 +24,10 @@ const CONVERGED_SECONDS_MAX: u32 = 30;
 const PORT: u16 = 8080;
 /// Longest that one echo may take, milliseconds: far less than a connection that broke.
 const ECHO_MS_MAX: f64 = 5_000.0;
-/// Everything in clear that has to do with pods: tunnel packets, and their addresses.
-const CLEAR: &str =
-    "udp port 8472 or net 10.1.0.0/16 or net 10.2.0.0/16 or net fd0c:1::/48 or net fd0c:2::/48";
 
-/// Port of the packet that ends a capture; the filter takes it.
-const LAST_PORT: u16 = 8472;
-
-/// A capture at a router's port of a node.
-struct Tap {
-    process: Process,
-    file: PathBuf,
-    place: String,
-    node_netns: String,
-    router_address: String,
-}
-
-impl Tap {
-    async fn open(lab: &Lab, cluster: &Cluster, node: &Node, filter: &str) -> Self {
-        let (router, port) = (cluster.router_netns(), node.name());
-        let place = format!("{}-{port}", cluster.name());
-        let file = lab.folder().join(format!("{place}.pcap"));
-        let mut command = command_in(router, None, Path::new("tcpdump"));
-        command
-            .args(["-Z", "root", "-n", "-U", "-s", "128", "-i", port])
-            // Otherwise the last second is never written.
-            .args(["--immediate-mode", "-w"])
-            .arg(&file)
-            .arg(filter);
-        let log = lab.folder().join(format!("{place}-tcpdump.log"));
-        let process = Process::start("tcpdump", &mut command, &log).unwrap();
-        until("tcpdump listens", || async {
-            Ok(process.log_tail().contains("listening on").then_some(()))
-        })
-        .await
-        .unwrap();
-        Self {
-            process,
-            file,
-            place,
-            node_netns: node.netns().to_owned(),
-            router_address: format!("172.30.{}.1", cluster.id()),
-        }
-    }
-
-    /// On every node's port.
-    async fn everywhere(lab: &Lab, filter: &str) -> Vec<Self> {
-        let mut taps = Vec::new();
-        for cluster in lab.clusters() {
-            for node in cluster.nodes() {
-                taps.push(Self::open(lab, cluster, node, filter).await);
-            }
-        }
-        taps
-    }
-
-    /// The packets, one line each. A last one that the filter takes shows that all before it have been looked at.
-    async fn close(self) -> Vec<String> {
-        let end = format!("{}.{LAST_PORT}", self.router_address);
-        let send = format!("echo end > /dev/udp/{}/{LAST_PORT}", self.router_address);
-        let packets = until("the last packet", || async {
-            let mut command = command_in(&self.node_netns, None, Path::new("bash"));
-            run(command.args(["-c", &send])).await?;
-            let mut command = tokio::process::Command::new("tcpdump");
-            let output = run(command.args(["-n", "-r"]).arg(&self.file)).await?;
-            let text = String::from_utf8_lossy(&output.stdout).into_owned();
-            let lines: Vec<String> = text.lines().map(str::to_owned).collect();
-            Ok(lines
-                .iter()
-                .any(|line| line.contains(&end))
-                .then_some(lines))
-        });
-        let packets = packets.await.unwrap();
-        self.process.stop(Signal::SIGINT).await.unwrap();
-        let others = packets.into_iter().filter(|line| !line.contains(&end));
-        others
-            .map(|line| format!("{}: {line}", self.place))
-            .collect()
-    }
-}
-
-async fn nothing_in_clear(taps: Vec<Tap>) {
+async fn nothing_in_clear(taps: Vec<Capture>) {
     for tap in taps {
-        let seen = tap.close().await;
+        let seen = tap.close().await.unwrap();
         let first = &seen[..seen.len().min(10)];
         assert!(
             seen.is_empty(),
@@ -218,7 +140,7 @@ async fn finish(streams: Vec<(Process, String)>) {
 
 async fn everything_is_encrypted(underlay_v6: bool) {
     let mut lab = lab_with("mode = \"all\"\nstrict = true", underlay_v6).await;
-    let taps = Tap::everywhere(&lab, CLEAR).await;
+    let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
     for cluster in lab.clusters() {
         for node in cluster.nodes() {
             until_traffic(node, "encrypted", 3).await;
@@ -276,14 +198,14 @@ async fn nodes_without_a_key_are_reached_in_clear_until_they_have_one() {
     let mut lab = Lab::build(config).await.unwrap();
     lab.cluster_mut(0).node_mut(1).set_encryption("");
     lab.start().await.unwrap();
-    let taps = Tap::everywhere(&lab, CLEAR).await;
+    let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
     until_traffic(lab.cluster(0).node(0), "clear", 1).await;
     let (pods, servers) = pods(&lab).await;
     all_reach_all(&pods).await;
     let streams = streams(&pods).await;
     // The tap does see what is in clear.
     for tap in taps {
-        let seen = tap.close().await;
+        let seen = tap.close().await.unwrap();
         assert!(seen.len() > 100, "{seen:?}");
     }
     let node = lab.cluster_mut(0).node_mut(1);
@@ -293,9 +215,23 @@ async fn nodes_without_a_key_are_reached_in_clear_until_they_have_one() {
     for node in lab.cluster(0).nodes() {
         until_traffic(node, "encrypted", 1).await;
     }
-    let taps = Tap::everywhere(&lab, CLEAR).await;
+    let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
     all_reach_all(&pods).await;
     nothing_in_clear(taps).await;
+    // And back: its device goes when nobody sends to it any more.
+    let node = lab.cluster_mut(0).node_mut(1);
+    node.stop_agent(Signal::SIGTERM).await.unwrap();
+    node.set_encryption("");
+    node.start_agent().await.unwrap();
+    until_traffic(lab.cluster(0).node(0), "clear", 1).await;
+    all_reach_all(&pods).await;
+    until("the device is gone", || async {
+        let runs = lab.cluster(0).node(1).wireguard_pid();
+        Ok(runs.is_err().then_some(()))
+    })
+    .await
+    .unwrap();
+    all_reach_all(&pods).await;
     finish(streams).await;
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
@@ -317,12 +253,12 @@ async fn what_nodes_say_to_each_other_is_encrypted_where_that_is_wanted() {
     };
     // Neighbours are asked for by ICMPv6; servers are reached as they are.
     let filter = format!(
-        "({CLEAR}) or (({}) and ({}) and not udp port 51871 and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137) \
+        "({PODS_IN_CLEAR}) or (({}) and ({}) and not udp port 51871 and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137) \
          and not arp)",
         either("src"),
         either("dst")
     );
-    let taps = Tap::everywhere(&lab, &filter).await;
+    let taps = Capture::everywhere(&lab, &filter).await.unwrap();
     let port = PORT.to_string();
     let program = nodes[0].binaries().join("clustermesh-lab-traffic");
     let mut servers = Vec::new();
@@ -361,7 +297,7 @@ async fn what_nodes_say_to_each_other_is_encrypted_where_that_is_wanted() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_dies_is_started_again_and_nothing_leaves_in_clear_meanwhile() {
     let lab = lab_with("mode = \"all\"\nstrict = true", false).await;
-    let taps = Tap::everywhere(&lab, CLEAR).await;
+    let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
     for cluster in lab.clusters() {
         for node in cluster.nodes() {
             until_traffic(node, "encrypted", 3).await;
@@ -416,7 +352,7 @@ fn pings(pods: &[Pod], folder: &Path) -> Vec<(Process, String)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_change_on_every_node_without_losing_a_packet() {
     let lab = lab_with("mode = \"all\"\nstrict = true", false).await;
-    let taps = Tap::everywhere(&lab, CLEAR).await;
+    let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
     let nodes: Vec<&Node> = lab.clusters().iter().flat_map(Cluster::nodes).collect();
     let mut before = Vec::new();
     for node in &nodes {

@@ -39,6 +39,8 @@ const UNDERLAY_CHECKED_EVERY: Duration = Duration::from_secs(5);
 const BEAT_EVERY: Duration = Duration::from_secs(1);
 /// A loop that is silent for longer is stuck.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// Where nothing is encrypted any more, what others still send encrypted is taken for so long.
+const LEFT_OVER_FOR: Duration = Duration::from_secs(10);
 /// Tasks get so long to end.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -120,7 +122,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         facts: None,
         server_token: Some(readiness.token("pod CIDR from the server")),
         sync_token: Some(readiness.token("first complete listing in the kernel")),
+        left_over: Vec::new(),
+        left_over_until: None,
     };
+    if shared.encryption.is_none() {
+        node.left_over = encryption::left_over(&node.handle).await?;
+    }
     if matches!(takeover, Takeover::LayoutChanged { .. }) {
         node.set_layout_changed(true);
         node.takeover_token = Some(readiness.token("switch to the new map layout"));
@@ -189,6 +196,9 @@ struct Node {
     server_token: Option<ReadyToken>,
     sync_token: Option<ReadyToken>,
     takeover_token: Option<ReadyToken>,
+    /// WireGuard devices of a run that encrypted, where this one does not.
+    left_over: Vec<u32>,
+    left_over_until: Option<Instant>,
 }
 
 impl Node {
@@ -211,7 +221,12 @@ impl Node {
         loop {
             tokio::select! {
                 signal = &mut stop => return signal.context("signals"),
-                _ = beats.tick() => heartbeat.beat(),
+                _ = beats.tick() => {
+                    heartbeat.beat();
+                    if self.left_over_until.is_some_and(|until| Instant::now() >= until) {
+                        self.drop_left_over().await;
+                    }
+                }
                 _ = underlay_checks.tick() => self.check_underlay().await,
                 Ok(()) = facts.changed() => {
                     let new = facts.borrow_and_update().clone();
@@ -235,6 +250,9 @@ impl Node {
                 }
                 Ok(_) = synced.wait_for(|synced| *synced), if self.sync_token.is_some() => {
                     self.sync_token = None;
+                    if !self.left_over.is_empty() {
+                        self.left_over_until = Some(Instant::now() + LEFT_OVER_FOR);
+                    }
                     if self.layout_changed && !*self.shared.trusted.borrow() {
                         warn!(
                             "the new map layout waits: the server's store is not the one that filled the old one, and \
@@ -387,6 +405,23 @@ impl Node {
         Ok(())
     }
 
+    /// Everybody knows by now that this node has no key any more.
+    async fn drop_left_over(&mut self) {
+        self.left_over_until = None;
+        self.left_over.clear();
+        let dropped = async {
+            self.activate().await?;
+            encryption::remove_devices(&self.handle).await
+        };
+        match dropped.await {
+            Ok(()) => info!("the WireGuard devices of an earlier run are removed"),
+            Err(error) => {
+                let fault = format!("{error:#}");
+                warn!(fault, "WireGuard devices of an earlier run stay");
+            }
+        }
+    }
+
     /// Makes the programs know the WireGuard devices as they are now.
     async fn follow_wireguard(&mut self) -> anyhow::Result<()> {
         if let Some(facts) = &self.facts {
@@ -434,7 +469,7 @@ impl Node {
             .context("attach the kernel programs")?;
         let settings = &self.shared.config.encryption;
         let devices = self.shared.encryption.as_ref();
-        let wireguard = devices.map(|e| e.ifindexes()).unwrap_or_default();
+        let wireguard = devices.map_or_else(|| self.left_over.clone(), |e| e.ifindexes());
         let is_guarded = settings.strict || settings.nodes;
         let guarded = if is_guarded {
             self.underlay.devices.as_slice()

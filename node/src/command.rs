@@ -8,7 +8,7 @@ use clustermesh_ebpf::Datapath;
 use serde_json::{Value, json};
 
 use crate::config::Config;
-use crate::encryption::DEVICE_NAMES;
+use crate::encryption;
 use crate::encryption::keys::{KEY_FILE, NEXT_KEY_FILE};
 use crate::state::StateFiles;
 use crate::{host, netlink, privileges};
@@ -195,9 +195,7 @@ pub async fn uninstall(config: &Config) -> anyhow::Result<()> {
     Datapath::uninstall(&config.datapath())?;
     let handle = netlink::connect()?;
     host::remove(&handle).await?;
-    for name in DEVICE_NAMES {
-        netlink::delete_link(&handle, name).await?;
-    }
+    encryption::remove_devices(&handle).await?;
     println!("kernel programs, maps and {} removed", host::HOST_DEVICE);
     Ok(())
 }

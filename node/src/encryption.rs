@@ -354,6 +354,33 @@ fn open_device(
     Ok((Box::new(device), origin))
 }
 
+/// Devices that an earlier run left, where nothing is encrypted any more: what others still send to them is taken.
+///
+/// # Errors
+/// The kernel refused the question.
+pub async fn left_over(handle: &Handle) -> anyhow::Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for name in DEVICE_NAMES {
+        found.extend(
+            netlink::link_by_name(handle, name)
+                .await?
+                .map(|link| link.index),
+        );
+    }
+    Ok(found)
+}
+
+/// Removes all devices, and with them what runs them.
+///
+/// # Errors
+/// The kernel refused it.
+pub async fn remove_devices(handle: &Handle) -> anyhow::Result<()> {
+    for name in DEVICE_NAMES {
+        netlink::delete_link(handle, name).await?;
+    }
+    Ok(())
+}
+
 /// Keeps the devices as the records want them, until the drain.
 pub async fn run(shared: Arc<Shared>, encryption: Arc<Encryption>, handle: Handle, drain: Drain) {
     let mut changes = shared.peer_changes.subscribe();
