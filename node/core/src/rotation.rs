@@ -75,7 +75,9 @@ pub fn decide(own: OwnKeys, peers: &[PeerKeys], every_ms: u64, is_asked: bool) -
     if own.next.is_some() {
         let is_through = |peer: &&PeerKeys| peer.has_answered && !peer.uses_old;
         let missing = peers.len() - peers.iter().filter(is_through).count();
-        return if missing == 0 || own.since_ms >= SILENCE_MS_MAX {
+        // Who still sends is not silent, only cut off from the records: traffic goes on without them.
+        let is_over = own.since_ms >= SILENCE_MS_MAX && !peers.iter().any(|peer| peer.uses_old);
+        return if missing == 0 || is_over {
             Decision::Finish {
                 left_behind: missing,
             }
@@ -164,7 +166,7 @@ mod tests {
         assert_eq!(decide(changing(CHANGE_MS_MIN), &[], DAY_MS, false), done);
         let early = changing(CHANGE_MS_MIN - 1);
         assert_eq!(decide(early, &[through], DAY_MS, false), Decision::Wait);
-        for missing in [peer(4), peer(5), lingering] {
+        for missing in [peer(4), peer(5)] {
             let late = changing(SILENCE_MS_MAX - 1);
             let peers = [through, missing];
             assert_eq!(decide(late, &peers, DAY_MS, true), Decision::Wait);
@@ -173,6 +175,18 @@ mod tests {
                 decide(changing(SILENCE_MS_MAX), &peers, DAY_MS, false),
                 over
             );
+        }
+        // One that still uses the old key is waited for however long it takes.
+        for missing in [
+            lingering,
+            PeerKeys {
+                uses_old: true,
+                ..peer(4)
+            },
+        ] {
+            let late = changing(10 * SILENCE_MS_MAX);
+            let decision = decide(late, &[through, missing], DAY_MS, false);
+            assert_eq!(decision, Decision::Wait);
         }
     }
 

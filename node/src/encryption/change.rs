@@ -63,6 +63,11 @@ impl Task {
         if !is_settled {
             return Ok(());
         }
+        // Others learn of keys by the records: without a session nothing begins, and nobody's silence counts.
+        if !*self.shared.connected.borrow() {
+            self.turn.since = Some(Instant::now());
+            return Ok(());
+        }
         let state_dir = self.shared.config.state_dir.clone();
         let (epochs, slot) = {
             let inner = self.encryption.lock();
