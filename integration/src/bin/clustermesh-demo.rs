@@ -98,7 +98,10 @@ async fn run(arguments: &Arguments) -> Result<(Scene, ExitCode)> {
         }
     };
     let (scene, rows) = demo::run(
-        LabConfig::two_by_two()?,
+        LabConfig {
+            encryption: "mode = \"all\"\nstrict = true",
+            ..LabConfig::two_by_two()?
+        },
         sabotage,
         arguments.until.as_deref(),
         progress,

@@ -75,6 +75,10 @@ enum Tool {
     /// Tunnel packets that lie
     Forge {
         #[arg(long)]
+        from: Ipv4Addr,
+        #[arg(long)]
+        device: String,
+        #[arg(long)]
         to: SocketAddr,
         #[arg(long)]
         identity: u32,
@@ -118,12 +122,25 @@ async fn main() -> Result<()> {
             report(&spin::connect_for(&to, cpu, Duration::from_millis(millis))?)
         }
         Tool::Forge {
+            from,
+            device,
             to,
             identity,
             inner_source,
             inner_destination,
             count,
-        } => forge::forge(to, identity, inner_source, inner_destination, count).await,
+        } => {
+            forge::forge(
+                from,
+                &device,
+                to,
+                identity,
+                inner_source,
+                inner_destination,
+                count,
+            )
+            .await
+        }
     }
 }
 

@@ -15,6 +15,8 @@ use crate::lab::host::run;
 const FORGED_PACKETS: u64 = 10;
 /// Packets that a pod sends from the address of another.
 const STOLEN_PACKETS: u64 = 3;
+/// Through which a node reaches the others.
+const WIREGUARD_DEVICE: &str = "cm_wg0";
 /// What the rows of forged packets count.
 const UNIT: &str = "packets dropped and counted";
 /// How long a record may take to be read.
@@ -53,7 +55,7 @@ pub async fn sender(scene: &mut Scene) -> Result<Measured> {
                     let record: Value = serde_json::from_str(&line)?;
                     if record["source"] == source.as_str()
                         && record["destination"] == destination.as_str()
-                        && record["hook"] == "from-network"
+                        && record["hook"] == "from-wireguard"
                     {
                         return Ok(record);
                     }
@@ -118,16 +120,21 @@ pub async fn forged_source(scene: &mut Scene) -> Result<Measured> {
     Ok(Measured::new((tunnel + pod) as f64, UNIT, text))
 }
 
-/// Sends lying tunnel packets from node 1 of cluster a to node 1 of cluster b.
+/// Sends lying tunnel packets from node 1 of cluster a to node 1 of cluster b, encrypted like honest ones.
 async fn forge(scene: &Scene, identity: u64, source: &str, reason: &str) -> Result<u64> {
     let sender = scene.lab.cluster(0).node(0);
     let receiver = scene.lab.cluster(1).node(0);
     let destination = scene.pod("web-b")?.address(false)?;
     let before = receiver.drops(reason).await?;
     let to = format!("{}:8472", receiver.underlay_addresses().0);
+    let from = sender.underlay_addresses().0.to_string();
     let tool = sender.binaries().join("clustermesh-lab-traffic");
     run(sender.command(&tool).args([
         "forge",
+        "--from",
+        &from,
+        "--device",
+        WIREGUARD_DEVICE,
         "--to",
         &to,
         "--identity",

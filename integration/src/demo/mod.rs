@@ -2,6 +2,7 @@
 
 mod connectivity;
 mod continuity;
+mod encryption;
 mod identity;
 pub mod report;
 mod scene;
@@ -41,6 +42,8 @@ const ROWS: &[(&str, &str, Check)] = rows! {
     "pod-same-node", "pod to pod on one node, IPv4 and IPv6, ping and TCP" => connectivity::same_node;
     "pod-across-nodes", "pod to pod across nodes, IPv4 and IPv6, ping and TCP" => connectivity::across_nodes;
     "pod-across-clusters", "pod to pod across clusters, IPv4 and IPv6, ping and TCP" => connectivity::across_clusters;
+    "encrypted", "all of it encrypted between machines, by what the wire shows" => encryption::wire;
+    "encrypted-stream", "one TCP stream, encrypted" => encryption::throughput;
     "identity", "identity of the sender, as the receiving program recorded it" => identity::sender;
     "forged-identity", "a forged VNI is dropped and counted" => identity::forged_vni;
     "forged-source", "a forged source is dropped and counted" => identity::forged_source;

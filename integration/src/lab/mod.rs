@@ -4,6 +4,7 @@
 //! [`wan::Wan`] that delays, cuts and heals. Every name bears a prefix of the run, so that runs
 //! do not collide, and everything is removed at the end, also after a crash of an earlier run.
 
+pub mod capture;
 pub mod clock;
 pub mod cluster;
 pub mod host;

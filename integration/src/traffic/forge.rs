@@ -7,18 +7,22 @@ use tokio::net::UdpSocket;
 
 /// Sends `count` VXLAN packets with the given identity and inner addresses to a tunnel end.
 ///
-/// The inner packet is a UDP datagram of no length, which nobody answers.
+/// They leave from the address `from` through `device`. The inner packet is a UDP datagram of no length, which nobody
+/// answers.
 ///
 /// # Errors
 /// When the packets cannot be sent.
 pub async fn forge(
+    from: Ipv4Addr,
+    device: &str,
     to: SocketAddr,
     identity: u32,
     inner_source: Ipv4Addr,
     inner_destination: Ipv4Addr,
     count: u32,
 ) -> Result<()> {
-    let socket = UdpSocket::bind("0.0.0.0:0").await?;
+    let socket = UdpSocket::bind((from, 0)).await?;
+    socket.bind_device(Some(device.as_bytes()))?;
     let packet = vxlan_packet(identity, inner_source, inner_destination);
     for _ in 0..count {
         socket.send_to(&packet, to).await?;
