@@ -58,7 +58,7 @@ Settings that may stand above [server], with their defaults:
   socket_dir = "/var/run/wireguard" # of that device, for `wg`
   control_ports = [2379, 2380] # of servers: nodes reach them without encryption
 
-  [encryption.clusters]        # single clusters, "on" or "off"; none
+  [encryption.clusters]        # single clusters, "on" or "off"; none; not with mode "off"
 
 Exit codes: 0 ended in order, 1 failed, 64 bad configuration."#;
 /// Where the agent looks for its configuration.
@@ -345,6 +345,10 @@ mod tests {
             (
                 "encryption = { strict = true }\nnode = \"w1\"",
                 "encryption.mode",
+            ),
+            (
+                "encryption = { clusters = { west = \"on\" } }\nnode = \"w1\"",
+                "encryption.clusters",
             ),
             (
                 "node = \"w1\"\nsession_ttl_seconds = 1",

@@ -39,7 +39,7 @@ pub struct Encryption {
     pub socket_dir: PathBuf,
     /// TCP ports of servers, which nodes reach without encryption of theirs: keys are learnt through them.
     pub control_ports: Vec<u16>,
-    /// Single clusters, whatever `mode` says.
+    /// Single clusters, whatever `mode` says, unless it is off.
     pub clusters: BTreeMap<String, Switch>,
 }
 
@@ -123,6 +123,18 @@ impl Encryption {
         if self.mode == Mode::Off && (self.strict || self.nodes) {
             bail!(
                 "encryption.strict and encryption.nodes need encryption.mode \"inter-cluster\" or \"all\""
+            );
+        }
+        let mut on = self
+            .clusters
+            .iter()
+            .filter(|(_, switch)| **switch == Switch::On);
+        if self.mode == Mode::Off
+            && let Some((cluster, _)) = on.next()
+        {
+            bail!(
+                "encryption.clusters has {cluster} = \"on\", which needs encryption.mode \"inter-cluster\" or \"all\"; \
+                 clusters that are not to be encrypted are named there with \"off\""
             );
         }
         Ok(())
