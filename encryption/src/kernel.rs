@@ -12,6 +12,7 @@ use clustermesh_encryption_core::control_client::Description;
 use clustermesh_encryption_core::difference::{difference, with_present};
 use clustermesh_encryption_core::key::{PresharedKey, PrivateKey, PublicKey};
 use ipnetwork::IpNetwork;
+use nix::errno::Errno;
 use wireguard_control::{DeviceUpdate, InterfaceName, Key, PeerConfigBuilder};
 
 use crate::device::{Backend, Device, DeviceError, DeviceStatus, Origin, Others};
@@ -51,21 +52,36 @@ impl KernelDevice {
             name: name.to_owned(),
             interface,
         };
-        if device.describe().is_ok() {
-            return Ok((device, Origin::Adopted));
+        if link::exists(name) {
+            match device.ask() {
+                Ok(_) => return Ok((device, Origin::Adopted)),
+                Err(error) if is_of_another_kind(&error) => {}
+                // It lives, and carries packets perhaps: whoever asks tries again.
+                Err(source) => return Err(failed(name, "ask", source)),
+            }
+            // Another kind of device of this name can only be what an earlier run in user space left.
+            link::delete(name).map_err(|source| failed(name, "replace", source))?;
         }
-        // Another kind of device of this name can only be what an earlier run in user space left.
-        link::delete(name).map_err(|source| failed(name, "replace", source))?;
         link::create_wireguard(name).map_err(|source| DeviceError::NoKernelDevice { source })?;
         Ok((device, Origin::Started))
     }
 
+    fn ask(&self) -> io::Result<wireguard_control::Device> {
+        wireguard_control::Device::get(&self.interface, wireguard_control::Backend::Kernel)
+    }
+
     fn describe(&self) -> Result<Description, DeviceError> {
-        let device =
-            wireguard_control::Device::get(&self.interface, wireguard_control::Backend::Kernel)
-                .map_err(|source| failed(&self.name, "ask", source))?;
+        let device = self
+            .ask()
+            .map_err(|source| failed(&self.name, "ask", source))?;
         Ok(describe(&device))
     }
+}
+
+/// The kernel says `EOPNOTSUPP` of a device that is no WireGuard device, and `ENOENT` while it has no WireGuard at all.
+fn is_of_another_kind(error: &io::Error) -> bool {
+    let number = error.raw_os_error().map(Errno::from_raw);
+    matches!(number, Some(Errno::EOPNOTSUPP | Errno::ENOENT))
 }
 
 fn failed(name: &str, action: &'static str, source: io::Error) -> DeviceError {
@@ -261,5 +277,19 @@ mod tests {
         let shown = format!("{:?}", update_of(&[Change::Peer(change)], key(9)));
         let parts = shown.matches(&Key([1; 32]).to_base64()).count();
         assert_eq!(parts, 200_usize.div_ceil(PREFIXES_PER_MESSAGE_MAX));
+    }
+
+    #[test]
+    fn only_a_device_of_another_kind_is_replaced() {
+        for (number, expected) in [
+            (Errno::EOPNOTSUPP, true),
+            (Errno::ENOENT, true),
+            (Errno::EPERM, false),
+            (Errno::ENOBUFS, false),
+            (Errno::EINTR, false),
+        ] {
+            assert_eq!(is_of_another_kind(&number.into()), expected, "{number}");
+        }
+        assert!(!is_of_another_kind(&io::ErrorKind::InvalidData.into()));
     }
 }

@@ -55,8 +55,11 @@ impl ProcessDevice {
             name: name.to_owned(),
             socket: options.socket_dir.join(format!("{name}.sock")),
         };
-        if device.describe().is_ok() {
-            return Ok((device, Origin::Adopted));
+        match device.describe() {
+            Ok(_) => return Ok((device, Origin::Adopted)),
+            Err(DeviceError::Io { source, .. }) if is_unserved(&source) => {}
+            // It lives, and carries packets perhaps: whoever asks tries again.
+            Err(error) => return Err(error),
         }
         // One that is there without its process can only be in the way.
         link::delete(name).map_err(|source| device.failed("replace", source))?;
@@ -159,6 +162,14 @@ impl Device for ProcessDevice {
     }
 }
 
+/// Whether nobody listens on the socket.
+fn is_unserved(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    )
+}
+
 /// One request and its answer, up to the empty line.
 fn ask(socket: &Path, request: &str) -> io::Result<Zeroizing<String>> {
     let mut stream = UnixStream::connect(socket)?;
@@ -177,6 +188,49 @@ fn ask(socket: &Path, request: &str) -> io::Result<Zeroizing<String>> {
                 io::ErrorKind::InvalidData,
                 format!("an answer of more than {ANSWER_BYTES_MAX} bytes"),
             ));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    const NAME: &str = "cmwg-none";
+
+    fn options(dir: &Path) -> ProcessOptions {
+        ProcessOptions {
+            program: dir.join("no-program"),
+            socket_dir: dir.to_owned(),
+            mtu: 1_420,
+        }
+    }
+
+    #[test]
+    fn a_device_that_gives_a_bad_answer_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join(format!("{NAME}.sock"))).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.read_exact(&mut vec![0; GET.len()]).unwrap();
+        });
+        let error = ProcessDevice::open(NAME, &options(dir.path())).unwrap_err();
+        server.join().unwrap();
+        assert!(matches!(error, DeviceError::Answer { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_device_whose_socket_nobody_serves_is_started() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join(format!("{NAME}.sock"));
+        for is_left_over in [false, true] {
+            if is_left_over {
+                drop(UnixListener::bind(&socket).unwrap());
+            }
+            let error = ProcessDevice::open(NAME, &options(dir.path())).unwrap_err();
+            assert!(matches!(error, DeviceError::NotStarted { .. }), "{error}");
         }
     }
 }
