@@ -95,28 +95,45 @@ impl Encryption {
         }
         let current = keys::read_or_make(&config.state_dir)?;
         let next = keys::read_next(&config.state_dir, &current)?;
-        let backend = choose(settings)?;
-        let encryption = Self {
+        let encryption = Self::new(settings)?;
+        if next.is_none() {
+            // Of a change of keys that was cut off at its end.
+            netlink::delete_link(handle, name_of(1 - current.slot)).await?;
+        }
+        let device = encryption.open(current, underlay, handle).await;
+        let device = device.context("encryption")?;
+        encryption.lock().devices.push(device);
+        if let Some(next) = next {
+            let epoch = next.epoch;
+            match encryption.open(next, underlay, handle).await {
+                Ok(device) => encryption.lock().devices.push(device),
+                // The present key works. The change begins again, for its reason or because others have begun.
+                Err(error) => {
+                    warn!(
+                        epoch,
+                        error = format!("{error:#}"),
+                        "the next key has no device: the change of keys begins again"
+                    );
+                    keys::remove(&config.state_dir.join(keys::NEXT_KEY_FILE))?;
+                }
+            }
+        }
+        tokio::task::block_in_place(|| encryption.look())?;
+        Ok(Some(Arc::new(encryption)))
+    }
+
+    /// Without any device yet.
+    fn new(settings: &Settings) -> anyhow::Result<Self> {
+        Ok(Self {
             settings: settings.clone(),
-            backend,
+            backend: choose(settings)?,
             inner: Mutex::new(Inner {
                 devices: Vec::new(),
                 told: HashMap::new(),
                 report: Report::default(),
             }),
             is_change_asked: AtomicBool::new(false),
-        };
-        if next.is_none() {
-            // Of a change of keys that was cut off at its end.
-            netlink::delete_link(handle, name_of(1 - current.slot)).await?;
-        }
-        for key in [current].into_iter().chain(next) {
-            let device = encryption.open(key, underlay, handle).await;
-            let device = device.context("encryption")?;
-            encryption.lock().devices.push(device);
-        }
-        tokio::task::block_in_place(|| encryption.look())?;
-        Ok(Some(Arc::new(encryption)))
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -225,7 +242,10 @@ impl Encryption {
     /// Asks the devices how they are.
     fn look(&self) -> anyhow::Result<()> {
         let mut inner = self.lock();
-        let mut state = WireguardState::default();
+        let mut state = WireguardState {
+            epoch: inner.devices.first().map_or(0, |open| open.key.epoch),
+            ..WireguardState::default()
+        };
         let mut devices = Vec::new();
         for open in &inner.devices {
             let status = open.device.status()?;

@@ -356,10 +356,15 @@ fn node_keys(node: &records::Node) -> Vec<NodeKey> {
         .extension
         .as_ref()
         .and_then(|extension| extension.wireguard.as_ref());
-    let (port, epoch) = more.map_or((0, EPOCH_ANY), |more| (more.port, more.epoch));
-    let current = key(&node.wireguard_pub_key, port, epoch);
+    let current = match more {
+        // Who counts epochs cannot mean all of them: such a key would stand beside others of its node on one device.
+        Some(more) if more.epoch == EPOCH_ANY => None,
+        Some(more) => key(&node.wireguard_pub_key, more.port, more.epoch),
+        None => key(&node.wireguard_pub_key, 0, EPOCH_ANY),
+    };
     let next = more
         .and_then(|more| more.next.as_ref())
+        .filter(|next| next.epoch != EPOCH_ANY)
         .and_then(|next| key(&next.pub_key, next.port, next.epoch));
     // A next key without a present one, or the same, or of the same epoch, has no device of its own.
     let next = next.filter(|next| {

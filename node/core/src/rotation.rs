@@ -13,8 +13,10 @@ pub const EPOCH_ANY: u32 = u32::MAX;
 pub const SILENCE_MS_MAX: u64 = 10 * 60 * 1_000;
 /// Least time from the beginning of a change to its end, and to the beginning of the next.
 pub const CHANGE_MS_MIN: u64 = 5_000;
-/// Epochs that a peer may be ahead: more is no step of the mesh.
-pub const EPOCHS_AHEAD_MAX: u32 = 1 << 16;
+/// Who has sent nothing to the old device for so long does not use it any more.
+pub const UNUSED_MS_MIN: u64 = 3_000;
+/// Epochs that a peer may be ahead of a node that has changed keys before: more is no step of the mesh.
+pub const EPOCHS_AHEAD_MAX: u32 = 1_024;
 
 /// This node's keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +29,8 @@ pub struct OwnKeys {
     pub next: Option<u32>,
     /// How long ago the change began, or the last one ended.
     pub since_ms: u64,
+    /// All other nodes are known: who is missing is not only late.
+    pub is_settled: bool,
 }
 
 /// Another node that has a key.
@@ -36,8 +40,8 @@ pub struct PeerKeys {
     pub newest: u32,
     /// It has answered on the device of our next key.
     pub has_answered: bool,
-    /// It has sent to the device of our present key a moment ago.
-    pub uses_old: bool,
+    /// How long it has sent nothing to the device of our present key.
+    pub silent_ms: u64,
 }
 
 impl PeerKeys {
@@ -73,28 +77,33 @@ pub fn decide(own: OwnKeys, peers: &[PeerKeys], every_ms: u64, is_asked: bool) -
         return Decision::Wait;
     }
     if own.next.is_some() {
-        let is_through = |peer: &&PeerKeys| peer.has_answered && !peer.uses_old;
-        let missing = peers.len() - peers.iter().filter(is_through).count();
+        let is_through = |peer: &PeerKeys| peer.has_answered && peer.silent_ms >= UNUSED_MS_MIN;
+        let missing = peers.iter().filter(|peer| !is_through(peer));
         // Who still sends is not silent, only cut off from the records: traffic goes on without them.
-        let is_over = own.since_ms >= SILENCE_MS_MAX && !peers.iter().any(|peer| peer.uses_old);
-        return if missing == 0 || is_over {
+        let is_lost = |peer: &PeerKeys| own.since_ms.min(peer.silent_ms) >= SILENCE_MS_MAX;
+        return if own.is_settled && missing.clone().all(is_lost) {
             Decision::Finish {
-                left_behind: missing,
+                left_behind: missing.count(),
             }
         } else {
             Decision::Wait
         };
     }
-    let most = own.current.saturating_add(EPOCHS_AHEAD_MAX);
+    let Some(following) = own.current.checked_add(1).filter(|e| *e != EPOCH_ANY) else {
+        return Decision::Wait;
+    };
+    // A node that is new goes to where the mesh is; nobody takes one that is there along by more than steps of a mesh.
+    let most = match own.current {
+        0 => EPOCH_ANY - 1,
+        current => current.saturating_add(EPOCHS_AHEAD_MAX).min(EPOCH_ANY - 1),
+    };
     let mesh = peers.iter().map(|peer| peer.newest);
-    let ahead = mesh.filter(|epoch| (own.current + 1..=most).contains(epoch));
+    let ahead = mesh.filter(|epoch| (following..=most).contains(epoch));
     let is_old = every_ms > 0 && own.age_ms >= every_ms;
     match ahead.max() {
         // Others have begun: this node follows to the same epoch.
         Some(epoch) => Decision::Begin { epoch },
-        None if is_old || is_asked => Decision::Begin {
-            epoch: own.current + 1,
-        },
+        None if is_old || is_asked => Decision::Begin { epoch: following },
         None => Decision::Wait,
     }
 }
@@ -113,6 +122,7 @@ mod tests {
             age_ms,
             next: None,
             since_ms: CHANGE_MS_MIN,
+            is_settled: true,
         }
     }
 
@@ -120,7 +130,7 @@ mod tests {
         PeerKeys {
             newest,
             has_answered: false,
-            uses_old: false,
+            silent_ms: SILENCE_MS_MAX,
         }
     }
 
@@ -141,6 +151,62 @@ mod tests {
         // What no mesh can have come to is not followed.
         let wild = [peer(u32::MAX - 1), peer(4 + EPOCHS_AHEAD_MAX + 1)];
         assert_eq!(decide(own(4, 0), &wild, DAY_MS, false), Decision::Wait);
+        let step = Decision::Begin {
+            epoch: 4 + EPOCHS_AHEAD_MAX,
+        };
+        let peers = [peer(4 + EPOCHS_AHEAD_MAX)];
+        assert_eq!(decide(own(4, 0), &peers, DAY_MS, false), step);
+    }
+
+    #[test]
+    fn a_new_node_goes_to_where_the_mesh_is_however_far() {
+        let far = 40 * EPOCHS_AHEAD_MAX;
+        let next = Decision::Begin { epoch: far };
+        assert_eq!(
+            decide(own(0, 0), &[peer(far), peer(far - 1)], 0, false),
+            next
+        );
+        assert_eq!(
+            decide(own(0, 0), &[peer(EPOCH_ANY)], 0, false),
+            Decision::Wait
+        );
+    }
+
+    #[test]
+    fn no_node_comes_to_the_epoch_that_means_all() {
+        let peers = [peer(EPOCH_ANY), peer(EPOCH_ANY - 1)];
+        for last in [EPOCH_ANY - 1, EPOCH_ANY] {
+            let decision = decide(own(last, DAY_MS), &peers, DAY_MS, true);
+            assert_eq!(decision, Decision::Wait);
+        }
+        let last = Decision::Begin {
+            epoch: EPOCH_ANY - 1,
+        };
+        for current in [EPOCH_ANY - 2, EPOCH_ANY - EPOCHS_AHEAD_MAX] {
+            assert_eq!(decide(own(current, 0), &peers, DAY_MS, false), last);
+        }
+    }
+
+    #[test]
+    fn a_change_begins_but_does_not_end_while_somebody_may_be_missing() {
+        let unsettled = OwnKeys {
+            is_settled: false,
+            ..own(4, 0)
+        };
+        let next = Decision::Begin { epoch: 5 };
+        assert_eq!(decide(unsettled, &[peer(5)], DAY_MS, false), next);
+        let changing = OwnKeys {
+            next: Some(5),
+            since_ms: SILENCE_MS_MAX,
+            ..unsettled
+        };
+        assert_eq!(decide(changing, &[], DAY_MS, false), Decision::Wait);
+        let settled = OwnKeys {
+            is_settled: true,
+            ..changing
+        };
+        let done = Decision::Finish { left_behind: 0 };
+        assert_eq!(decide(settled, &[], DAY_MS, false), done);
     }
 
     #[test]
@@ -150,7 +216,7 @@ mod tests {
             ..peer(5)
         };
         let lingering = PeerKeys {
-            uses_old: true,
+            silent_ms: UNUSED_MS_MIN - 1,
             ..through
         };
         let changing = |since_ms| OwnKeys {
@@ -176,11 +242,20 @@ mod tests {
                 over
             );
         }
-        // One that still uses the old key is waited for however long it takes.
+        // One that has come over and fell silent a moment ago is not waited for.
+        let quiet = PeerKeys {
+            silent_ms: UNUSED_MS_MIN,
+            ..through
+        };
+        assert_eq!(
+            decide(changing(CHANGE_MS_MIN), &[quiet], DAY_MS, false),
+            done
+        );
+        // One that still uses the old key is waited for however long it takes, up to the last second of its silence.
         for missing in [
             lingering,
             PeerKeys {
-                uses_old: true,
+                silent_ms: SILENCE_MS_MAX - 1,
                 ..peer(4)
             },
         ] {
@@ -254,11 +329,11 @@ mod tests {
                     }
                     _ => {
                         let node = &nodes[actor];
-                        let keys = OwnKeys { current: node.current, age_ms: 0, next: node.next, since_ms: node.since_ms };
+                        let keys = OwnKeys { current: node.current, age_ms: 0, next: node.next, since_ms: node.since_ms, is_settled: true };
                         let peers: Vec<PeerKeys> = (0..4).filter(|other| *other != actor).map(|other| PeerKeys {
                             newest: node.known[other].iter().copied().max().unwrap_or(0),
                             has_answered: node.next.is_some_and(|next| node.answered[other].contains(&next)),
-                            uses_old: nodes[other].sends_to(actor) == Some(node.current),
+                            silent_ms: if nodes[other].sends_to(actor) == Some(node.current) { 0 } else { SILENCE_MS_MAX },
                         }).collect();
                         match decide(keys, &peers, 0, actor == 0) {
                             Decision::Begin { epoch } => nodes[actor].next = Some(epoch),

@@ -9,13 +9,12 @@ use clustermesh_encryption_core::key::PublicKey;
 use clustermesh_node_core::WireguardPeer;
 use clustermesh_node_core::change::NodeKey;
 use clustermesh_node_core::rotation::{CHANGE_MS_MIN, Decision, OwnKeys, PeerKeys, decide};
+use rtnetlink::Handle;
 use tracing::{info, warn};
 
 use super::keys::{self, NEXT_KEY_FILE};
-use super::{Task, name_of};
-
-/// Whoever has sent to a device within this uses it.
-const USED_FOR: Duration = Duration::from_secs(3);
+use super::{Encryption, OpenDevice, Task, name_of};
+use crate::host::Underlay;
 
 /// Where the change of keys is, as far as it is not in files and devices.
 #[derive(Debug)]
@@ -24,8 +23,8 @@ pub struct Turn {
     since: Option<Instant>,
     /// When this run began.
     started: Instant,
-    /// Bytes from each peer of the present key's device, and when they last grew.
-    received: HashMap<PublicKey, (u64, Option<Instant>)>,
+    /// Bytes from each peer of the present key's device, and when they last grew or were first seen.
+    received: HashMap<PublicKey, (u64, Instant)>,
 }
 
 impl Turn {
@@ -53,16 +52,32 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+impl Encryption {
+    /// Makes the next key and its device. A key that got no device is not kept: nobody was told of it.
+    async fn open_next(
+        &self,
+        state_dir: &Path,
+        epoch: u32,
+        slot: usize,
+        underlay: &Underlay,
+        handle: &Handle,
+    ) -> anyhow::Result<OpenDevice> {
+        let path = state_dir.join(NEXT_KEY_FILE);
+        let key = tokio::task::block_in_place(|| keys::make(&path, epoch, slot))?;
+        let opened = self.open(key, underlay, handle).await;
+        if opened.is_err() {
+            tokio::task::block_in_place(|| keys::remove(&path))?;
+        }
+        opened
+    }
+}
+
 impl Task {
     /// Looks whether keys are to change, and does the next step of it.
     pub(super) async fn change_keys(&mut self) -> anyhow::Result<()> {
         let Some((peers, is_settled)) = self.configured.clone() else {
             return Ok(());
         };
-        // Who is missing may only be late: nobody is left behind for that.
-        if !is_settled {
-            return Ok(());
-        }
         // Others learn of keys by the records: without a session nothing begins, and nobody's silence counts.
         if !*self.shared.connected.borrow() {
             self.turn.since = Some(Instant::now());
@@ -83,6 +98,7 @@ impl Task {
             age_ms: millis(keys::age(&state_dir)?),
             next,
             since_ms: self.turn.since_ms(next.is_some()),
+            is_settled,
         };
         let others = self.peer_keys(&peers, current, next);
         let every_ms = u64::from(self.shared.config.encryption.rotate_hours) * 60 * 60 * 1_000;
@@ -106,9 +122,9 @@ impl Task {
         let received = &mut self.turn.received;
         if let Some(device) = report.devices.first() {
             for (key, status) in &device.status.peers {
-                let (bytes, grew) = received.entry(*key).or_insert((status.rx_bytes, None));
+                let (bytes, grew) = received.entry(*key).or_insert((status.rx_bytes, now));
                 if *bytes != status.rx_bytes {
-                    (*bytes, *grew) = (status.rx_bytes, Some(now));
+                    (*bytes, *grew) = (status.rx_bytes, now);
                 }
             }
             let present: std::collections::HashSet<PublicKey> =
@@ -129,26 +145,25 @@ impl Task {
                     let state = report.state.peers.get(&key.key);
                     state.is_some_and(|state| state.has_answered)
                 });
-                let uses_old = of(current).is_some_and(|key| {
-                    let grew = received
-                        .get(&PublicKey(key.key))
-                        .and_then(|(_, grew)| *grew);
-                    grew.is_some_and(|grew| now.duration_since(grew) < USED_FOR)
-                });
+                // Whom the old device does not know cannot send to it.
+                let heard = of(current).and_then(|key| received.get(&PublicKey(key.key)));
+                let silent_ms =
+                    heard.map_or(u64::MAX, |(_, grew)| millis(now.duration_since(*grew)));
                 Some(PeerKeys {
                     newest,
                     has_answered,
-                    uses_old,
+                    silent_ms,
                 })
             })
             .collect()
     }
 
     async fn begin(&mut self, state_dir: &Path, epoch: u32, slot: usize) -> anyhow::Result<()> {
-        let path = state_dir.join(NEXT_KEY_FILE);
-        let key = tokio::task::block_in_place(|| keys::make(&path, epoch, slot))?;
         let underlay = self.shared.underlay.borrow().clone();
-        let open = self.encryption.open(key, &underlay, &self.handle).await?;
+        let open = self
+            .encryption
+            .open_next(state_dir, epoch, slot, &underlay, &self.handle)
+            .await?;
         self.encryption.lock().devices.push(open);
         self.encryption
             .is_change_asked
@@ -197,5 +212,44 @@ impl Task {
             old.device.remove()?;
             Ok(())
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::encryption::{BackendChoice, Encryption as Settings};
+    use crate::netlink;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_next_key_that_gets_no_device_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        // No folder: a socket in there cannot be asked, and nothing is deleted or started.
+        let no_folder = dir.path().join("file");
+        std::fs::write(&no_folder, b"").unwrap();
+        let settings = Settings {
+            backend: BackendChoice::Userspace,
+            socket_dir: no_folder,
+            ..Settings::default()
+        };
+        let encryption = Encryption::new(&settings).unwrap();
+        let current = keys::read_or_make(dir.path()).unwrap();
+        let handle = netlink::connect().unwrap();
+        let underlay = Underlay {
+            devices: Vec::new(),
+            addresses: Vec::new(),
+            path_v4: None,
+            path_v6: None,
+            pod_mtu: 1_390,
+            pod_mtu_v6: 1_390,
+            wireguard_mtu: 1_440,
+        };
+        let opened = encryption
+            .open_next(dir.path(), 1, 1, &underlay, &handle)
+            .await;
+        let error = format!("{:#}", opened.unwrap_err());
+        assert!(error.contains("cm_wg1"), "{error}");
+        assert!(!dir.path().join(NEXT_KEY_FILE).exists());
+        assert_eq!(keys::read_or_make(dir.path()).unwrap(), current);
     }
 }

@@ -62,6 +62,8 @@ pub struct PeerState {
 pub struct WireguardState {
     /// This node's own public keys.
     pub own_keys: BTreeSet<WireguardKey>,
+    /// Epoch of the present one.
+    pub epoch: u32,
     /// Peers that a device has.
     pub peers: BTreeMap<WireguardKey, PeerState>,
 }
@@ -115,6 +117,10 @@ impl Model {
         }
         let before = std::mem::replace(&mut self.wireguard, state);
         let after = &self.wireguard;
+        if before.epoch != after.epoch {
+            self.renew_nodes(|_| true);
+            return;
+        }
         let is_same = |key: &WireguardKey| {
             before.peers.get(key) == after.peers.get(key)
                 && before.own_keys.contains(key) == after.own_keys.contains(key)
@@ -240,9 +246,21 @@ impl Model {
             Some((_, state)) => Protection::Encrypted {
                 ifindex: state.ifindex,
             },
-            None if settings.strict => Protection::Withheld,
+            // It encrypts, only with a key that is over: it is no node that takes clear text.
+            None if settings.strict || self.has_old_key(source, name, record) => {
+                Protection::Withheld
+            }
             None => Protection::Clear,
         }
+    }
+
+    /// Whether the node has a key of an epoch before that of our present one.
+    fn has_old_key(&self, source: SourceId, name: &str, record: &NodeRecord) -> bool {
+        let mut old = record
+            .keys
+            .iter()
+            .filter(|key| key.epoch < self.wireguard.epoch);
+        old.any(|key| self.is_holder(source, name, &key.key))
     }
 
     /// Whether the key is that node's and nobody else's. Our own nodes' word goes before that of other clusters; two of

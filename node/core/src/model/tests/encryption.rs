@@ -59,6 +59,7 @@ fn knows(peers: &[(u8, u32, bool)]) -> WireguardState {
                 ([*number; 32], state)
             })
             .collect(),
+        ..WireguardState::default()
     }
 }
 
@@ -231,6 +232,38 @@ fn a_new_key_is_used_when_its_owner_has_answered_under_it() {
 }
 
 #[test]
+fn a_node_that_stayed_with_an_old_key_is_not_sent_to_in_clear() {
+    let settings = encrypting(EncryptionMode::All, false);
+    let mut model = list(Model::new(settings, Tables::default()), world());
+    model.set_wireguard(knows(&[(2, DEVICE, true)]));
+    settle(&mut model);
+    assert_eq!(path(&model, "192.0.2.2"), ENCRYPTED);
+    assert_eq!(path(&model, "192.0.2.21"), CLEAR, "its key is not here yet");
+    // Our keys have changed without both.
+    model.set_wireguard(WireguardState {
+        epoch: 1,
+        ..knows(&[])
+    });
+    settle(&mut model);
+    for node in ["192.0.2.2", "192.0.2.21"] {
+        assert_ne!(path(&model, node).0 & NODE_WITHHELD, 0, "{node}");
+    }
+    assert_eq!(path(&model, "192.0.2.22"), CLEAR, "it has no key at all");
+    // One of Cilium's counts no epochs: its key is only not here yet.
+    model.apply(node_with(
+        "west",
+        "w22",
+        &["192.0.2.22"],
+        &[key(22, u32::MAX)],
+    ));
+    // One that has come over is as new as we are.
+    model.apply(node_with("east", "e2", &["192.0.2.2"], &[key(102, 1)]));
+    settle(&mut model);
+    assert_eq!(path(&model, "192.0.2.22"), CLEAR);
+    assert_eq!(path(&model, "192.0.2.2"), CLEAR);
+}
+
+#[test]
 fn with_direct_routing_pods_may_come_from_their_node_and_no_other() {
     let mut settings = encrypting(EncryptionMode::All, false);
     settings.direct_routing = true;
@@ -279,6 +312,7 @@ proptest! {
         let state = WireguardState {
             own_keys: BTreeSet::from([[5; 32]]),
             peers: known.iter().map(|k| ([*k; 32], PeerState { ifindex: DEVICE, has_answered: true })).collect(),
+            ..WireguardState::default()
         };
         let mut model = list(Model::new(encrypting(EncryptionMode::All, strict), Tables::default()), Vec::new());
         model.set_wireguard(state.clone());
