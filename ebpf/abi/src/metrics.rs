@@ -6,7 +6,7 @@
 pub enum DropReason {
     /// Headers end before they should, or lengths contradict each other.
     Malformed = 0,
-    /// A frame with a VLAN tag, on a device of ours.
+    /// A frame with a VLAN tag, on a device of ours; on an underlay device one with two, the outer one without a VLAN.
     VlanTagged = 1,
     /// Not IPv4, IPv6 or ARP.
     UnknownEthertype = 2,

@@ -60,6 +60,13 @@ impl Frame {
         unsafe { (*self.skb).vlan_present != 0 }
     }
 
+    /// VLAN of the tag that the kernel has taken off; 0 is none, the tag then says a priority only (802.1Q, 9.6).
+    #[inline(always)]
+    pub fn vlan_id(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (*self.skb).vlan_tci & 0xfff }
+    }
+
     /// EtherType of what the frame carries, known for devices without an Ethernet header too.
     #[inline(always)]
     pub fn protocol(self) -> u16 {
