@@ -179,7 +179,7 @@ fn kind_v4(
 }
 
 /// A UDP packet to us with IP options or in fragments: never a tunnel packet of a node.
-/// Later fragments have no port; without the first one they lead nowhere.
+/// Later fragments have no port; without the first one, which is refused, they make no tunnel packet.
 #[inline(always)]
 fn odd_v4(
     frame: Frame,

@@ -44,8 +44,8 @@ enum Carried {
     Control,
     /// Neighbour discovery.
     Neighbours,
-    /// A fragment that is not the first one.
-    LaterFragment,
+    /// A fragment of UDP that is not the first one: it may be of WireGuard and bears no ports to tell.
+    LaterDatagram,
     /// Anything else.
     Other,
 }
@@ -78,11 +78,7 @@ pub fn received(
     seen: &Seen,
 ) -> Result<(), DropReason> {
     let carried = carried(frame, config, family);
-    // A later fragment leads nowhere without the first one, and one of WireGuard cannot be told from another.
-    if matches!(
-        carried,
-        Carried::ToWireguard | Carried::LaterFragment | Carried::Neighbours
-    ) {
+    if matches!(carried, Carried::ToWireguard | Carried::Neighbours) {
         return Ok(());
     }
     let source = &seen.packet.source;
@@ -96,7 +92,9 @@ pub fn received(
             Err(DropReason::ClearReceived)
         };
     }
-    if config.flags & CONFIG_ENCRYPT_NODES == 0 {
+    // The stack joins fragments whatever way they came, so a later one in clear could complete what was encrypted.
+    // Those of UDP from a node are taken all the same, for the networks that cut WireGuard's datagrams.
+    if config.flags & CONFIG_ENCRYPT_NODES == 0 || carried == Carried::LaterDatagram {
         return Ok(());
     }
     if node.flags & NODE_CLEAR_REFUSED != 0 && carried != Carried::Control {
@@ -229,8 +227,10 @@ fn carried(frame: Frame, config: &NodeConfig, family: Family) -> Carried {
     };
     match found {
         Found::Transport => {}
-        Found::LaterFragment => return Carried::LaterFragment,
-        Found::Nothing => return Carried::Other,
+        Found::LaterFragment if transport.protocol == PROTOCOL_UDP => {
+            return Carried::LaterDatagram;
+        }
+        Found::LaterFragment | Found::Nothing => return Carried::Other,
     }
     match transport.protocol {
         PROTOCOL_UDP => datagram(frame, config, &transport),
@@ -244,6 +244,7 @@ fn carried(frame: Frame, config: &NodeConfig, family: Family) -> Carried {
 
 enum Found {
     Transport,
+    /// Its protocol is known.
     LaterFragment,
     Nothing,
 }
@@ -255,15 +256,15 @@ fn transport_v4(frame: Frame, transport: &mut Transport) -> Found {
         return Found::Nothing;
     }
     let parts = u16::from_be_bytes([head[6], head[7]]);
-    if parts & 0x1fff != 0 {
-        return Found::LaterFragment;
-    }
     *transport = Transport {
         protocol: head[9],
         offset: ETHERNET_BYTES as u32 + u32::from(head[0] & 0xf) * 4,
         is_fragment: parts & 0x2000 != 0,
         hop_limit: head[8],
     };
+    if parts & 0x1fff != 0 {
+        return Found::LaterFragment;
+    }
     Found::Transport
 }
 
@@ -292,12 +293,12 @@ fn transport_v6(frame: Frame, transport: &mut Transport) -> Found {
     if frame.load(OFFSET, &mut head).is_err() {
         return Found::Nothing;
     }
-    if u16::from_be_bytes([head[2], head[3]]) & 0xfff8 != 0 {
-        return Found::LaterFragment;
-    }
     transport.protocol = head[0];
     transport.offset = OFFSET + 8;
     transport.is_fragment = true;
+    if u16::from_be_bytes([head[2], head[3]]) & 0xfff8 != 0 {
+        return Found::LaterFragment;
+    }
     Found::Transport
 }
 

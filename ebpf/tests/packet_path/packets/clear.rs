@@ -184,6 +184,14 @@ fn clear_text_of_pods_is_refused_from_nodes_that_encrypt() {
                 ethernet(&datagram("fd10:0:0:5::9", OWN_V6)),
             ),
             (
+                "later fragment of a pod to the host",
+                fragment_v4(datagram("10.5.0.9", OWN), 9),
+            ),
+            (
+                "later IPv6 fragment of a pod to the host",
+                fragment_v6("fd10:0:0:5::9", OWN_V6, UDP, 8, &[0; 8]),
+            ),
+            (
                 "a pod to a server",
                 ethernet(&packet(
                     "10.5.0.9",
@@ -272,14 +280,48 @@ fn clear_text_of_nodes_is_refused_where_nodes_encrypt_but_for_what_encryption_ne
             fragment_v6(six, OWN_V6, UDP, 1, &to_port(WIREGUARD_PORT)),
             pass,
         ),
+        // They may be of WireGuard.
         (
-            "a later fragment",
+            "later fragment of UDP",
             fragment_v4(datagram(four, OWN), 9),
             pass,
         ),
         (
-            "a later IPv6 fragment",
+            "later IPv6 fragment of UDP",
             fragment_v6(six, OWN_V6, UDP, 8, &[0; 8]),
+            pass,
+        ),
+        (
+            "later fragment of TCP",
+            fragment_v4(packet(four, OWN, TCP, &segment(1000, 22, ACK)), 9),
+            refused,
+        ),
+        (
+            "later fragment of TCP with a server's port where the first one has it",
+            fragment_v4(
+                packet(four, OWN, TCP, &segment(1000, SERVER_PORT, ACK)),
+                0x2009,
+            ),
+            refused,
+        ),
+        (
+            "later fragment of ICMP",
+            fragment_v4(packet(four, OWN, ICMP, &[8; 16]), 9),
+            refused,
+        ),
+        (
+            "later IPv6 fragment of TCP",
+            fragment_v6(six, OWN_V6, TCP, 8, &segment(1000, 22, ACK)),
+            refused,
+        ),
+        (
+            "later fragment of TCP from a node that does not encrypt",
+            fragment_v4(packet("192.168.7.1", OWN, TCP, &segment(1000, 22, ACK)), 9),
+            pass,
+        ),
+        (
+            "later fragment of a stranger's TCP",
+            fragment_v4(packet("1.1.1.1", OWN, TCP, &segment(1000, 22, ACK)), 9),
             pass,
         ),
         (
