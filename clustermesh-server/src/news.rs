@@ -1,7 +1,9 @@
 //! What the replicas of a group tell each other beside Raft: which agents are connected to each, and how the leader's peers are.
 
+pub(crate) mod wire;
+
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use clustermesh_process::Drain;
@@ -15,13 +17,6 @@ use crate::agents::registry::Registry;
 use crate::peering::PeerStatuses;
 use crate::store::Store;
 
-/// What the build script made of news.proto.
-pub(crate) mod wire {
-    include!(concat!(env!("OUT_DIR"), "/clustermesh.server.v1.rs"));
-}
-
-/// A replica that said nothing for so long counts as gone, with all that it told.
-pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(3);
 /// Without a change, the others hear this often that this replica is there.
 const TELL_INTERVAL: Duration = Duration::from_millis(500);
 /// Changes of so long go into one message.
@@ -53,13 +48,6 @@ impl News {
         self.sessions.take_from(from, told)
     }
 
-    /// What there is to tell one who has taken `taken` (0: nothing), and whether there is more.
-    fn since(&self, taken: u64, leading_term: Option<u64>) -> (wire::News, bool) {
-        let (mut message, more) = self.sessions.since(taken);
-        message.leading = leading_term.map(|term| self.peers.to_tell(term));
-        (message, more)
-    }
-
     /// Tells every other replica, until the drain has begun.
     pub async fn tell_others(self, store: Store, drain: Drain) {
         let mut told: BTreeMap<ReplicaId, tokio::task::AbortHandle> = BTreeMap::new();
@@ -84,10 +72,16 @@ impl News {
     async fn tell(self, store: Store, to: ReplicaId) {
         let mut changes = self.sessions.changes_here();
         let mut taken = 0;
+        let mut peers_told: Option<Instant> = None;
         loop {
             changes.mark_unchanged();
             loop {
-                let (message, more) = self.since(taken, store.leading_term());
+                let (mut message, more) = self.sessions.since(taken);
+                // Agents report far more often than peers change.
+                if !more && peers_told.is_none_or(|told| told.elapsed() >= TELL_INTERVAL) {
+                    peers_told = Some(Instant::now());
+                    message.leading = store.leading_term().map(|term| self.peers.to_tell(term));
+                }
                 let version = message.to_version;
                 let bytes = message.encode_to_vec().into();
                 match store.replica().tell(to, bytes, TELL_TIMEOUT).await {

@@ -84,7 +84,7 @@ impl Peering {
         let mut links = Vec::new();
         for peer in &config.peers {
             let client = client_config(config, peer);
-            statuses.add(&peer.name, client.clone());
+            statuses.add(&peer.name, &client)?;
             links.push(link::Link::new(Arc::clone(&shared), &peer.name, client)?);
         }
         Ok(Self {

@@ -41,7 +41,7 @@ pub struct ReplicaSection {
     /// Time between the leader's heartbeats, in ms.
     #[serde(default = "default_heartbeat_ms")]
     pub heartbeat_ms: u64,
-    /// A follower stands for election after about this long without the leader (0.7 to 1.0 of it, at random), in ms.
+    /// A follower stands for election after about this long without the leader (0.9 to 1.0 of it, at random), in ms.
     #[serde(default = "default_election_timeout_ms")]
     pub election_timeout_ms: u64,
     /// Certificate shown to other replicas, and their CA; default: `[tls]`.

@@ -83,6 +83,7 @@ impl Link {
         loop {
             let Some(term) = self.shared.store.leading_term() else {
                 self.copy = None;
+                self.shared.statuses.not_leading(&self.name);
                 tokio::time::sleep(FOLLOWER_PAUSE).await;
                 continue;
             };

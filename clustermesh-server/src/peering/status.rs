@@ -11,16 +11,15 @@ use clustermesh_client::{Client, ClientConfig, ClientError};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
-use crate::news::SILENCE_MAX;
-use crate::news::wire::Leading;
+use crate::news::wire::{Leading, SILENCE_MAX};
 use crate::store::Store;
 
 /// A peer must say its present revision by then.
 const REVISION_TIMEOUT: Duration = Duration::from_secs(3);
 /// Of an error's text, which the peer may have written, so much is kept.
 const MAX_ERROR_BYTES: usize = 1024;
-/// What a replica says that neither leads nor hears the one that does.
-const NO_LEADER: &str = "no replica of this cluster leads, or it is not heard";
+/// What a replica says that does not lead and was not told by the one that does.
+const NOT_TOLD: &str = "the replica that leads, if one does, has not said how this peer is";
 
 /// All configured peers; clones share them.
 #[derive(Debug, Clone, Default)]
@@ -36,8 +35,10 @@ struct Inner {
 
 #[derive(Debug)]
 struct Peer {
-    config: ClientConfig,
-    client: Option<Client>,
+    /// The link's, while this replica leads and is connected.
+    linked: Option<Client>,
+    /// For questions of a replica that does not lead; it connects when it is first asked.
+    asked: Client,
     /// Without what stands in the store: revisions and counts.
     status: PeerStatus,
 }
@@ -62,7 +63,7 @@ impl Inner {
             .filter(|told| told.heard.elapsed() < SILENCE_MAX)
             .and_then(|told| told.peers.get(name));
         heard.cloned().unwrap_or_else(|| PeerStatus {
-            last_error: NO_LEADER.to_owned(),
+            last_error: NOT_TOLD.to_owned(),
             ..begun(name)
         })
     }
@@ -79,13 +80,17 @@ fn begun(peer: &str) -> PeerStatus {
 
 impl PeerStatuses {
     /// A peer that is configured, and how it is reached.
-    pub(super) fn add(&self, name: &str, config: ClientConfig) {
+    ///
+    /// # Errors
+    /// The configuration cannot be used.
+    pub(super) fn add(&self, name: &str, config: &ClientConfig) -> Result<(), ClientError> {
         let peer = Peer {
-            config,
-            client: None,
+            linked: None,
+            asked: Client::new(config)?,
             status: begun(name),
         };
         self.inner.lock().peers.insert(name.to_owned(), peer);
+        Ok(())
     }
 
     /// All peers by name, without revisions and counts, as the replica of `store` knows them.
@@ -141,7 +146,7 @@ impl PeerStatuses {
 
     pub(super) fn connected(&self, peer: &str, client: Client) {
         if let Some(peer) = self.inner.lock().peers.get_mut(peer) {
-            peer.client = Some(client);
+            peer.linked = Some(client);
             peer.status.last_contact_unix_ms = clustermesh_raft::wall_clock();
         }
     }
@@ -152,10 +157,21 @@ impl PeerStatuses {
         });
     }
 
+    /// What is known is of an earlier term: it is the next leader that knows.
+    pub(super) fn not_leading(&self, name: &str) {
+        if let Some(peer) = self.inner.lock().peers.get_mut(name) {
+            peer.linked = None;
+            peer.status = PeerStatus {
+                reconnects: peer.status.reconnects,
+                ..begun(name)
+            };
+        }
+    }
+
     pub(super) fn ended(&self, peer: &str, state: State, mut reason: String) {
         reason.truncate(reason.floor_char_boundary(MAX_ERROR_BYTES));
         if let Some(peer) = self.inner.lock().peers.get_mut(peer) {
-            peer.client = None;
+            peer.linked = None;
             peer.status.set_state(state);
             peer.status.last_error = reason;
             peer.status.reconnects += 1;
@@ -172,31 +188,28 @@ impl PeerStatuses {
         peer: &str,
     ) -> Result<SourceRevision, String> {
         let leads = store.leading_term().is_some();
-        let (linked, config) = {
+        let client = {
             let inner = self.inner.lock();
             let Some(known) = inner.peers.get(peer) else {
                 return Err(format!("cluster {peer} is not a peer"));
             };
             let status = inner.status(peer, known, leads);
-            let linked = known.client.clone().filter(|_| leads);
             let copied = matches!(status.state(), State::Syncing | State::Synced);
             // Without a copy there is nothing to wait for but the reason.
-            if linked.is_none() && (leads || !copied) {
+            let client = if leads {
+                known.linked.as_ref()
+            } else {
+                Some(&known.asked).filter(|_| copied)
+            };
+            client.cloned().ok_or_else(|| {
                 let reason = match status.last_error.as_str() {
                     "" => "this has only begun",
                     error => error,
                 };
-                return Err(format!("cluster {peer} is not connected: {reason}"));
-            }
-            (linked, known.config.clone())
+                format!("cluster {peer} is not connected: {reason}")
+            })?
         };
-        let asked = async {
-            match linked {
-                Some(client) => ask(&client, peer).await,
-                None => ask(&Client::connect(&config).await?, peer).await,
-            }
-        };
-        match timeout(REVISION_TIMEOUT, asked).await {
+        match timeout(REVISION_TIMEOUT, ask(&client, peer)).await {
             Ok(Ok(source)) => Ok(source),
             Ok(Err(error)) => Err(format!("cluster {peer}: {error}")),
             Err(_) => Err(format!("cluster {peer} does not answer")),

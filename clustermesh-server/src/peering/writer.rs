@@ -20,6 +20,8 @@ pub(super) struct Writer<'a> {
     synced: bool,
     /// Number of the next step: who else has written since, this one among them, makes it refused. 0 while not all replicas know numbers.
     sequence: u64,
+    /// While they do not, the replica must lead as it did at the beginning.
+    term: Option<u64>,
 }
 
 /// The judge keeps to the quota; what is applied keeps to it but for one entry's worth, which may put before the next
@@ -34,6 +36,7 @@ impl<'a> Writer<'a> {
     /// # Errors
     /// No leader: what others copied before may not be known here.
     pub(super) async fn new(shared: &'a Shared, cluster: &str) -> Result<Self, Status> {
+        let term = shared.store.leading_term();
         shared.store.linearize().await?;
         let (cursor, sequence) = shared.store.read(|state| {
             let cursor = state.peer_cursor(cluster).cloned();
@@ -49,6 +52,7 @@ impl<'a> Writer<'a> {
             revision,
             synced,
             sequence,
+            term,
         })
     }
 
@@ -124,6 +128,11 @@ impl<'a> Writer<'a> {
             } else {
                 (self.revision, self.synced)
             };
+            if self.sequence == 0 && self.shared.store.leading_term() != self.term {
+                return Err(Status::aborted(
+                    "another replica has led since this copy began",
+                ));
+            }
             let written = self
                 .shared
                 .store
