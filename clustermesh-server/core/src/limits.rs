@@ -14,7 +14,8 @@ pub const SNAPSHOT_FORMAT: u32 = 1;
 /// Newest version of [`crate::pb::SnapshotChunk`] that this build writes and understands: the one with what feature level 1 adds.
 pub const SNAPSHOT_FORMAT_GROUP: u32 = 2;
 
-/// How [`crate::State::hash_beside_keys`] is taken; to be raised when it is taken of more or otherwise.
+/// How [`crate::State::hash_beside_keys`] is taken; to be raised when it is taken of more or otherwise,
+/// but for what all replicas begin to have with a feature level.
 pub const BESIDE_KEYS_FORMAT: u32 = 1;
 
 /// Newest feature level that this build knows: which kinds of entry it can apply.

@@ -209,7 +209,8 @@ pub struct ReplicaConfig {
     pub node: Node,
     /// Time between heartbeats of the leader.
     pub heartbeat: Duration,
-    /// A follower stands for election after about this long without the leader: from 0.7 to 1.0 of it, at random.
+    /// A follower stands for election after about this long without the leader: from 0.9 to 1.0 of it, at random. At least
+    /// three heartbeats; below seven, a follower waits for up to six heartbeats.
     pub election_timeout: Duration,
     /// A proposal or read without answer after this long is given up.
     pub request_timeout: Duration,
@@ -263,12 +264,22 @@ impl ReplicaConfig {
         };
         let silence = ms("election timeout", self.election_timeout)?;
         let heartbeat_interval = ms("heartbeat", self.heartbeat)?;
+        if silence < 3 * heartbeat_interval {
+            return Err(StartError::Config {
+                name: "election timeout",
+                reason: format!(
+                    "{silence} ms are less than three heartbeats of {heartbeat_interval} ms"
+                ),
+            });
+        }
         openraft::Config {
             cluster_name: self.cluster_name.clone(),
             heartbeat_interval,
-            // A follower of openraft stands after its leader's lease, which is the longest timeout, and a random timeout together.
-            election_timeout_min: (silence / 5).max(heartbeat_interval + 1),
-            election_timeout_max: (silence / 2).max(heartbeat_interval + 2),
+            // A follower of openraft stands after its leader's lease, which is the longest timeout, and a random timeout
+            // together. The shorter one is also what an answer to a vote may take, the longer one how old a leader's last
+            // heartbeat may be that a quorum answered: neither may come near the time between two heartbeats.
+            election_timeout_min: (2 * silence / 5).max(2 * heartbeat_interval),
+            election_timeout_max: (silence / 2).max(3 * heartbeat_interval),
             // Snapshots and purges go by bytes of log, see `maintenance`.
             snapshot_policy: openraft::SnapshotPolicy::Never,
             max_in_snapshot_log_to_keep: u64::MAX,
