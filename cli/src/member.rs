@@ -41,7 +41,7 @@ pub async fn run(global: &GlobalArgs, args: &MemberArgs) -> Result<()> {
             timeout,
         } => {
             let old = find(&client, member).await?.id;
-            let new = client.add_member(peer_url.clone(), false).await?;
+            let new = added(&client, old, peer_url).await?;
             let deadline = Instant::now() + *timeout;
             while !votes(&client, new).await? {
                 if Instant::now() >= deadline {
@@ -106,6 +106,19 @@ fn report(form: Output, action: &str, id: u64) -> Result<()> {
         Output::Table => output::print(&format!("replica {id:016x} {action}\n")),
         Output::Json => output::json(&json!({"id": format!("{id:016x}"), "action": action})),
     }
+}
+
+/// The replica at `peer_url`, which may be in the group already: it joined by itself, or the command is run again.
+async fn added(client: &Client, old: u64, peer_url: &String) -> Result<u64> {
+    let refused = match client.add_member(peer_url.clone(), false).await {
+        Ok(id) => return Ok(id),
+        Err(refused) => refused,
+    };
+    let members = client.members().await?;
+    let there = members
+        .iter()
+        .find(|member| member.id != old && member.peer_ur_ls.contains(peer_url));
+    Ok(there.map(|member| member.id).ok_or(refused)?)
 }
 
 async fn votes(client: &Client, id: u64) -> Result<bool> {
