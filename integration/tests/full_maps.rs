@@ -230,8 +230,8 @@ async fn map_failures(lab: &Lab, map: &str) -> f64 {
 async fn a_map_that_somebody_else_has_filled_is_named_counted_and_cleared() {
     let lab = one_cluster(1).await.unwrap();
     let a = lab.cluster(0);
-    // Before, what the kernel has counts as an earlier store's.
-    a.wait_converged(CONVERGED_SECONDS_MAX).await.unwrap();
+    // Before, what the kernel has counts as an earlier store's; and while the node is not on record a wait is for nobody.
+    until_applied(a).await;
     let bpffs = a.node(0).bpffs();
     let maps = Maps::open_pinned(&bpffs).unwrap();
     let held = u32::try_from(maps.frontends.entries().unwrap().len()).unwrap();
