@@ -1,6 +1,7 @@
 //! What passes between a node and its router, as tcpdump sees it there.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::Result;
 use nix::sys::signal::Signal;
@@ -40,8 +41,10 @@ impl Capture {
     pub async fn open(lab: &Lab, cluster: &Cluster, node: &Node, filter: &str) -> Result<Self> {
         let (router, port) = (cluster.router_netns(), node.name());
         let place = format!("{}-{port}", cluster.name());
-        let name = filter.split_whitespace().last().unwrap_or_default();
-        let name = format!("{place}-{}", name.replace(['/', ':'], "-"));
+        // A log of its own: the line of an earlier capture would be taken for this one's.
+        static CAPTURES: AtomicU32 = AtomicU32::new(0);
+        let number = CAPTURES.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{place}-{number}");
         let file = lab.folder().join(format!("{name}.pcap"));
         let mut command = command_in(router, None, Path::new("tcpdump"));
         command
