@@ -7,8 +7,8 @@ use clustermesh_core::{pb, pb::proposal::Command};
 use openraft::async_runtime::{AsyncRuntime, Instant};
 
 use crate::{
-    batcher::Proposer, config::AutoCompaction, error::ProposeError, metrics::add,
-    state_machine::Shared, task::Stop,
+    config::AutoCompaction, error::ProposeError, metrics::add, proposal::Proposer, shared::Shared,
+    task::Stop,
 };
 
 /// Samples of the revision over the kept age.

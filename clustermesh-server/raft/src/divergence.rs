@@ -17,14 +17,14 @@ use futures_util::future::join_all;
 use openraft::async_runtime::{AsyncRuntime, Watch, WatchReceiver};
 
 use crate::{
-    batcher::Proposer,
     config::{COMPARE_RETRY_PAUSE, COMPARE_TIMEOUT},
     error::ReadError,
     forward::Router,
-    hashes::hash_kv,
+    hash_kv::hash_kv,
     membership::Members,
     peer::target,
-    state_machine::{Progress, Shared},
+    proposal::Proposer,
+    shared::{Progress, Shared},
     task::Stop,
     watch::Hub,
     wire::{BesideKeys, Compare, CompareAnswer, call_request::Call, call_response::Answer},

@@ -1,88 +1,28 @@
 //! Finds the leader for what a replica cannot do alone: proposals go there, and are answered when they are applied here.
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use clustermesh_store::{Node, Origin, ReplicaId};
+use clustermesh_store::{Node, ReplicaId};
 use openraft::{
     Raft,
     async_runtime::{AsyncRuntime, Instant, Mpsc, Select2, Watch, WatchReceiver},
     metrics::RaftServerMetrics,
 };
-use parking_lot::Mutex;
 
 use crate::{
     Types,
-    batcher::{Entries, Stays, Told, Waiting},
     config::{LEADER_CHANGE_GRACE, MAX_FORWARDS_IN_FLIGHT, ROUTE_RETRY_PAUSE},
+    entries::Entries,
     error::{ProposeError, ReadError},
     metrics::add,
     peer::{CallError, Links, target},
-    state_machine::{Progress, StateMachine},
+    pending::Pending,
+    proposal::{Stays, Waiting},
+    shared::Progress,
+    state_machine::StateMachine,
     task::Stop,
     wire::{Forward, ForwardedProposal, call_request::Call, call_response::Answer},
 };
-
-/// Proposals that were forwarded, until they are applied here.
-pub(crate) struct Pending<R: AsyncRuntime> {
-    own: ReplicaId,
-    waiting: Mutex<HashMap<u64, Waiting<R>>>,
-    next_request_id: AtomicU64,
-}
-
-impl<R: AsyncRuntime> Pending<R> {
-    /// `first_request_id` is random, so that entries of an earlier life are nobody's.
-    pub(crate) fn new(own: ReplicaId, first_request_id: u64) -> Self {
-        Self {
-            own,
-            waiting: Mutex::default(),
-            next_request_id: AtomicU64::new(first_request_id),
-        }
-    }
-
-    fn add(&self, waiting: Waiting<R>) -> u64 {
-        let request_id = self.next_request_id.fetch_add(1, Ordering::Relaxed);
-        self.waiting.lock().insert(request_id, waiting);
-        request_id
-    }
-
-    /// Who waits for this entry's proposals, by place.
-    pub(crate) fn take(&self, origins: &[Origin]) -> Vec<(u32, Waiting<R>)> {
-        if !origins.iter().any(|origin| origin.replica_id == self.own) {
-            return Vec::new();
-        }
-        let mut waiting = self.waiting.lock();
-        origins
-            .iter()
-            .filter(|origin| origin.replica_id == self.own)
-            .filter_map(|origin| Some((origin.place, waiting.remove(&origin.request_id)?)))
-            .collect()
-    }
-
-    /// Those not answered yet.
-    fn rest(&self, request_ids: &[u64]) -> Vec<Waiting<R>> {
-        let mut waiting = self.waiting.lock();
-        request_ids
-            .iter()
-            .filter_map(|request_id| waiting.remove(request_id))
-            .collect()
-    }
-
-    fn tell_rest(&self, request_ids: &[u64], told: &Told) -> usize {
-        let rest = self.rest(request_ids);
-        let count = rest.len();
-        for waiting in rest {
-            waiting.tell(told.clone());
-        }
-        count
-    }
-}
 
 /// Knows the leader.
 pub(crate) struct Router<R: AsyncRuntime> {

@@ -5,22 +5,14 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::Arc,
     time::Duration,
 };
 
 use clustermesh_core::{Outcome, ProposalResult, State, pb, pb::proposal::Command};
-use openraft::async_runtime::{AsyncRuntime, Instant, Watch, WatchReceiver, WatchSender};
+use openraft::async_runtime::{AsyncRuntime, Instant, Watch, WatchSender};
 use parking_lot::Mutex;
 
-use crate::{
-    batcher::Proposer,
-    config::{LEASE_RETRY_MS, MAX_EXPIRED_LEASES_PER_ENTRY},
-    error::ProposeError,
-    metrics::add,
-    state_machine::Shared,
-    task::Stop,
-};
+use crate::config::{LEASE_RETRY_MS, MAX_EXPIRED_LEASES_PER_ENTRY};
 
 struct Lease<I> {
     ttl: Duration,
@@ -87,6 +79,11 @@ impl<R: AsyncRuntime> LeaseKeeper<R> {
             table: Mutex::new(table),
             changed: Mutex::new(R::Watch::channel(0).0),
         }
+    }
+
+    /// Hears when the next deadline may be earlier.
+    pub(crate) fn changes(&self) -> <R::Watch as Watch>::Receiver<u64> {
+        self.changed.lock().subscribe()
     }
 
     fn notify(&self) {
@@ -181,7 +178,7 @@ impl<R: AsyncRuntime> LeaseKeeper<R> {
     }
 
     /// Leases past their deadline, at most one entry's worth, with the term to expire them in.
-    fn take_expired(&self) -> Option<(u64, Vec<i64>)> {
+    pub(crate) fn take_expired(&self) -> Option<(u64, Vec<i64>)> {
         let now = R::Instant::now();
         let mut table = self.table.lock();
         let term = table.term?;
@@ -205,7 +202,7 @@ impl<R: AsyncRuntime> LeaseKeeper<R> {
     }
 
     /// Leases whose expiry failed are tried again a little later.
-    fn retry(&self, term: u64, ids: &[i64]) {
+    pub(crate) fn retry(&self, term: u64, ids: &[i64]) {
         let deadline = R::Instant::now() + Duration::from_millis(LEASE_RETRY_MS);
         let mut table = self.table.lock();
         if table.term != Some(term) {
@@ -221,67 +218,11 @@ impl<R: AsyncRuntime> LeaseKeeper<R> {
         }
     }
 
-    fn next_deadline(&self) -> Option<R::Instant> {
+    pub(crate) fn next_deadline(&self) -> Option<R::Instant> {
         self.table
             .lock()
             .deadlines
             .first()
             .map(|(deadline, _)| *deadline)
-    }
-}
-
-/// Proposes the expiry of leases as their deadlines pass.
-pub(crate) async fn expire<R: AsyncRuntime>(
-    shared: Arc<Shared<R>>,
-    proposer: Proposer<R>,
-    stop: Stop<R>,
-) {
-    let mut changed = shared.leases.changed.lock().subscribe();
-    loop {
-        if let Some((term, ids)) = shared.leases.take_expired() {
-            let command = Command::LeaseExpire(pb::LeaseExpire {
-                term,
-                ids: ids.clone(),
-            });
-            match stop
-                .or(proposer.propose_as_leader(pb::Proposal::system(command)))
-                .await
-            {
-                None => return,
-                Some(Ok(committed)) => {
-                    match committed.outcome {
-                        Ok(Outcome::LeaseExpire { expired }) => {
-                            add(&shared.metrics.leases_expired_total, expired.len());
-                        }
-                        // An alarm stops all changes; once it is gone they expire.
-                        Ok(_) | Err(_) => shared.leases.retry(term, &ids),
-                    }
-                }
-                Some(Err(ProposeError::Stopped)) => return,
-                Some(Err(error)) => {
-                    tracing::debug!(%error, leases = ids.len(), "lease expiry is tried again");
-                    shared.leases.retry(term, &ids);
-                }
-            }
-            continue;
-        }
-        let heard = match shared.leases.next_deadline() {
-            Some(deadline) => {
-                let wait = R::select2(changed.changed(), R::sleep_until(deadline));
-                stop.or(async {
-                    let _either = wait.await;
-                })
-                .await
-            }
-            None => {
-                stop.or(async {
-                    let _heard = changed.changed().await;
-                })
-                .await
-            }
-        };
-        if heard.is_none() {
-            return;
-        }
     }
 }

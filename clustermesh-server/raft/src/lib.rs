@@ -10,12 +10,17 @@ mod batcher;
 mod check_data;
 mod compaction;
 mod config;
+mod contact;
 mod divergence;
+mod entries;
 mod error;
+mod expiry;
 mod forward;
 mod group;
 #[cfg(test)]
 mod group_tests;
+mod handler;
+mod hash_kv;
 mod hashes;
 mod identity;
 mod lease;
@@ -26,8 +31,11 @@ mod metrics;
 pub mod mutants;
 mod network;
 mod peer;
+mod pending;
+mod proposal;
 mod reads;
 mod replica;
+mod shared;
 mod state_machine;
 mod task;
 #[cfg(test)]
@@ -45,9 +53,10 @@ pub use config::{
 };
 pub use error::{ProposeError, ReadError, StartError, WatchEnd};
 pub use group::AuthChanges;
+pub use handler::PeerHandler;
 pub use membership::MemberError;
 pub use metrics::Metrics;
-pub use peer::{AsideError, NoPeers, PeerHandler, Target, Transport, TransportError};
+pub use peer::{AsideError, NoPeers, Target, Transport, TransportError};
 pub use replica::{LeaseTime, Member, REVISION_BUMP, Replica, Status};
 pub use watch::{EventFilter, WatchEvents, WatchItem, WatchSpec, Watcher};
 

@@ -12,7 +12,8 @@ use crate::{
     Types,
     config::LEAVE_DELAY,
     peer::Links,
-    state_machine::{Progress, Shared, StateMachine},
+    shared::{Progress, Shared},
+    state_machine::StateMachine,
     task::Stop,
 };
 

@@ -18,7 +18,6 @@ use rand::Rng;
 
 use crate::{
     Types,
-    batcher::Proposer,
     config::{
         CAUGHT_UP_ENTRIES, MAX_LEARNERS, MAX_MEMBERS, MEMBERS_POLL, READ_INDEX_TIMEOUT,
         ROUTE_RETRY_PAUSE,
@@ -26,8 +25,10 @@ use crate::{
     error::refuse,
     forward::Router,
     peer::{CallError, target},
+    proposal::Proposer,
     reads::Readers,
-    state_machine::{Shared, StateMachine},
+    shared::Shared,
+    state_machine::StateMachine,
     task::Stop,
     wire::{
         Hello, MemberChange, MemberUpdate, Refusal, call_request::Call, call_response::Answer,

@@ -1,7 +1,6 @@
 //! How replicas reach each other: the transport that a process supplies, and what is said over it.
 
 mod convert;
-mod handler;
 mod snapshots;
 
 use std::{
@@ -23,14 +22,11 @@ use crate::wire::{
     call_request::Call, call_response::Answer, refusal::Reason,
 };
 
-pub use handler::PeerHandler;
-
 pub(crate) use convert::{
     append_from_wire, append_result_from_wire, append_result_to_wire, append_to_wire,
     snapshot_from_wire, snapshot_to_wire, vote_answer_from_wire, vote_answer_to_wire,
     vote_from_wire, vote_to_wire,
 };
-pub(crate) use handler::{Bound, Contact};
 pub(crate) use snapshots::Incoming;
 
 /// A replica to reach.
@@ -65,7 +61,7 @@ pub enum TransportError {
 
 /// Carries messages between replicas, over gRPC in the server, in memory in tests and simulations.
 ///
-/// A future or stream that is dropped ends its call. What the other side receives goes into its [`PeerHandler`].
+/// A future or stream that is dropped ends its call. What the other side receives goes into its [`PeerHandler`](crate::PeerHandler).
 pub trait Transport: Send + Sync + 'static {
     /// One question, one answer.
     fn call(

@@ -19,12 +19,13 @@ use openraft::{
 
 use crate::{
     Types,
-    batcher::leader_of,
     config::{MAX_WAITING_READERS, READ_INDEX_TIMEOUT, ROUTE_RETRY_PAUSE},
+    entries::leader_of,
     error::ReadError,
     forward::Router,
     metrics::{Metrics, add},
-    state_machine::{Progress, StateMachine},
+    shared::Progress,
+    state_machine::StateMachine,
     task::{Stop, spawn},
     wire::{ReadIndex, call_request::Call, call_response::Answer},
 };

@@ -2,10 +2,7 @@
 
 use std::{
     io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::AtomicBool},
 };
 
 use clustermesh_core::{
@@ -18,7 +15,7 @@ use clustermesh_store::{
 use futures_util::{Stream, TryStreamExt};
 use openraft::{
     EntryPayload, OptionalSend,
-    async_runtime::{AsyncRuntime, Mpsc, MpscSender, Watch, WatchSender},
+    async_runtime::{AsyncRuntime, Mpsc, MpscSender, Watch},
     entry::RaftEntry,
     storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine},
     type_config::alias::SnapshotOf,
@@ -29,89 +26,19 @@ use prost::Message;
 use crate::{
     Types,
     answer::{Answer, Committed},
-    batcher::Waiting,
     config::SNAPSHOT_CHUNK_BYTES,
+    contact::Contact,
     error::{EntryError, ProposeError, StartError},
-    forward::Pending,
     group::GroupView,
-    hashes::{Hashes, keep_compaction_hash},
+    hash_kv::keep_compaction_hash,
+    hashes::Hashes,
     lease::LeaseKeeper,
     metrics::{Metrics, add},
-    peer::Contact,
+    pending::Pending,
+    proposal::Waiting,
+    shared::{Applied, Progress, Shared},
     watch::Publication,
 };
-
-/// The state with its place in the log.
-pub(crate) struct Applied {
-    pub(crate) state: State,
-    pub(crate) last: Option<LogId>,
-    pub(crate) membership: StoredMembership,
-    /// Number of publications made of this state: orders readers of it against the watch hub.
-    pub(crate) sequence: u64,
-    /// Bytes of entries applied since the last snapshot.
-    pub(crate) log_bytes: u64,
-    /// Index of the last entry that may have changed what the state holds beside keys.
-    pub(crate) beside_keys_since: u64,
-}
-
-impl Applied {
-    /// What a snapshot holds.
-    pub(crate) fn new(state: State, meta: SnapshotMeta) -> Self {
-        Self {
-            state,
-            last: meta.last_log_id,
-            membership: meta.last_membership,
-            sequence: 0,
-            log_bytes: 0,
-            beside_keys_since: meta.last_log_id.map_or(0, |last| last.index),
-        }
-    }
-}
-
-/// What apply and everyone who reads share.
-pub(crate) struct Shared<R: AsyncRuntime> {
-    pub(crate) applied: RwLock<Applied>,
-    pub(crate) leases: LeaseKeeper<R>,
-    pub(crate) pending: Arc<Pending<R>>,
-    pub(crate) contact: Contact<R>,
-    pub(crate) metrics: Arc<Metrics>,
-    pub(crate) group: GroupView<R>,
-    pub(crate) hashes: Hashes<R>,
-    /// The group found other data here than elsewhere: nothing is read from it any more.
-    pub(crate) diverged: AtomicBool,
-    pub(crate) progress: Mutex<<R::Watch as Watch>::Sender<Progress>>,
-}
-
-impl<R: AsyncRuntime> Shared<R> {
-    fn report(&self) {
-        let metrics = &self.metrics;
-        let snapshots = [&metrics.snapshots_total, &metrics.snapshot_failures_total];
-        let snapshots = snapshots.map(|count| count.load(Ordering::Relaxed));
-        // One after the other: apply and a snapshot's end may come at once, and the newer word must be the last.
-        let sender = self.progress.lock();
-        let progress = {
-            let applied = self.applied.read();
-            Progress {
-                next_index: applied.last.map_or(0, |last| last.index + 1),
-                log_bytes: applied.log_bytes,
-                snapshots: snapshots.into_iter().sum(),
-            }
-        };
-        // Nobody listens once the replica is stopping.
-        sender.send_if_different(progress);
-    }
-}
-
-/// What observers of apply wait for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Progress {
-    /// One past the last applied index.
-    pub(crate) next_index: u64,
-    /// Bytes of entries that no snapshot holds.
-    pub(crate) log_bytes: u64,
-    /// Snapshots taken or failed since the start.
-    pub(crate) snapshots: u64,
-}
 
 pub(crate) struct StateMachine<R: AsyncRuntime> {
     shared: Arc<Shared<R>>,

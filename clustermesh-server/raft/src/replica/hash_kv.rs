@@ -4,7 +4,7 @@ use clustermesh_core::{KvError, KvHash};
 use openraft::async_runtime::AsyncRuntime;
 
 use super::Replica;
-use crate::{error::ReadError, hashes};
+use crate::{error::ReadError, hash_kv};
 
 impl<R: AsyncRuntime> Replica<R> {
     /// etcd's hash of all changes up to `revision` (0: the newest), as applied here, with the newest revision. Writers are not kept waiting.
@@ -15,7 +15,7 @@ impl<R: AsyncRuntime> Replica<R> {
         &self,
         revision: i64,
     ) -> Result<Result<(KvHash, i64), KvError>, ReadError> {
-        hashes::hash_kv(self.shared(), revision).await
+        hash_kv::hash_kv(self.shared(), revision).await
     }
 
     /// Hashes that the newest compactions left: comparable between replicas that compacted at the same revisions.

@@ -21,7 +21,8 @@ use crate::{
     config::SNAPSHOT_CHUNK_BYTES,
     error::StartError,
     identity::random_id,
-    state_machine::{Applied, load, remove_gone},
+    shared::Applied,
+    state_machine::{load, remove_gone},
 };
 
 /// What the revision grows by: clients of the old group have seen none so high.

@@ -15,22 +15,26 @@ use rand::Rng;
 use super::{Inner, LogHandle, Replica, bootstrap};
 use crate::{
     Types,
-    batcher::{Batcher, Entries},
+    batcher::Batcher,
     compaction,
     config::{
         Data, MAX_HUB_QUEUE_ENTRIES, MAX_WATCHER_QUEUE_ITEMS, MemoryData, ReplicaConfig, Start,
     },
     divergence::{Comparer, stand_aside},
+    entries::Entries,
     error::StartError,
+    expiry,
     forward::Router,
+    handler::{Bound, PeerHandler},
     identity::{IdentityKeeper, Kept, random_id},
-    lease, maintenance,
+    maintenance,
     membership::Members,
     metrics::Metrics,
     network::Network,
-    peer::{Bound, Incoming, Links, NoPeers, PeerHandler, Transport},
+    peer::{Incoming, Links, NoPeers, Transport},
     reads::ReadIndexer,
-    state_machine::{Progress, StateMachine},
+    shared::Progress,
+    state_machine::StateMachine,
     task::{Stopper, spawn},
     watch::{Hub, distribute},
 };
@@ -292,7 +296,7 @@ impl<R: AsyncRuntime> Replica<R> {
             links,
             stop.clone(),
         ));
-        spawn::<R>(lease::expire(
+        spawn::<R>(expiry::expire(
             shared.clone(),
             proposer.clone(),
             stop.clone(),

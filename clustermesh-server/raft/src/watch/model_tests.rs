@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     lease::LeaseKeeper,
     metrics::Metrics,
-    state_machine::{Applied, Progress, Shared},
+    shared::{Applied, Progress, Shared},
     test_support::R,
 };
 
@@ -181,8 +181,8 @@ proptest! {
             hashes: crate::hashes::Hashes::new(true),
             applied: RwLock::new(applied),
             leases: LeaseKeeper::new(),
-            pending: Arc::new(crate::forward::Pending::new(1, 1)),
-            contact: crate::peer::Contact::new(),
+            pending: Arc::new(crate::pending::Pending::new(1, 1)),
+            contact: crate::contact::Contact::new(),
             metrics: metrics.clone(),
             diverged: std::sync::atomic::AtomicBool::new(false),
             progress: parking_lot::Mutex::new(progress),

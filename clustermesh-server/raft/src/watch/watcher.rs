@@ -15,7 +15,7 @@ use super::{
     hub::Hub,
     slot::{Slot, Taken},
 };
-use crate::{config::MAX_CATCH_UP_BYTES, error::WatchEnd, state_machine::Shared};
+use crate::{config::MAX_CATCH_UP_BYTES, error::WatchEnd, shared::Shared};
 
 /// Yields the changes of a [`WatchSpec`] in order, none twice and none missing, until it is dropped.
 pub struct Watcher<R: AsyncRuntime> {

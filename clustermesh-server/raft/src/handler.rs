@@ -11,23 +11,24 @@ use futures_util::{
 };
 use openraft::{
     Raft,
-    async_runtime::{AsyncRuntime, Instant, WatchReceiver},
+    async_runtime::{AsyncRuntime, WatchReceiver},
     raft::TransferLeaderRequest,
 };
 use parking_lot::Mutex;
 
-use super::{
-    Incoming, Links, append_from_wire, append_result_to_wire, vote_answer_to_wire, vote_from_wire,
-};
 use crate::{
-    Types,
-    batcher::Proposer,
-    divergence,
+    Types, divergence,
     error::refuse,
     identity::IdentityKeeper,
     membership::Members,
+    peer::{
+        Incoming, Links, append_from_wire, append_result_to_wire, vote_answer_to_wire,
+        vote_from_wire,
+    },
+    proposal::Proposer,
     reads::Readers,
-    state_machine::{Shared, StateMachine},
+    shared::Shared,
+    state_machine::StateMachine,
     wire::{
         AppendRequest, AppendResponse, CallRequest, CallResponse, Compare, CompareAnswer, Done,
         ForwardAnswer, Header, HelloAnswer, JoinAnswer, LeaseTime, LeaseTimeAnswer,
@@ -437,31 +438,5 @@ impl<R: AsyncRuntime> Bound<R> {
         Ok(Answer::Snapshot(SnapshotAnswer {
             vote: Some(wire::vote_to_pb(&response.vote)),
         }))
-    }
-}
-
-/// When a leader was last heard.
-pub(crate) struct Contact<R: AsyncRuntime> {
-    last: Mutex<Option<(ReplicaId, R::Instant)>>,
-}
-
-impl<R: AsyncRuntime> Contact<R> {
-    pub(crate) fn new() -> Self {
-        Self {
-            last: Mutex::new(None),
-        }
-    }
-
-    fn note(&self, leader: ReplicaId) {
-        *self.last.lock() = Some((leader, R::Instant::now()));
-    }
-
-    /// How long ago this leader was heard.
-    pub(crate) fn age(&self, leader: ReplicaId) -> Option<std::time::Duration> {
-        self.last
-            .lock()
-            .as_ref()
-            .filter(|(from, _)| *from == leader)
-            .map(|(_, at)| at.elapsed())
     }
 }
