@@ -1,6 +1,4 @@
-//! Users, roles and permissions that change while clients work, and what each of them may have been allowed.
-
-mod change;
+//! What each user may have been allowed while users, roles and permissions changed.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -10,13 +8,12 @@ use clustermesh_core::{State, pb::Proposal};
 use clustermesh_raft::Replica;
 use parking_lot::Mutex;
 
-pub use self::change::{run, set_up};
 use crate::runtime::{SimRuntime, draw};
 
 /// The user that may do everything.
 pub const ROOT: &str = "root";
 /// Users beside it.
-const USERS: u64 = 3;
+pub(crate) const USERS: u64 = 3;
 
 /// A key, and whether it is written.
 pub type Need = (Bytes, bool);

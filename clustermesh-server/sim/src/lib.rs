@@ -1,10 +1,12 @@
 //! Deterministic simulation of a group of replicas below gRPC: one seed decides clocks, network, disks and crashes.
 
 pub mod access;
+pub mod access_changes;
 pub mod chaos;
 pub mod client;
 pub mod copies;
 pub mod history;
+mod lives;
 pub mod member;
 mod membership;
 pub mod network;

@@ -1,4 +1,4 @@
-//! Places for replicas: what runs there, on which disk and by which clock, from one life to the next.
+//! Places for replicas: what runs there, on which disk and by which clock.
 
 use std::{
     sync::{
@@ -8,23 +8,10 @@ use std::{
     time::Duration,
 };
 
-use clustermesh_raft::{
-    AutoCompaction, Data, InitialMember, MemoryData, Node, PeerHandler, Replica, ReplicaConfig,
-    ReplicaId, Start, StartError,
-};
+use clustermesh_raft::{InitialMember, MemoryData, Node, Replica, ReplicaId};
 use parking_lot::Mutex;
 
-use crate::{
-    copies,
-    runtime::{
-        Life, SimRuntime, begin_life, draw, elapsed, end_life, resume_life, set_clock_rate,
-        spawn_in,
-    },
-    world::World,
-};
-
-/// A clock runs faster or slower by up to this, parts per million.
-pub const MAX_CLOCK_RATE_PPM: u64 = 5000;
+use crate::runtime::{Life, SimRuntime, draw, elapsed};
 
 /// What a place is to the group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +57,19 @@ pub struct Running {
 }
 
 impl Running {
+    /// A replica that is about to start on `data`.
+    pub(crate) fn new(life: Life, data: &MemoryData) -> Self {
+        Self {
+            life,
+            replica: None,
+            gave_up: None,
+            removed: false,
+            spied: 1,
+            disk_failed: None,
+            refused_before: data.faults().refused_total(),
+        }
+    }
+
     /// Whether its disk has refused a write.
     pub fn look_at_disk(&mut self, data: &MemoryData) {
         if self.disk_failed.is_none() && data.faults().refused_total() > self.refused_before {
@@ -172,159 +172,17 @@ impl Member {
         *self.part.lock() = Part::Joined;
     }
 
-    fn config(&self, world: &World) -> ReplicaConfig {
-        let mut config = ReplicaConfig::new(Data::Memory(self.data()), "sim");
-        config.heartbeat = Duration::from_millis(50);
-        config.election_timeout = Duration::from_millis(300);
-        config.request_timeout = Duration::from_secs(6);
-        config.start_timeout = Duration::from_secs(20);
-        config.snapshot_log_bytes = 2000;
-        config.auto_compaction = AutoCompaction::Off;
-        config.node = self.node();
-        let first = |member: &&Member| member.index < world.begun_with;
-        config.start = if self.part() == Part::First {
-            let first = world.members.iter().filter(first);
-            Start::Static(
-                first
-                    .map(|member| InitialMember {
-                        name: member.name.clone(),
-                        peer_url: member.url.clone(),
-                    })
-                    .collect(),
-            )
-        } else {
-            let others = world.taken().filter(|other| other.index != self.index);
-            Start::Join(others.map(|other| other.url.clone()).collect())
-        };
-        let step = self.clock_step_ms.clone();
-        config.wall_clock_unix_ms = Arc::new(move || {
-            let elapsed = i64::try_from(elapsed().as_millis()).unwrap_or(0);
-            1_700_000_000_000 + elapsed + step.load(Ordering::Relaxed)
-        });
-        config
-    }
-}
-
-impl World {
-    /// Starts what belongs to a place.
-    pub fn start(self: &Arc<Self>, index: usize) {
-        let Some(member) = self.members.get(index) else {
-            return;
-        };
-        let life = begin_life();
-        let rate = draw(|random| random.below(2 * MAX_CLOCK_RATE_PPM)).cast_signed();
-        set_clock_rate(life, rate - MAX_CLOCK_RATE_PPM.cast_signed());
-        *member.running.lock() = Some(Running {
-            life,
-            replica: None,
-            gave_up: None,
-            removed: false,
-            spied: 1,
-            disk_failed: None,
-            refused_before: member.data().faults().refused_total(),
-        });
-        let handler = PeerHandler::default();
-        self.network.listen(&member.url, handler.clone(), life);
-        let transport = self.network.transport(&member.url);
-        let config = member.config(self);
-        let world = self.clone();
-        drop(spawn_in(life, async move {
-            let started = Replica::start_with(config, transport, &handler).await;
-            world.note_started(index, life, started);
-        }));
+    /// Nobody belongs here any more, the disk is empty.
+    pub(crate) fn vacate(&self) {
+        *self.part.lock() = Part::Free;
+        *self.data.lock() = new_data(&self.slow_disk);
     }
 
-    fn note_started(
-        self: &Arc<Self>,
-        index: usize,
-        life: Life,
-        started: Result<Replica<SimRuntime>, StartError>,
-    ) {
-        let Some(member) = self.members.get(index) else {
-            return;
-        };
-        let data = member.data();
-        let mut running = member.running.lock();
-        let Some(running) = running.as_mut().filter(|running| running.life == life) else {
-            return;
-        };
-        running.look_at_disk(&data);
-        match started {
-            Ok(replica) => {
-                if let Some(copies) = &self.copies {
-                    let copier = copies::run(copies.clone(), replica.clone());
-                    drop(spawn_in(life, copier));
-                }
-                running.replica = Some(replica);
-            }
-            Err(StartError::Removed { id }) => {
-                running.removed = true;
-                self.check_asked_to_remove(index, id);
-            }
-            Err(error) => {
-                let expected = matches!(
-                    error,
-                    StartError::NoLeader { .. } | StartError::Join(_) | StartError::Bootstrap(_)
-                );
-                if !expected && running.disk_failed.is_none() && !data.faults().is_faulty() {
-                    self.history
-                        .fault(format!("replica {index} does not start: {error}"));
-                }
-                running.gave_up = Some(error.to_string());
-            }
-        }
-    }
-
-    /// A replica holds that it was removed: somebody must have asked for that.
-    pub fn check_asked_to_remove(&self, index: usize, id: ReplicaId) {
-        if !self.removals.lock().contains(&id) {
-            self.history.fault(format!(
-                "replica {index} was removed, which nobody asked for"
-            ));
-        }
-    }
-
-    /// Ends what runs at a place; of what its disk was given and did not sync, some is lost.
-    pub fn crash(&self, member: &Member) {
-        let Some(running) = member.running.lock().take() else {
-            return;
-        };
-        self.network.silence(&member.url);
-        resume_life(running.life);
-        end_life(running.life);
-        drop(running);
-        member
-            .data()
-            .crash(|volatile| draw(|random| random.place(volatile + 1)));
-    }
-
-    /// A place whose replica was removed is free, its disk empty.
-    pub fn free(&self, member: &Member) {
-        self.crash(member);
-        *member.part.lock() = Part::Free;
-        *member.data.lock() = new_data(&member.slow_disk);
-    }
-
-    /// Those that did not come up are started again, those that were removed make room.
-    pub fn look_after_starts(self: &Arc<Self>) {
-        for member in self.taken() {
-            let (gave_up, removed) =
-                member
-                    .running
-                    .lock()
-                    .as_ref()
-                    .map_or((false, false), |running| {
-                        let reason = running.gave_up.as_deref();
-                        // The group has no room for one more learner.
-                        let refused = reason.is_some_and(|reason| reason.contains("at most"));
-                        (reason.is_some(), running.removed || refused)
-                    });
-            if removed {
-                self.free(member);
-            } else if gave_up {
-                self.crash(member);
-                self.start(member.index);
-            }
+    /// Describes it to those that the group begins with.
+    pub(crate) fn initial(&self) -> InitialMember {
+        InitialMember {
+            name: self.name.clone(),
+            peer_url: self.url.clone(),
         }
     }
 }

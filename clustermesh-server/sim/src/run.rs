@@ -12,7 +12,8 @@ use std::{
 use openraft::async_runtime::AsyncRuntime;
 
 use crate::{
-    access::{self, Access},
+    access::Access,
+    access_changes,
     chaos::Blow,
     client,
     member::Member,
@@ -153,8 +154,8 @@ async fn play(options: Options) -> Report {
     begin(&world, &mut blows).await;
     let mut clients = Vec::new();
     if world.access.is_some() {
-        access::set_up(&world).await;
-        clients.push(spawn_in(WORLD, access::run(world.clone())));
+        access_changes::set_up(&world).await;
+        clients.push(spawn_in(WORLD, access_changes::run(world.clone())));
     }
     let numbers = 0..client::CLIENTS;
     clients.extend(numbers.map(|number| spawn_in(WORLD, client::run(world.clone(), number))));

@@ -2,15 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering},
     time::Duration,
 };
 
 use clustermesh_raft::ReplicaId;
-use openraft::async_runtime::AsyncRuntime;
 use parking_lot::Mutex;
 
 use crate::{
@@ -19,7 +15,7 @@ use crate::{
     history::History,
     member::{Member, Part},
     network::Network,
-    runtime::{Life, SimRuntime, draw, elapsed},
+    runtime::{Life, draw},
 };
 
 /// The longest TTL of a lease, s.
@@ -112,31 +108,5 @@ impl World {
 
     pub(crate) fn all_up(&self) -> bool {
         self.taken().all(|member| member.replica().is_some())
-    }
-
-    /// Waits until `done`; a fault when that takes too long.
-    pub(crate) async fn wait(self: &Arc<Self>, what: &str, done: impl Fn() -> bool) {
-        let begun = elapsed();
-        while !done() {
-            if elapsed() > begun + LIVENESS {
-                let missing: Vec<_> = self
-                    .taken()
-                    .map(|member| {
-                        let running = member.running.lock();
-                        let running = running.as_ref();
-                        let reason = running.and_then(|running| running.gave_up.clone());
-                        let replica = running.and_then(|running| running.replica.clone());
-                        let status = replica.map(|replica| replica.status());
-                        format!("{} {reason:?} {status:?}", member.index)
-                    })
-                    .collect();
-                self.history.fault(format!(
-                    "{what} not within {LIVENESS:?} after healing: {missing:#?}"
-                ));
-                return;
-            }
-            self.look_after_starts();
-            SimRuntime::sleep(SPY_INTERVAL).await;
-        }
     }
 }

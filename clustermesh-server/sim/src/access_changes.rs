@@ -1,4 +1,4 @@
-//! Changes users, roles and permissions.
+//! Changes users, roles and permissions while clients work.
 
 use std::sync::Arc;
 
@@ -10,8 +10,8 @@ use clustermesh_core::pb::{
 };
 use openraft::async_runtime::AsyncRuntime;
 
-use super::{ROOT, USERS};
 use crate::{
+    access::{ROOT, USERS},
     member::Member,
     runtime::{SimRuntime, draw, elapsed, spawn_in},
     world::{LIVENESS, PATIENCE, World},
