@@ -199,7 +199,7 @@ async fn drain_copy(shared: &Shared, cluster: &str) -> Result<usize, tonic::Stat
     let records = changes.len();
     writer.unsync();
     writer.write(changes).await?;
-    shared.store.peer_forget(cluster.to_owned()).await?;
+    writer.forget().await?;
     shared.ids.lock().retain(|_, name| name != cluster);
     Ok(records)
 }

@@ -207,13 +207,13 @@ impl Store {
         self.replica.leading_term()
     }
 
-    /// Drops a peer's cursor.
+    /// Drops a peer's cursor; `sequence` numbers it as a step of the copy.
     ///
     /// # Errors
-    /// No leader.
-    pub async fn peer_forget(&self, cluster: String) -> Result<(), Status> {
-        self.propose_as_leader(Command::PeerForget(PeerForget { cluster }))
-            .await?;
+    /// `Aborted` for a step that is not the next one, or this replica does not lead.
+    pub async fn peer_forget(&self, cluster: String, sequence: u64) -> Result<(), Status> {
+        let forget = PeerForget { cluster, sequence };
+        self.propose_as_leader(Command::PeerForget(forget)).await?;
         Ok(())
     }
 

@@ -245,7 +245,7 @@ impl State {
                 Ok(Outcome::LeaseExpire { expired })
             }
             Command::PeerCopy(request) => self.apply_peer_copy(request, applied),
-            Command::PeerForget(request) => Ok(self.apply_peer_forget(request, applied)),
+            Command::PeerForget(request) => self.apply_peer_forget(request, applied),
             Command::Auth(request) => self.apply_auth(request, entry),
             Command::Bootstrap(request) => self.apply_bootstrap(*request),
             Command::Alarm(request) => self.apply_alarm(*request, applied),

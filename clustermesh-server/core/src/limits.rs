@@ -23,10 +23,14 @@ pub const BESIDE_KEYS_FORMAT: u32 = 1;
 /// * 0: keys, leases, copies of peers.
 /// * 1: auth, alarms and quota, downgrade, recovery, removed members.
 /// * 2: the steps of a peer's copy are numbered.
-pub const FEATURE_LEVEL: u32 = 2;
+/// * 3: so is its end, and numbers go on after it.
+pub const FEATURE_LEVEL: u32 = 3;
 
 /// Feature level from which on the steps of a peer's copy are numbered: a replica that does not know the numbers would apply what others refuse.
 pub const NUMBERED_COPIES_LEVEL: u32 = 2;
+
+/// The same for the end of a copy: what forgets a peer has a number, and a copy that begins anew goes on after it.
+pub const NUMBERED_FORGETS_LEVEL: u32 = 3;
 
 /// Deepest nesting of a transaction, itself included. etcd bounds it by [`MAX_TXN_OPS`] alone; a decoder of protobuf does not go that deep.
 pub const MAX_TXN_DEPTH: usize = 32;

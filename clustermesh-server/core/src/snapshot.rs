@@ -137,6 +137,7 @@ impl State {
                 downgrade_target: self.group.downgrade_target.clone(),
                 history_revision: Some(self.first_history_revision())
                     .filter(|first| *first > self.compact_revision.max(FIRST_REVISION + 1)),
+                forgotten_sequence: self.forgotten_sequence,
             },
             format: if self.group == Group::default() && self.auth.is_untouched() {
                 SNAPSHOT_FORMAT

@@ -47,6 +47,8 @@ pub struct State {
     pub(crate) history: VecDeque<Arc<EventGroup>>,
     pub(crate) leases: LeaseTable,
     pub(crate) cursors: BTreeMap<String, CopyPlace>,
+    /// Largest number of a step of a copy whose cursor is gone: a new copy goes on after it, so that nothing made of the old one fits.
+    pub(crate) forgotten_sequence: u64,
     pub(crate) auth: Auth,
     pub(crate) group: Group,
     /// Running snapshots and hashes; compaction gives them what they still need.
@@ -71,6 +73,7 @@ impl State {
             history: VecDeque::new(),
             leases: LeaseTable::default(),
             cursors: BTreeMap::new(),
+            forgotten_sequence: 0,
             auth: Auth::default(),
             group: Group::default(),
             pins: Pins::default(),
@@ -282,7 +285,10 @@ impl State {
         if self.group.feature_level < NUMBERED_COPIES_LEVEL {
             return 0;
         }
-        let last = self.cursors.get(cluster).map_or(0, |place| place.sequence);
+        let last = self
+            .cursors
+            .get(cluster)
+            .map_or(self.forgotten_sequence, |place| place.sequence);
         last.saturating_add(1)
     }
 
@@ -415,6 +421,9 @@ impl State {
             if *sequence != 0 {
                 hash.u64(*sequence);
             }
+        }
+        if self.forgotten_sequence != 0 {
+            hash.u64(self.forgotten_sequence);
         }
         self.auth.hash(&mut hash);
         self.group.hash(&mut hash);

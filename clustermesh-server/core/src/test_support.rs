@@ -55,10 +55,14 @@ pub(crate) fn one(state: &mut State, command: Command) -> Result<Outcome, KvErro
     applied.outcomes.remove(0).result
 }
 
-/// A step of a peer's copy with the number that is next, anything else as it is.
+/// A step of a peer's copy, its end too, with the number that is next; anything else as it is.
 pub(crate) fn numbered(state: &State, mut command: Command) -> Command {
-    if let Command::PeerCopy(copy) = &mut command {
-        copy.sequence = state.next_copy_sequence(&copy.cluster);
+    match &mut command {
+        Command::PeerCopy(copy) => copy.sequence = state.next_copy_sequence(&copy.cluster),
+        Command::PeerForget(forget) => {
+            forget.sequence = state.next_copy_sequence(&forget.cluster);
+        }
+        _ => {}
     }
     command
 }

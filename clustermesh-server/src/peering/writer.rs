@@ -128,11 +128,7 @@ impl<'a> Writer<'a> {
             } else {
                 (self.revision, self.synced)
             };
-            if self.sequence == 0 && self.shared.store.leading_term() != self.term {
-                return Err(Status::aborted(
-                    "another replica has led since this copy began",
-                ));
-            }
+            self.check_term()?;
             let written = self
                 .shared
                 .store
@@ -154,6 +150,24 @@ impl<'a> Writer<'a> {
         }
         self.revision = revision;
         self.synced = synced;
+        Ok(())
+    }
+
+    /// Drops the cursor: the copy is at its end.
+    pub(super) async fn forget(self) -> Result<(), Status> {
+        self.check_term()?;
+        self.shared
+            .store
+            .peer_forget(self.cluster, self.sequence)
+            .await
+    }
+
+    fn check_term(&self) -> Result<(), Status> {
+        if self.sequence == 0 && self.shared.store.leading_term() != self.term {
+            return Err(Status::aborted(
+                "another replica has led since this copy began",
+            ));
+        }
         Ok(())
     }
 

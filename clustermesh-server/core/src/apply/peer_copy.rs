@@ -6,6 +6,7 @@ use super::{Applied, CursorChange, Outcome};
 use crate::{
     check,
     error::KvError,
+    limits::NUMBERED_FORGETS_LEVEL,
     pb,
     peer::{CopyPlace, PeerCursor, PeerUsage, cached_cluster},
     state::State,
@@ -18,7 +19,7 @@ impl State {
         applied: &mut Applied,
     ) -> Result<Outcome, KvError> {
         check::check_peer_copy(request)?;
-        let sequence = self.check_peer_copy_order(request)?;
+        let sequence = self.check_copy_order(&request.cluster, request.sequence)?;
         // One revision holds one change of a key: the last one counts.
         let last: HashMap<&[u8], usize> = request
             .changes
@@ -84,12 +85,12 @@ impl State {
 
     /// What was made of an older place of the copy must not come after a newer step: its proposer may have been told that its outcome is unknown, and
     /// another one, or itself, has gone on. The number of the step; 0 below the feature level that has numbers.
-    fn check_peer_copy_order(&self, request: &pb::PeerCopy) -> Result<u64, KvError> {
-        let wanted = self.next_copy_sequence(&request.cluster);
-        if wanted != 0 && request.sequence != wanted {
+    fn check_copy_order(&self, cluster: &str, found: u64) -> Result<u64, KvError> {
+        let wanted = self.next_copy_sequence(cluster);
+        if wanted != 0 && found != wanted {
             return Err(KvError::PeerCopyOutOfOrder {
-                cluster: request.cluster.clone(),
-                found: request.sequence,
+                cluster: cluster.to_owned(),
+                found,
                 wanted,
             });
         }
@@ -100,16 +101,22 @@ impl State {
         &mut self,
         request: &pb::PeerForget,
         applied: &mut Applied,
-    ) -> Outcome {
+    ) -> Result<Outcome, KvError> {
+        let sequence = if self.group.feature_level < NUMBERED_FORGETS_LEVEL {
+            0
+        } else {
+            self.check_copy_order(&request.cluster, request.sequence)?
+        };
         let known = self.cursors.remove(&request.cluster).is_some();
         if known {
+            self.forgotten_sequence = self.forgotten_sequence.max(sequence);
             applied.cursors.push(CursorChange {
                 after_groups: applied.groups.len(),
                 cluster: request.cluster.clone(),
                 cursor: None,
             });
         }
-        Outcome::PeerForget { known }
+        Ok(Outcome::PeerForget { known })
     }
 
     /// What the peer's copy would hold afterwards is within its limits, or less than now.

@@ -414,6 +414,7 @@ fn a_forgotten_peer_loses_its_cursor_only() {
     apply(&mut state, [copy(100, &[("cilium/cache/x", Some("1"))])]);
     let forget = Command::PeerForget(PeerForget {
         cluster: "east".into(),
+        ..PeerForget::default()
     });
     let applied = apply(&mut state, [forget.clone(), forget]);
     assert_eq!(

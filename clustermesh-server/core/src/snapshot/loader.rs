@@ -155,6 +155,7 @@ impl SnapshotLoader {
         state.cluster_id = header.cluster_id;
         state.revision = header.revision;
         state.compact_revision = compact_revision;
+        state.forgotten_sequence = header.forgotten_sequence;
         self.start_group(&header, &mut state)?;
         for cursor in header.cursors {
             let known = state.cursors.insert(

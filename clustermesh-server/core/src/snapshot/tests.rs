@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     model_tests::requests::commands,
-    pb::{Bootstrap, PeerCopy, proposal::Command},
+    pb::{Bootstrap, PeerCopy, PeerForget, proposal::Command},
     test_support::{
         TERM, apply, batch, compact, contents, delete, grant, group, numbered, one, put,
         put_with_lease,
@@ -77,6 +77,15 @@ fn a_snapshot_holds_how_many_steps_of_a_copy_there_were() {
     let mut cursor = state.snapshot();
     let loaded = load(take(&mut state, &mut cursor, 1 << 20, |_| {})).unwrap();
     assert_eq!(loaded.next_copy_sequence("east"), 4);
+    assert_eq!(loaded.hash(), state.hash());
+    let forget = Command::PeerForget(PeerForget {
+        cluster: "east".into(),
+        sequence: 4,
+    });
+    one(&mut state, forget).unwrap();
+    let mut cursor = state.snapshot();
+    let loaded = load(take(&mut state, &mut cursor, 1 << 20, |_| {})).unwrap();
+    assert_eq!(loaded.next_copy_sequence("east"), 5);
     assert_eq!(loaded.hash(), state.hash());
 }
 

@@ -235,6 +235,7 @@ async fn cursors_come_in_their_place_and_existing_ones_first() {
     assert_eq!(cursor(next(&mut watcher).await), Some(12));
     let forget = pb::PeerForget {
         cluster: "east".into(),
+        sequence: 4,
     };
     replica
         .propose(Command::PeerForget(forget).into())

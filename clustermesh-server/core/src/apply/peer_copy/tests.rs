@@ -1,6 +1,6 @@
 use crate::{
     KvError, Outcome, State,
-    limits::{FEATURE_LEVEL, NUMBERED_COPIES_LEVEL},
+    limits::{FEATURE_LEVEL, NUMBERED_COPIES_LEVEL, NUMBERED_FORGETS_LEVEL},
     pb::{FeatureLevel, PeerChange, PeerCopy, PeerForget, proposal::Command},
     test_support::{apply, bytes, contents, group, one},
 };
@@ -121,15 +121,60 @@ fn a_copy_from_before_the_numbers_goes_on_with_the_first() {
     assert_eq!(revision(&state), 11);
 }
 
+fn forget(sequence: u64) -> Command {
+    Command::PeerForget(PeerForget {
+        cluster: "east".into(),
+        sequence,
+    })
+}
+
 #[test]
-fn each_peer_has_numbers_of_its_own_and_one_that_was_forgotten_begins_anew() {
+fn each_peer_has_numbers_of_its_own_and_one_that_was_forgotten_goes_on_after_them() {
     let mut state = group();
     one(&mut state, step(1, 10)).unwrap();
     assert_eq!(state.next_copy_sequence("west"), 1);
-    let forget = PeerForget {
-        cluster: "east".into(),
-    };
-    one(&mut state, Command::PeerForget(forget)).unwrap();
-    assert_eq!(one(&mut state, step(2, 11)), refused(2, 1));
-    one(&mut state, step(1, 11)).unwrap();
+    one(&mut state, forget(2)).unwrap();
+    assert_eq!(state.next_copy_sequence("east"), 3);
+    // Made of the copy before.
+    assert_eq!(one(&mut state, step(2, 11)), refused(2, 3));
+    one(&mut state, step(3, 11)).unwrap();
+}
+
+#[test]
+fn an_end_that_comes_late_forgets_no_copy_that_came_after() {
+    let mut state = group();
+    one(&mut state, step(1, 10)).unwrap();
+    // The first was answered with an unknown outcome, so the copy was forgotten once more, and began anew.
+    one(&mut state, forget(2)).unwrap();
+    one(&mut state, step(3, 20)).unwrap();
+    let hash = state.hash();
+    for late in [0, 1, 2, 3] {
+        assert_eq!(one(&mut state, forget(late)), refused(late, 4));
+    }
+    assert_eq!((revision(&state), state.hash()), (20, hash));
+    assert_eq!(
+        one(&mut state, forget(4)),
+        Ok(Outcome::PeerForget { known: true })
+    );
+    assert_eq!(
+        one(&mut state, forget(5)),
+        Ok(Outcome::PeerForget { known: false }),
+        "again, as nobody heard of it"
+    );
+    one(&mut state, step(5, 30)).unwrap();
+}
+
+#[test]
+fn while_a_replica_may_not_know_the_number_of_an_end_all_forget_alike() {
+    let (mut newer, mut older) = (State::new(), State::new());
+    for state in [&mut newer, &mut older] {
+        apply(state, [level(NUMBERED_FORGETS_LEVEL - 1)]);
+        one(state, step(1, 10)).unwrap();
+    }
+    // An older replica reads the same entry without the field.
+    let outcome = one(&mut newer, forget(7));
+    assert_eq!(outcome, one(&mut older, forget(0)));
+    assert_eq!(outcome, Ok(Outcome::PeerForget { known: true }));
+    assert_eq!(newer.hash(), older.hash());
+    assert_eq!(newer.next_copy_sequence("east"), 1);
 }
