@@ -24,7 +24,7 @@ use crate::{
     membership::Members,
     peer::target,
     proposal::Proposer,
-    shared::{Progress, Shared},
+    shared::{Milestones, Shared},
     task::Stop,
     watch::Hub,
     wire::{BesideKeys, Compare, CompareAnswer, call_request::Call, call_response::Answer},
@@ -330,13 +330,13 @@ impl<R: AsyncRuntime> Comparer<R> {
 /// Ends the service of this replica once the group holds that its data differs.
 pub(crate) async fn stand_aside<R: AsyncRuntime>(
     shared: Arc<Shared<R>>,
-    mut progress: <R::Watch as Watch>::Receiver<Progress>,
+    mut milestones: <R::Watch as Watch>::Receiver<Milestones>,
     hub: Arc<Hub>,
     members: Members<R>,
     stop: Stop<R>,
 ) {
     while !shared.group.is_accused() {
-        match stop.or(progress.changed()).await {
+        match stop.or(milestones.changed()).await {
             Some(Ok(())) => {}
             _ => return,
         }

@@ -10,46 +10,42 @@ use openraft::{
 
 use crate::{
     Types,
-    config::LEAVE_DELAY,
-    peer::Links,
-    shared::{Progress, Shared},
+    config::{LEAVE_DELAY, MEMBERS_POLL, READ_INDEX_TIMEOUT},
+    peer::{Links, target},
+    shared::{Milestones, Shared},
     state_machine::StateMachine,
     task::Stop,
+    wire::{Hello, call_request::Call},
 };
 
-/// Asks for a snapshot after every `snapshot_log_bytes` of log.
+/// Asks for a snapshot whenever the log is long.
 pub(crate) async fn take_snapshots<R: AsyncRuntime>(
     raft: Raft<Types<R>, StateMachine<R>>,
-    mut progress: <R::Watch as Watch>::Receiver<Progress>,
+    mut milestones: <R::Watch as Watch>::Receiver<Milestones>,
     snapshots: SnapshotStore,
-    snapshot_log_bytes: u64,
     stop: Stop<R>,
 ) {
-    let mut metrics = raft.metrics();
-    let mut newest = metrics.borrow_watched().snapshot;
     // Snapshots that had ended when one was asked for.
     let mut asked = None;
+    let mut ended = 0;
     loop {
-        let now = *progress.borrow_and_update();
+        let now = *milestones.borrow_and_update();
         // The same snapshot again would tell openraft nothing, so the end of building counts, not what openraft says of it.
         if asked.is_some_and(|before| now.snapshots > before) {
             asked = None;
         }
-        if now.log_bytes >= snapshot_log_bytes && asked.is_none() {
+        if now.log_is_long && asked.is_none() {
             asked = Some(now.snapshots);
             if raft.trigger().snapshot().await.is_err() {
                 return;
             }
         }
-        let snapshot = metrics.borrow_and_update().snapshot;
-        if snapshot > newest {
-            newest = snapshot;
+        if now.snapshots > ended {
+            ended = now.snapshots;
             purge(&raft, &snapshots).await;
         }
-        let heard = stop.or(R::select2(progress.changed(), metrics.changed()));
-        match heard.await {
-            Some(Select2::First(Ok(())) | Select2::Second(Ok(()))) => {}
-            _ => return,
+        if !matches!(stop.or(milestones.changed()).await, Some(Ok(()))) {
+            return;
         }
     }
 }
@@ -69,17 +65,47 @@ async fn purge<R: AsyncRuntime>(raft: &Raft<Types<R>, StateMachine<R>>, snapshot
     }
 }
 
+/// Asks the others whether this replica was removed, where its log says so and it was not told that this is committed: no leader
+/// speaks to it any more, and without a vote it asks for none, which would be refused. Does not end where the log says nothing.
+async fn ask_without_vote<R: AsyncRuntime>(
+    raft: &Raft<Types<R>, StateMachine<R>>,
+    links: &Links<R>,
+) {
+    let mut metrics = raft.server_metrics();
+    loop {
+        let membership = metrics.borrow_and_update().membership_config.clone();
+        let membership = membership.membership();
+        let others: Vec<_> = membership
+            .nodes()
+            .map(|(id, node)| target(*id, node))
+            .collect();
+        if membership.get_node(&links.own).is_none() && !others.is_empty() {
+            for other in others {
+                // A refusal is heeded; nothing else counts here.
+                let _heeded = links
+                    .call(&other, Call::Hello(Hello {}), READ_INDEX_TIMEOUT)
+                    .await;
+            }
+            return R::sleep(MEMBERS_POLL).await;
+        }
+        if metrics.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}
+
 /// Ends the replica once its group has removed it.
 pub(crate) async fn leave<R: AsyncRuntime>(
     raft: Raft<Types<R>, StateMachine<R>>,
     shared: Arc<Shared<R>>,
     links: Arc<Links<R>>,
+    mut milestones: <R::Watch as Watch>::Receiver<Milestones>,
     stop: Stop<R>,
 ) {
     let mut told = links.removed();
-    let mut metrics = raft.server_metrics();
     loop {
-        if *told.borrow_watched() {
+        drop(milestones.borrow_and_update());
+        if *told.borrow_and_update() {
             break;
         }
         let applied = shared.applied.read().state.is_removed_member(links.own);
@@ -87,9 +113,13 @@ pub(crate) async fn leave<R: AsyncRuntime>(
             links.set_removed();
             break;
         }
-        let heard = stop.or(R::select2(told.changed(), metrics.changed())).await;
-        match heard {
-            Some(Select2::First(Ok(())) | Select2::Second(Ok(()))) => {}
+        let heard = R::select2(told.changed(), milestones.changed());
+        let asked = R::select2(heard, ask_without_vote(&raft, &links));
+        match stop.or(asked).await {
+            Some(
+                Select2::First(Select2::First(Ok(())) | Select2::Second(Ok(())))
+                | Select2::Second(()),
+            ) => {}
             _ => return,
         }
     }

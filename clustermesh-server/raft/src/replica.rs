@@ -444,9 +444,9 @@ impl<R: AsyncRuntime> Replica<R> {
 
     /// Resolves when the replica has stopped by itself or was shut down.
     pub async fn stopped(&self) {
-        let mut metrics = self.inner.raft.metrics();
-        while metrics.borrow_and_update().running_state.is_ok() && metrics.changed().await.is_ok() {
-        }
+        // Of all that Raft says of itself only this is little; what ends it, ends it too.
+        let mut metrics = self.inner.raft.server_metrics();
+        while !self.inner.router.has_ended() && metrics.changed().await.is_ok() {}
     }
 
     /// Takes a snapshot now, whatever the size of the log.

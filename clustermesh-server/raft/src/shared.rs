@@ -26,6 +26,8 @@ pub(crate) struct Applied {
     pub(crate) log_bytes: u64,
     /// Index of the last entry that may have changed what the state holds beside keys.
     pub(crate) beside_keys_since: u64,
+    /// Times that members or alarms changed, or all of the state.
+    pub(crate) group_changes: u64,
 }
 
 impl Applied {
@@ -38,6 +40,7 @@ impl Applied {
             sequence: 0,
             log_bytes: 0,
             beside_keys_since: meta.last_log_id.map_or(0, |last| last.index),
+            group_changes: 0,
         }
     }
 }
@@ -53,7 +56,7 @@ pub(crate) struct Shared<R: AsyncRuntime> {
     pub(crate) hashes: Hashes<R>,
     /// The group found other data here than elsewhere: nothing is read from it any more.
     pub(crate) diverged: AtomicBool,
-    pub(crate) progress: Mutex<<R::Watch as Watch>::Sender<Progress>>,
+    pub(crate) reports: Reports<R>,
 }
 
 impl<R: AsyncRuntime> Shared<R> {
@@ -62,27 +65,79 @@ impl<R: AsyncRuntime> Shared<R> {
         let snapshots = [&metrics.snapshots_total, &metrics.snapshot_failures_total];
         let snapshots = snapshots.map(|count| count.load(Ordering::Relaxed));
         // One after the other: apply and a snapshot's end may come at once, and the newer word must be the last.
-        let sender = self.progress.lock();
-        let progress = {
+        let told = self.reports.told.lock();
+        let (progress, milestones) = {
             let applied = self.applied.read();
-            Progress {
-                next_index: applied.last.map_or(0, |last| last.index + 1),
-                log_bytes: applied.log_bytes,
-                snapshots: snapshots.into_iter().sum(),
-            }
+            (
+                Progress {
+                    next_index: applied.last.map_or(0, |last| last.index + 1),
+                },
+                Milestones {
+                    log_is_long: applied.log_bytes >= self.reports.snapshot_log_bytes,
+                    snapshots: snapshots.into_iter().sum(),
+                    group_changes: applied.group_changes,
+                },
+            )
         };
         // Nobody listens once the replica is stopping.
-        sender.send_if_different(progress);
+        told.progress.send_if_different(progress);
+        told.milestones.send_if_different(milestones);
     }
 }
 
-/// What observers of apply wait for.
+/// Where observers of apply are told.
+pub(crate) struct Reports<R: AsyncRuntime> {
+    told: Mutex<Told<R>>,
+    /// A log of so many bytes is long.
+    snapshot_log_bytes: u64,
+}
+
+struct Told<R: AsyncRuntime> {
+    progress: <R::Watch as Watch>::Sender<Progress>,
+    milestones: <R::Watch as Watch>::Sender<Milestones>,
+}
+
+impl<R: AsyncRuntime> Reports<R> {
+    /// With those who hear them.
+    pub(crate) fn new(snapshot_log_bytes: u64) -> (Self, Observers<R>) {
+        let (progress, seen_progress) = R::Watch::channel(Progress::default());
+        let (milestones, seen_milestones) = R::Watch::channel(Milestones::default());
+        let told = Mutex::new(Told {
+            progress,
+            milestones,
+        });
+        let reports = Self {
+            told,
+            snapshot_log_bytes,
+        };
+        let observers = Observers {
+            progress: seen_progress,
+            milestones: seen_milestones,
+        };
+        (reports, observers)
+    }
+}
+
+/// What observers of apply hear.
+pub(crate) struct Observers<R: AsyncRuntime> {
+    pub(crate) progress: <R::Watch as Watch>::Receiver<Progress>,
+    pub(crate) milestones: <R::Watch as Watch>::Receiver<Milestones>,
+}
+
+/// What changes with every entry.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Progress {
     /// One past the last applied index.
     pub(crate) next_index: u64,
-    /// Bytes of entries that no snapshot holds.
-    pub(crate) log_bytes: u64,
+}
+
+/// What seldom changes: who waits for it is not woken by every entry.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Milestones {
+    /// It is time for a snapshot.
+    pub(crate) log_is_long: bool,
     /// Snapshots taken or failed since the start.
     pub(crate) snapshots: u64,
+    /// Times that members or alarms changed, or all of the state.
+    pub(crate) group_changes: u64,
 }

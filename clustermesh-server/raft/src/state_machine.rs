@@ -15,7 +15,7 @@ use clustermesh_store::{
 use futures_util::{Stream, TryStreamExt};
 use openraft::{
     EntryPayload, OptionalSend,
-    async_runtime::{AsyncRuntime, Mpsc, MpscSender, Watch},
+    async_runtime::{AsyncRuntime, Mpsc, MpscSender},
     entry::RaftEntry,
     storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine},
     type_config::alias::SnapshotOf,
@@ -36,7 +36,7 @@ use crate::{
     metrics::{Metrics, add},
     pending::Pending,
     proposal::Waiting,
-    shared::{Applied, Progress, Shared},
+    shared::{Applied, Reports, Shared},
     watch::Publication,
 };
 
@@ -88,7 +88,7 @@ impl<R: AsyncRuntime> StateMachine<R> {
         snapshots: SnapshotStore,
         metrics: Arc<Metrics>,
         hub: <R::Mpsc as Mpsc>::Sender<Publication>,
-        progress: <R::Watch as Watch>::Sender<Progress>,
+        reports: Reports<R>,
         own: ReplicaId,
         first_request_id: u64,
     ) -> Result<Self, StartError> {
@@ -107,7 +107,7 @@ impl<R: AsyncRuntime> StateMachine<R> {
             pending: Arc::new(Pending::new(own, first_request_id)),
             contact: Contact::new(),
             metrics,
-            progress: Mutex::new(progress),
+            reports,
         });
         let current = Arc::new(Mutex::new(current));
         Ok(Self {
@@ -157,6 +157,7 @@ impl<R: AsyncRuntime> StateMachine<R> {
                 keep_compaction_hash(&self.shared, cursor);
             }
             applied.log_bytes += bytes;
+            applied.group_changes += u64::from(done.alarms_changed);
             if batch
                 .proposals
                 .iter()
@@ -182,6 +183,7 @@ impl<R: AsyncRuntime> StateMachine<R> {
                 .map_err(|reason| EntryError::Apply { log_id, reason })?;
             applied.membership = StoredMembership::new(Some(log_id), membership.clone());
             applied.beside_keys_since = log_id.index;
+            applied.group_changes += 1;
         }
         applied.last = Some(log_id);
         add(&self.shared.metrics.entries_applied_total, 1);
@@ -257,6 +259,7 @@ impl<R: AsyncRuntime> RaftStateMachine<Types<R>> for StateMachine<R> {
             applied.last = meta.last_log_id;
             applied.membership = meta.last_membership.clone();
             applied.sequence += 1;
+            applied.group_changes += 1;
             applied.log_bytes = 0;
             applied.beside_keys_since = meta.last_log_id.map_or(0, |last| last.index);
             self.shared.leases.replace(&applied.state);

@@ -6,7 +6,7 @@ use clustermesh_core::pb;
 use clustermesh_store::{DataDir, Identity, LogId, SledLog, SnapshotStore};
 use openraft::{
     Raft,
-    async_runtime::{AsyncRuntime, Mpsc, Watch},
+    async_runtime::{AsyncRuntime, Mpsc},
     storage::{RaftLogReader, RaftLogStorage},
 };
 use parking_lot::Mutex;
@@ -33,7 +33,7 @@ use crate::{
     network::Network,
     peer::{Incoming, Links, NoPeers, Transport},
     reads::ReadIndexer,
-    shared::Progress,
+    shared::{Observers, Reports},
     state_machine::StateMachine,
     task::{Stopper, spawn},
     watch::{Hub, distribute},
@@ -185,12 +185,16 @@ impl<R: AsyncRuntime> Replica<R> {
         let replica_id = opened.identity.replica_id;
         let metrics = Arc::new(Metrics::default());
         let (hub_sender, publications) = R::Mpsc::channel(MAX_HUB_QUEUE_ENTRIES);
-        let (progress_sender, progress) = R::Watch::channel(Progress::default());
+        let (reports, observers) = Reports::new(config.snapshot_log_bytes);
+        let Observers {
+            progress,
+            milestones,
+        } = observers;
         let machine = StateMachine::open(
             opened.snapshots.clone(),
             metrics.clone(),
             hub_sender,
-            progress_sender,
+            reports,
             replica_id,
             // Far from the end, so that counting up does not reach it.
             R::thread_rng().next_u64() >> 1,
@@ -285,15 +289,15 @@ impl<R: AsyncRuntime> Replica<R> {
         ));
         spawn::<R>(maintenance::take_snapshots(
             raft.clone(),
-            progress,
+            milestones.clone(),
             opened.snapshots,
-            config.snapshot_log_bytes,
             stop.clone(),
         ));
         spawn::<R>(maintenance::leave(
             raft.clone(),
             shared.clone(),
             links,
+            milestones.clone(),
             stop.clone(),
         ));
         spawn::<R>(expiry::expire(
@@ -310,7 +314,7 @@ impl<R: AsyncRuntime> Replica<R> {
         spawn::<R>(members.clone().run(stop.clone()));
         spawn::<R>(stand_aside(
             shared.clone(),
-            router.progress.clone(),
+            milestones,
             hub.clone(),
             members.clone(),
             stop.clone(),

@@ -19,8 +19,8 @@ fn machine(snapshots: SnapshotStore) -> StateMachine<R> {
     drop(tokio::spawn(async move {
         while publications.recv().await.is_some() {}
     }));
-    let progress = <R as AsyncRuntime>::Watch::channel(Progress::default()).0;
-    StateMachine::open(snapshots, Arc::default(), hub, progress, 1, 1).unwrap()
+    let (reports, _) = Reports::new(u64::MAX);
+    StateMachine::open(snapshots, Arc::default(), hub, reports, 1, 1).unwrap()
 }
 
 struct InMemory;

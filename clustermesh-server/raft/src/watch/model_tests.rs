@@ -7,7 +7,6 @@ use clustermesh_api::etcd::rpc::{PutRequest, RequestOp, TxnRequest, request_op};
 use clustermesh_core::{State, limits::BATCH_FORMAT, pb, pb::proposal::Command};
 use clustermesh_store::SnapshotMeta;
 use futures_util::FutureExt;
-use openraft::async_runtime::{AsyncRuntime, Watch};
 use parking_lot::RwLock;
 use proptest::prelude::*;
 
@@ -15,7 +14,7 @@ use super::*;
 use crate::{
     lease::LeaseKeeper,
     metrics::Metrics,
-    shared::{Applied, Progress, Shared},
+    shared::{Applied, Reports, Shared},
     test_support::R,
 };
 
@@ -175,7 +174,7 @@ proptest! {
         let metrics = Arc::new(Metrics::default());
         let applied =
             Applied::new(State::new(), SnapshotMeta::default());
-        let (progress, _) = <R as AsyncRuntime>::Watch::channel(Progress::default());
+        let (reports, _) = Reports::new(u64::MAX);
         let shared = Arc::new(Shared::<R> {
             group: crate::group::GroupView::new(&State::new(), 1),
             hashes: crate::hashes::Hashes::new(true),
@@ -185,7 +184,7 @@ proptest! {
             contact: crate::contact::Contact::new(),
             metrics: metrics.clone(),
             diverged: std::sync::atomic::AtomicBool::new(false),
-            progress: parking_lot::Mutex::new(progress),
+            reports,
         });
         let hub = Arc::new(Hub::new(metrics, 1, MAX_QUEUE_ITEMS));
         let mut pending = VecDeque::new();
