@@ -235,20 +235,21 @@ pub(crate) fn log_record(bytes: &[u8]) -> bool {
         }
         1 => unseal(input.rest()).is_ok(),
         _ => {
-            let Ok(entries) = record_from_bytes(Bytes::copy_from_slice(input.rest())) else {
+            let Ok((entries, committed)) = record_from_bytes(Bytes::copy_from_slice(input.rest()))
+            else {
                 return false;
             };
-            replay(&entries);
+            replay(&entries, committed);
             true
         }
     }
 }
 
 /// Entries are stored again as they were, and two replicas make the same of them.
-fn replay(entries: &[Entry]) {
-    let again = record_from_bytes(record_to_bytes(entries).into());
+fn replay(entries: &[Entry], committed: Option<LogId>) {
+    let again = record_from_bytes(record_to_bytes(entries, committed).into());
     assert!(
-        again.is_ok_and(|again| again == entries),
+        again.is_ok_and(|again| again == (entries.to_vec(), committed)),
         "stored and read again: {entries:?}"
     );
     let (mut state, mut twin) = (store(), store());
@@ -302,7 +303,7 @@ pub(crate) fn log_record_seeds() -> Vec<Vec<u8>> {
     let sealed = seal(vote);
     let body = clustermesh_store::pb::Sealed::decode(&*sealed).unwrap_or_default();
     vec![
-        [vec![2], record_to_bytes(&entries)].concat(),
+        [vec![2], record_to_bytes(&entries, None)].concat(),
         [vec![1], sealed].concat(),
         [vec![0], body.data.to_vec()].concat(),
     ]

@@ -214,24 +214,27 @@ pub fn entry_size_bytes(entry: &Entry) -> usize {
         }
 }
 
-/// Consecutive entries as the log stores them.
+/// Consecutive entries as the log stores them, with what is known to be committed by then.
 #[must_use]
-pub fn record_to_bytes(entries: &[Entry]) -> Vec<u8> {
+pub fn record_to_bytes(entries: &[Entry], committed: Option<LogId>) -> Vec<u8> {
     pb::LogRecord {
         format: FORMAT,
         entries: entries.iter().map(entry_to_pb).collect(),
+        committed: committed.as_ref().map(log_id_to_pb),
     }
     .encode_to_vec()
 }
 
-/// Consecutive entries from what the log stores.
+/// Consecutive entries from what the log stores, with what was known to be committed.
 ///
 /// # Errors
 /// [`CodecError`].
-pub fn record_from_bytes(bytes: Bytes) -> Result<Vec<Entry>, CodecError> {
+pub fn record_from_bytes(bytes: Bytes) -> Result<(Vec<Entry>, Option<LogId>), CodecError> {
     let record = pb::LogRecord::decode(bytes)?;
     check_format(record.format)?;
-    record.entries.into_iter().map(entry_from_pb).collect()
+    let entries = record.entries.into_iter().map(entry_from_pb);
+    let committed = record.committed.as_ref().map(log_id_from_pb);
+    Ok((entries.collect::<Result<_, _>>()?, committed))
 }
 
 /// A metadata value with its checksum.

@@ -114,6 +114,42 @@ fn entries_votes_and_marks_survive_a_reopen() {
 }
 
 #[test]
+fn what_is_committed_is_known_after_a_crash_once_it_was_written_with_entries() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = Durable::open(&path).unwrap();
+        append(&mut log, vec![entry(1, 0, 10), entry(1, 1, 10)]).await;
+        for n in 2..8 {
+            RaftLogStorage::<C>::save_committed(&mut log, Some(id(1, n - 1)))
+                .await
+                .unwrap();
+            append(&mut log, vec![entry(1, n, 10)]).await;
+        }
+        // What a process that is killed leaves: the files as they are.
+        let crashed = |name: &str| {
+            let copy = dir.path().join(name);
+            std::fs::create_dir(&copy).unwrap();
+            for file in std::fs::read_dir(&path).unwrap() {
+                let file = file.unwrap().path();
+                if file.is_file() {
+                    std::fs::copy(&file, copy.join(file.file_name().unwrap())).unwrap();
+                }
+            }
+            Durable::open(&copy).unwrap()
+        };
+        assert_eq!(crashed("a").recorded_committed(), Some(id(1, 6)));
+        // The record that said so goes, what it said stays.
+        RaftLogStorage::<C>::truncate_after(&mut log, Some(id(1, 6)))
+            .await
+            .unwrap();
+        let again = crashed("b");
+        assert_eq!(again.recorded_committed(), Some(id(1, 6)));
+        assert_eq!(again.stats().last_index, 6);
+    });
+}
+
+#[test]
 fn large_entries_are_split_and_never_spill_into_blobs() {
     run(async {
         let dir = tempfile::tempdir().unwrap();
@@ -208,7 +244,7 @@ fn a_log_of_a_newer_release_is_refused_by_name() {
         drop(log);
         let newer = pb::LogRecord {
             format: codec::FORMAT + 1,
-            entries: Vec::new(),
+            ..pb::LogRecord::default()
         }
         .encode_to_vec();
         let part = pb::LogPart {

@@ -25,6 +25,10 @@ use crate::{
 /// Entries waiting for the disk, bytes: past it an append waits.
 const MAX_QUEUE_BYTES: usize = 32 << 20;
 
+/// Records say what is known to be committed; so often it is also written down apart from them, where it outlives what may
+/// become of the records and a loss shows.
+const MAX_APPENDS_BETWEEN_MARKS: u32 = 64;
+
 /// Told once the write is durable or has failed.
 pub(super) type Done<R> = <<R as AsyncRuntime>::Oneshot as Oneshot>::Sender<Result<(), io::Error>>;
 type Room<R> = <<R as AsyncRuntime>::Oneshot as Oneshot>::Sender<()>;
@@ -47,6 +51,13 @@ pub(super) enum Op<R: AsyncRuntime, A: Reply> {
         upto: LogId,
         done: Done<R>,
     },
+}
+
+/// What was last written down as committed apart from the records, and how many groups of entries ago.
+#[derive(Default)]
+struct Saved {
+    committed: Option<LogId>,
+    appends: u32,
 }
 
 enum Ack<R: AsyncRuntime, A: Reply> {
@@ -164,10 +175,10 @@ pub(super) struct Writer<R: AsyncRuntime, A: Reply> {
 
 impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
     pub(super) fn run(self) {
-        let mut saved_committed = None;
+        let mut saved = Saved::default();
         while let Some(ops) = self.queue.take() {
             let mut acks = Vec::with_capacity(ops.len());
-            let result = self.write(ops, &mut acks, &mut saved_committed);
+            let result = self.write(ops, &mut acks, &mut saved);
             match result {
                 Ok(durable_next) => {
                     if let Some(durable_next) = durable_next {
@@ -194,15 +205,20 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
             }
         }
         // Spares the next start some waiting for a leader; not needed for safety.
-        let committed = self.tail.lock().committed;
-        if committed != saved_committed
-            && let Err(error) = self
-                .disk
-                .put_committed(committed)
-                .and_then(|()| self.disk.sync())
-        {
+        if let Err(error) = self.mark(&mut saved).and_then(|()| self.disk.sync()) {
             tracing::warn!(%error, "committed index not saved");
         }
+    }
+
+    /// Writes down what is known to be committed apart from the records, where that is news.
+    fn mark(&self, saved: &mut Saved) -> Result<(), StoreError> {
+        let committed = self.tail.lock().committed;
+        if committed != saved.committed {
+            self.disk.put_committed(committed)?;
+            saved.committed = committed;
+        }
+        saved.appends = 0;
+        Ok(())
     }
 
     /// Writes `ops` and syncs once. Every request's `Ack` is in `acks` afterwards, also on an error.
@@ -210,7 +226,7 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
         &self,
         ops: VecDeque<Op<R, A>>,
         acks: &mut Vec<Ack<R, A>>,
-        saved_committed: &mut Option<LogId>,
+        saved: &mut Saved,
     ) -> Result<Option<u64>, StoreError> {
         let mut failed = None;
         let mut durable_next = None;
@@ -219,7 +235,11 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
             let step = match &op {
                 _ if failed.is_some() => Ok(()),
                 Op::Append { .. } => Ok(()),
-                _ => self.disk.append(&std::mem::take(&mut pending)),
+                // A record that says what is committed may go.
+                _ => self
+                    .disk
+                    .append(&std::mem::take(&mut pending), None)
+                    .and_then(|()| self.mark(saved)),
             };
             let step = step.and_then(|()| match &op {
                 _ if failed.is_some() => Ok(()),
@@ -252,12 +272,12 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
         if let Some(error) = failed {
             return Err(error);
         }
-        self.disk.append(&pending)?;
         let committed = self.tail.lock().committed;
-        if committed != *saved_committed {
-            self.disk.put_committed(committed)?;
-            *saved_committed = committed;
+        saved.appends += 1;
+        if pending.is_empty() || saved.appends >= MAX_APPENDS_BETWEEN_MARKS {
+            self.mark(saved)?;
         }
+        self.disk.append(&pending, committed)?;
         self.disk.sync()?;
         Ok(durable_next)
     }

@@ -53,6 +53,13 @@ pub(in crate::log) struct Disk {
     flush_only: bool,
 }
 
+/// What one record holds.
+struct Record {
+    entries: Vec<Entry>,
+    /// What was known to be committed when it was written.
+    committed: Option<LogId>,
+}
+
 /// First index of a record and number of a part, both big-endian.
 type Key = [u8; 10];
 
@@ -161,7 +168,7 @@ impl Disk {
         let first_index = tail.next_index();
         let mut next = 0;
         while let Some(first) = self.first_key_from(next)? {
-            let Some(entries) = self.record(first)? else {
+            let Some(Record { entries, committed }) = self.record(first)? else {
                 if first < first_index {
                     // A purge was interrupted within it. Had it held more than that, the next would not follow.
                     self.remove_record(first)?;
@@ -172,6 +179,7 @@ impl Disk {
                 tail.torn = Some(first);
                 break;
             };
+            tail.committed = tail.committed.max(committed);
             let last = entries.last().map_or(first, |entry| entry.log_id.index);
             next = last + 1;
             if next <= first_index {
@@ -226,7 +234,7 @@ impl Disk {
     }
 
     /// The record at `first`; `None` when a part is missing.
-    fn record(&self, first: u64) -> Result<Option<Vec<Entry>>, StoreError> {
+    fn record(&self, first: u64) -> Result<Option<Record>, StoreError> {
         let what = || format!("log record {first}");
         let mut data = BytesMut::new();
         let mut parts = 1;
@@ -249,7 +257,7 @@ impl Disk {
             return Err(self.damaged(what())(CodecError::Checksum));
         }
         codec::record_from_bytes(data)
-            .map(Some)
+            .map(|(entries, committed)| Some(Record { entries, committed }))
             .map_err(self.damaged(what()))
     }
 
@@ -265,11 +273,15 @@ impl Disk {
         self.changed()
     }
 
-    fn parts(&self, entries: &[Entry]) -> Result<Vec<(Key, Vec<u8>)>, StoreError> {
+    fn parts(
+        &self,
+        entries: &[Entry],
+        committed: Option<LogId>,
+    ) -> Result<Vec<(Key, Vec<u8>)>, StoreError> {
         let Some(first) = entries.first() else {
             return Ok(Vec::new());
         };
-        let data = Bytes::from(codec::record_to_bytes(entries));
+        let data = Bytes::from(codec::record_to_bytes(entries, committed));
         let crc32c = crc32c::crc32c(&data);
         let count = data.len().div_ceil(MAX_PART_BYTES);
         let too_large = |_| StoreError::TooLarge {
@@ -292,8 +304,12 @@ impl Disk {
             .collect()
     }
 
-    /// Writes consecutive entries as few records; not durable before `sync`.
-    pub(super) fn append(&self, entries: &[Entry]) -> Result<(), StoreError> {
+    /// Writes consecutive entries as few records, with what is known to be committed; not durable before `sync`.
+    pub(super) fn append(
+        &self,
+        entries: &[Entry],
+        committed: Option<LogId>,
+    ) -> Result<(), StoreError> {
         let mut rest = entries;
         while !rest.is_empty() {
             let mut bytes = 0;
@@ -305,7 +321,7 @@ impl Disk {
                 })
                 .count();
             let (record, later) = rest.split_at(fits.max(1));
-            for (key, value) in self.parts(record)? {
+            for (key, value) in self.parts(record, committed)? {
                 self.log.insert(key, value).map_err(self.database())?;
                 self.changed()?;
             }
@@ -325,7 +341,9 @@ impl Disk {
         let Some(holding) = self.record_of(from)? else {
             return Ok(());
         };
-        let entries = self.record(holding)?.unwrap_or_default();
+        let Some(Record { entries, committed }) = self.record(holding)? else {
+            return Ok(());
+        };
         let kept = entries.partition_point(|entry| entry.log_id.index < from);
         let Some(kept) = entries.get(..kept).filter(|_| kept < entries.len()) else {
             return Ok(());
@@ -338,7 +356,7 @@ impl Disk {
         {
             batch.remove(found.map_err(self.database())?);
         }
-        for (key, value) in self.parts(kept)? {
+        for (key, value) in self.parts(kept, committed)? {
             batch.insert(&key, value);
         }
         // Up to sixteen changes that must be there together, so with nothing else volatile.
@@ -366,7 +384,7 @@ impl Disk {
             Some(first) => {
                 let last = self
                     .record(first)?
-                    .and_then(|entries| entries.last().map(|entry| entry.log_id.index));
+                    .and_then(|record| record.entries.last().map(|entry| entry.log_id.index));
                 if last <= Some(upto.index) {
                     upto.index + 1
                 } else {
@@ -391,7 +409,7 @@ impl Disk {
         let mut bytes = 0;
         let mut record = self.record_of(range.start)?;
         while let Some(first) = record.filter(|first| *first < range.end) {
-            let Some(found) = self.record(first)? else {
+            let Some(Record { entries: found, .. }) = self.record(first)? else {
                 break;
             };
             let next = found.last().map_or(first, |entry| entry.log_id.index) + 1;
