@@ -114,7 +114,9 @@ impl SnapshotLoader {
         }
         state.keyspace = Keyspace::from_sorted(keys);
         // Installing is rare and a replica must never serve a broken state.
-        state.check().map_err(|reason| self.damaged(reason))?;
+        state
+            .check_loaded()
+            .map_err(|reason| self.damaged(reason))?;
         Ok(state)
     }
 
