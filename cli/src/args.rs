@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done
+  0  done; `status --wait` also where no node is on record, which it says
   1  failed: no connection, refused by the server, a file that cannot be read,
      or `status --wait` ran out of time
   2  wrong usage";

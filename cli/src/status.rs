@@ -59,6 +59,9 @@ async fn wait(client: &Client, limit: Duration) -> Result<()> {
         Err(_) => false,
     };
     if done {
+        if let Some(hint) = last.as_ref().and_then(nobody_to_wait_for) {
+            output::note(hint);
+        }
         return Ok(());
     }
     bail!(
@@ -100,6 +103,13 @@ fn progress_line(progress: &WaitProgress) -> String {
         progress.nodes_applied,
         progress.nodes_total,
         targets.join(" ")
+    )
+}
+
+/// What a wait that ended well did not wait for.
+fn nobody_to_wait_for(progress: &WaitProgress) -> Option<&'static str> {
+    (progress.nodes_total == 0).then_some(
+        "hint: no node of this cluster is on record, so nothing was waited for; a node is once its agent has connected",
     )
 }
 

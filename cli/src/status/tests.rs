@@ -116,6 +116,21 @@ fn a_wait_that_ran_out_names_the_laggards() {
 }
 
 #[test]
+fn a_wait_for_no_node_says_so() {
+    let mut progress = WaitProgress {
+        done: true,
+        ..WaitProgress::default()
+    };
+    let hint = nobody_to_wait_for(&progress).unwrap();
+    assert!(
+        hint.contains("no node of this cluster is on record"),
+        "{hint}"
+    );
+    progress.nodes_total = 1;
+    assert_eq!(nobody_to_wait_for(&progress), None);
+}
+
+#[test]
 fn what_a_restarted_server_refused_is_unknown_and_not_nothing() {
     let peer = |incomplete, counts: &[(&str, u64)]| PeerStatus {
         refused_incomplete: incomplete,
