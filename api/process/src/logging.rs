@@ -8,8 +8,10 @@ use tracing_subscriber::fmt::writer::BoxMakeWriter;
 /// Environment variable that holds the filter, in `tracing`'s directive syntax.
 pub const LOG_FILTER_VARIABLE: &str = "CLUSTERMESH_LOG";
 
-/// Filter when the variable is absent.
-pub const DEFAULT_LOG_FILTER: &str = "info,openraft=warn,h2=warn,hyper=warn,rustls=warn";
+/// Filter when the variable is absent. openraft warns of every attempt to reach a replica that is down, many times a second, and
+/// calls a replica's ordinary end an error where a stream of entries is open; what people must know of both is said elsewhere.
+pub const DEFAULT_LOG_FILTER: &str =
+    "info,openraft=error,openraft::raft::stream_append=off,h2=warn,hyper=warn,rustls=warn";
 
 /// How a log line is written.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -120,6 +120,7 @@ impl<R: AsyncRuntime> Peer<R> {
         S: Stream<Item = AppendEntriesRequest<Types<R>>> + OptionalSend + Unpin + 'static,
     {
         let unanswered = Arc::new(AtomicUsize::new(0));
+        let reached = target.clone();
         let requests = {
             let (links, unanswered) = (links.clone(), unanswered.clone());
             let to = target.id;
@@ -137,8 +138,9 @@ impl<R: AsyncRuntime> Peer<R> {
         )
         .await
         .map_err(|_| CallError::Timeout(APPEND_TIMEOUT))
-        .and_then(|opened| opened.map_err(CallError::from))
-        .map_err(|error| rpc_error(&error))?;
+        .and_then(|opened| opened.map_err(CallError::from));
+        links.note_reached(&reached, opened.as_ref().map(|_opened| ()));
+        let opened = opened.map_err(|error| rpc_error(&error))?;
         let results = stream::unfold(Some((opened, links, unanswered)), |state| async move {
             let (mut responses, links, unanswered) = state?;
             let result = next_result(&mut responses, &links, &unanswered).await?;

@@ -4,6 +4,7 @@ mod convert;
 mod snapshots;
 
 use std::{
+    collections::BTreeSet,
     marker::PhantomData,
     sync::{
         Arc,
@@ -131,6 +132,22 @@ pub enum AsideError {
     Failed(String),
 }
 
+/// Replicas that cannot be reached.
+#[derive(Debug, Default)]
+struct Outages(Mutex<BTreeSet<ReplicaId>>);
+
+impl Outages {
+    /// Whether it was otherwise before.
+    fn is_news(&self, replica: ReplicaId, reached: bool) -> bool {
+        let mut lost = self.0.lock();
+        if reached {
+            lost.remove(&replica)
+        } else {
+            lost.insert(replica)
+        }
+    }
+}
+
 /// The sending end: knows who speaks, and hears when the group has removed this replica.
 pub(crate) struct Links<R: AsyncRuntime> {
     transport: Arc<dyn Transport>,
@@ -138,6 +155,7 @@ pub(crate) struct Links<R: AsyncRuntime> {
     cluster_id: Arc<AtomicU64>,
     removed: AtomicBool,
     removed_signal: Mutex<<R::Watch as Watch>::Sender<bool>>,
+    outages: Outages,
     runtime: PhantomData<fn() -> R>,
 }
 
@@ -153,6 +171,7 @@ impl<R: AsyncRuntime> Links<R> {
             cluster_id,
             removed: AtomicBool::new(false),
             removed_signal: Mutex::new(R::Watch::channel(false).0),
+            outages: Outages::default(),
             runtime: PhantomData,
         }
     }
@@ -183,6 +202,20 @@ impl<R: AsyncRuntime> Links<R> {
 
     pub(crate) fn removed(&self) -> <R::Watch as Watch>::Receiver<bool> {
         self.removed_signal.lock().subscribe()
+    }
+
+    /// Says once that a replica cannot be reached, or can be again: Raft tries many times a second.
+    pub(crate) fn note_reached(&self, target: &Target, reached: Result<(), &CallError>) {
+        if !self.outages.is_news(target.id, reached.is_ok()) {
+            return;
+        }
+        let (replica, peer_url) = (format_args!("{:016x}", target.id), &target.peer_url);
+        match reached {
+            Ok(()) => tracing::info!(%replica, peer_url, "the replica is reached again"),
+            Err(error) => {
+                tracing::warn!(%replica, peer_url, %error, "a replica cannot be reached");
+            }
+        }
     }
 
     /// Looks at a refusal for what concerns this replica itself.
@@ -264,5 +297,21 @@ impl Transport for NoPeers {
         _parts: BoxStream<'static, SnapshotPart>,
     ) -> BoxFuture<'static, Result<CallResponse, TransportError>> {
         Box::pin(async move { Err(alone(target)) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Outages;
+
+    #[test]
+    fn an_outage_is_news_when_it_begins_and_when_it_ends() {
+        let outages = Outages::default();
+        let told = [true, false, false, true, true, false].map(|reached| {
+            // Another replica's is its own.
+            assert!(!outages.is_news(2, true));
+            outages.is_news(1, reached)
+        });
+        assert_eq!(told, [false, true, false, true, false, true]);
     }
 }
