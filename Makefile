@@ -41,9 +41,29 @@ lint: ## Format, clippy, docs, dependency rules
 	@RUSTDOCFLAGS="-D warnings" cargo doc $(WORKSPACE) --no-deps --quiet
 	@cargo deny --log-level error check -D unnecessary-skip -D unmatched-skip bans licenses sources
 
-test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces
-	@cargo test $(WORKSPACE)
-	@$(MAKE) --no-print-directory -j2 WHOSE=ours judged-1 judged-3
+# Scenarios wait for most of their time: they run side by side with what computes, the longest begin first. Each test
+# target is one of make's too (`make test-nodes`); new ones are found by where they lie.
+TEST_JOBS ?= 4
+TEST_FILES := $(wildcard $(foreach folder,* */*,$(folder)/tests/*.rs $(folder)/tests/*/main.rs))
+FOUND := $(addprefix test-,$(filter-out mutants,$(notdir $(basename $(patsubst %/main.rs,%.rs,$(TEST_FILES))))))
+LONG := test-encryption test-faults judged-3 judged-1 test-continuity test-seeds test-server test-mutants
+TESTS = $(LONG) $(filter-out $(LONG),$(sort $(FOUND))) test-units test-docs
+.PHONY: $(sort $(FOUND)) test-units test-docs test-mutants
+test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces (TEST_JOBS=4)
+	@cargo build --quiet --locked -p clustermesh-sim --features mutants --test mutants
+	@cargo test --quiet $(WORKSPACE) --no-run
+	@$(MAKE) --no-print-directory -k -j$(TEST_JOBS) -Otarget WHOSE=ours $(TESTS)
+
+$(sort $(FOUND)): test-%:
+	@cargo test $(WORKSPACE) --test $*
+
+test-units:
+	@cargo test $(WORKSPACE) --lib --bins
+
+test-docs:
+	@cargo test --quiet $(WORKSPACE) --doc
+
+test-mutants:
 	@cargo test --locked -p clustermesh-sim --features mutants --test mutants
 
 differential: setup build ## Random operations on etcd and on ours, answers compared (SEEDS=n, or SEED=n again)
