@@ -46,9 +46,9 @@ lint: ## Format, clippy, docs, dependency rules
 TEST_JOBS ?= 4
 TEST_FILES := $(wildcard $(foreach folder,* */*,$(folder)/tests/*.rs $(folder)/tests/*/main.rs))
 FOUND := $(addprefix test-,$(filter-out mutants,$(notdir $(basename $(patsubst %/main.rs,%.rs,$(TEST_FILES))))))
-LONG := test-encryption test-faults judged-3 judged-1 test-continuity test-seeds test-server test-mutants
-TESTS = $(LONG) $(filter-out $(LONG),$(sort $(FOUND))) test-units test-docs
-.PHONY: $(sort $(FOUND)) test-units test-docs test-mutants
+LONG := test-encryption test-faults judged-3 judged-1 test-continuity test-seeds test-server mutant-tests
+TESTS = $(LONG) $(filter-out $(LONG),$(sort $(FOUND))) unit-tests doc-tests
+.PHONY: $(sort $(FOUND)) unit-tests doc-tests mutant-tests
 test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces (TEST_JOBS=4)
 	@cargo build --quiet --locked -p clustermesh-sim --features mutants --test mutants
 	@cargo test --quiet $(WORKSPACE) --no-run
@@ -57,13 +57,13 @@ test: setup build ## All tests: unit, property, conformance, and the scenarios i
 $(sort $(FOUND)): test-%:
 	@cargo test $(WORKSPACE) --test $*
 
-test-units:
+unit-tests:
 	@cargo test $(WORKSPACE) --lib --bins
 
-test-docs:
+doc-tests:
 	@cargo test --quiet $(WORKSPACE) --doc
 
-test-mutants:
+mutant-tests:
 	@cargo test --locked -p clustermesh-sim --features mutants --test mutants
 
 differential: setup build ## Random operations on etcd and on ours, answers compared (SEEDS=n, or SEED=n again)
