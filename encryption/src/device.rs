@@ -3,11 +3,11 @@
 use std::fmt;
 use std::io;
 
-use clustermesh_encryption_core::config::DeviceConfig;
+use clustermesh_encryption_core::config::{Change, DeviceConfig};
 use clustermesh_encryption_core::control::PeerStatus;
 use clustermesh_encryption_core::control_client::{AnswerError, Description};
-use clustermesh_encryption_core::difference::DifferenceError;
-use clustermesh_encryption_core::key::{PrivateKey, PublicKey};
+use clustermesh_encryption_core::difference::{DifferenceError, difference, with_present};
+use clustermesh_encryption_core::key::PublicKey;
 
 /// Who runs a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -52,12 +52,13 @@ impl From<Description> for DeviceStatus {
     fn from(description: Description) -> Self {
         let Description {
             config,
+            public_key,
             peers,
             counters,
         } = description;
         let keys = config.peers.iter().map(|peer| peer.public_key);
         Self {
-            public_key: config.private_key.as_ref().map(PrivateKey::public),
+            public_key,
             listen_port: config.listen_port,
             peers: keys.zip(peers).collect(),
             counters,
@@ -77,6 +78,18 @@ pub enum DeviceError {
         device: String,
         /// What the system said.
         source: io::Error,
+    },
+    /// It gives no answer.
+    #[error(
+        "the WireGuard device {device} gives no answer for {waited_seconds} s: the process that serves its control socket \
+         is stopped or stuck. `pkill -CONT -f 'clustermesh-wireguard {device}'` lets a stopped one go on; with `-KILL` it \
+         ends, and the agent starts it again"
+    )]
+    Silent {
+        /// Name of the device.
+        device: String,
+        /// How long the answer was waited for, seconds.
+        waited_seconds: u64,
     },
     /// It says that it cannot, or says nothing that is understood.
     #[error("WireGuard device {device}: {source}")]
@@ -124,24 +137,52 @@ pub trait Device: fmt::Debug + Send + Sync {
     /// Who runs it.
     fn backend(&self) -> Backend;
 
+    /// What it does now, with all keys.
+    ///
+    /// # Errors
+    /// When the device is gone.
+    fn describe(&self) -> Result<Description, DeviceError>;
+
+    /// Takes these steps, in their order.
+    ///
+    /// # Errors
+    /// When it cannot; some may be taken then.
+    fn apply(&self, changes: &[Change]) -> Result<(), DeviceError>;
+
     /// Changes the device into what is wanted, by difference to what it is: a peer that stays keeps its sessions, and
     /// an address that moves from one peer to another is never without one. Gives the number of steps that it took.
     ///
     /// # Errors
     /// When what is wanted contradicts itself, or cannot be had.
-    fn configure(&self, wanted: &DeviceConfig, others: Others) -> Result<usize, DeviceError>;
+    fn configure(&self, wanted: &DeviceConfig, others: Others) -> Result<usize, DeviceError> {
+        let actual = self.describe()?.config;
+        let whole = match others {
+            Others::Removed => wanted,
+            Others::Kept => &with_present(&actual, wanted),
+        };
+        let changes = difference(&actual, whole).map_err(|source| DeviceError::Difference {
+            device: self.name().to_owned(),
+            source,
+        })?;
+        if !changes.is_empty() {
+            self.apply(&changes)?;
+        }
+        Ok(changes.len())
+    }
 
     /// How things are.
     ///
     /// # Errors
     /// When the device is gone.
-    fn status(&self) -> Result<DeviceStatus, DeviceError>;
+    fn status(&self) -> Result<DeviceStatus, DeviceError> {
+        self.describe().map(DeviceStatus::from)
+    }
 
     /// Ends the device and everything that runs it; one that is gone already is fine.
     ///
     /// # Errors
     /// When it stays.
-    fn remove(self: Box<Self>) -> Result<(), DeviceError>;
+    fn remove(&self) -> Result<(), DeviceError>;
 }
 
 /// What becomes of peers that are not among the wanted ones.

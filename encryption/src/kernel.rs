@@ -9,13 +9,12 @@ use clustermesh_encryption_core::config::{
 };
 use clustermesh_encryption_core::control::PeerStatus;
 use clustermesh_encryption_core::control_client::Description;
-use clustermesh_encryption_core::difference::{difference, with_present};
 use clustermesh_encryption_core::key::{PresharedKey, PrivateKey, PublicKey};
 use ipnetwork::IpNetwork;
 use nix::errno::Errno;
 use wireguard_control::{DeviceUpdate, InterfaceName, Key, PeerConfigBuilder};
 
-use crate::device::{Backend, Device, DeviceError, DeviceStatus, Origin, Others};
+use crate::device::{Backend, Device, DeviceError, Origin};
 use crate::link;
 
 /// Prefixes of one peer in one message, which has a page's room.
@@ -69,13 +68,6 @@ impl KernelDevice {
     fn ask(&self) -> io::Result<wireguard_control::Device> {
         wireguard_control::Device::get(&self.interface, wireguard_control::Backend::Kernel)
     }
-
-    fn describe(&self) -> Result<Description, DeviceError> {
-        let device = self
-            .ask()
-            .map_err(|source| failed(&self.name, "ask", source))?;
-        Ok(describe(&device))
-    }
 }
 
 /// The kernel says `EOPNOTSUPP` of a device that is no WireGuard device, and `ENOENT` while it has no WireGuard at all.
@@ -123,13 +115,15 @@ fn describe(device: &wireguard_control::Device) -> Description {
         status.tx_bytes = status.tx_bytes.max(info.stats.tx_bytes);
     }
     let (configs, statuses) = peers.into_values().unzip();
+    let private_key = device
+        .private_key
+        .as_ref()
+        .filter(|key| key.0 != [0; 32])
+        .map(|key| PrivateKey::from_bytes(key.0));
     Description {
+        public_key: private_key.as_ref().map(PrivateKey::public),
         config: DeviceConfig {
-            private_key: device
-                .private_key
-                .as_ref()
-                .filter(|key| key.0 != [0; 32])
-                .map(|key| PrivateKey::from_bytes(key.0)),
+            private_key,
             listen_port: device.listen_port.unwrap_or(0),
             fwmark: device.fwmark.unwrap_or(0),
             peers: configs,
@@ -212,32 +206,23 @@ impl Device for KernelDevice {
         Backend::Kernel
     }
 
-    fn configure(&self, wanted: &DeviceConfig, others: Others) -> Result<usize, DeviceError> {
-        let actual = self.describe()?.config;
-        let whole = match others {
-            Others::Removed => wanted,
-            Others::Kept => &with_present(&actual, wanted),
-        };
-        let changes = difference(&actual, whole).map_err(|source| DeviceError::Difference {
-            device: self.name.clone(),
-            source,
-        })?;
-        if !changes.is_empty() {
-            // By chance nobody's: it has neither a place nor anybody who knows its private key.
-            let mut nobody = [0; 32];
-            rand::fill(&mut nobody);
-            update_of(&changes, PublicKey(nobody))
-                .apply(&self.interface, wireguard_control::Backend::Kernel)
-                .map_err(|source| failed(&self.name, "change", source))?;
-        }
-        Ok(changes.len())
+    fn describe(&self) -> Result<Description, DeviceError> {
+        let device = self
+            .ask()
+            .map_err(|source| failed(&self.name, "ask", source))?;
+        Ok(describe(&device))
     }
 
-    fn status(&self) -> Result<DeviceStatus, DeviceError> {
-        self.describe().map(DeviceStatus::from)
+    fn apply(&self, changes: &[Change]) -> Result<(), DeviceError> {
+        // By chance nobody's: it has neither a place nor anybody who knows its private key.
+        let mut nobody = [0; 32];
+        rand::fill(&mut nobody);
+        update_of(changes, PublicKey(nobody))
+            .apply(&self.interface, wireguard_control::Backend::Kernel)
+            .map_err(|source| failed(&self.name, "change", source))
     }
 
-    fn remove(self: Box<Self>) -> Result<(), DeviceError> {
+    fn remove(&self) -> Result<(), DeviceError> {
         link::delete(&self.name).map_err(|source| failed(&self.name, "remove", source))
     }
 }

@@ -1,31 +1,43 @@
 //! The device of user space as a process of its own: started or adopted, and spoken to over its control socket.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use clustermesh_encryption_core::config::{Change, DeviceConfig};
+use clustermesh_encryption_core::config::Change;
 use clustermesh_encryption_core::control_client::{
-    AnswerError, Description, GET, read_description, read_result, set_request,
+    AnswerError, Description, GET, GET_STATUS, read_description, read_result, set_request,
 };
-use clustermesh_encryption_core::difference::{difference, with_present};
+use clustermesh_encryption_core::secret_text::SecretText;
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket,
+    sockopt::PeerCredentials,
+};
+use nix::unistd::Pid;
 use zeroize::Zeroizing;
 
-use crate::device::{Backend, Device, DeviceError, DeviceStatus, Origin, Others};
+use crate::device::{Backend, Device, DeviceError, DeviceStatus, Origin};
 use crate::link;
 
 /// Name of the program.
 pub const PROGRAM: &str = "clustermesh-wireguard";
-/// Longest wait for an answer of the device.
-const ANSWER_SECONDS_MAX: u64 = 10;
+/// Longest wait for one whole answer of the device: one that lives gives it in milliseconds.
+pub const ANSWER_SECONDS_MAX: u64 = 5;
 /// Longest answer, bytes: 65,536 peers with a few prefixes each.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// Steps in one request, far below what the device reads at once.
 const STEPS_PER_REQUEST_MAX: usize = 4_096;
-/// A device whose network device was deleted ends within this.
+/// Bytes that are read at once.
+const READ_BYTES: usize = 8_192;
+/// A device whose network device was deleted ends within this, and one that is killed.
 const END_SECONDS_MAX: u64 = 10;
+/// The kernel keeps so many bytes of a process's name.
+const PROCESS_NAME_BYTES: usize = 15;
 
 /// How the device is run when it is not running.
 #[derive(Clone, Debug)]
@@ -36,6 +48,10 @@ pub struct ProcessOptions {
     pub socket_dir: PathBuf,
     /// MTU of a new device, bytes.
     pub mtu: u32,
+}
+
+fn socket_of(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.sock"))
 }
 
 /// A device that a process of its own runs.
@@ -53,9 +69,9 @@ impl ProcessDevice {
     pub fn open(name: &str, options: &ProcessOptions) -> Result<(Self, Origin), DeviceError> {
         let device = Self {
             name: name.to_owned(),
-            socket: options.socket_dir.join(format!("{name}.sock")),
+            socket: socket_of(&options.socket_dir, name),
         };
-        match device.describe() {
+        match device.status() {
             Ok(_) => return Ok((device, Origin::Adopted)),
             Err(DeviceError::Io { source, .. }) if is_unserved(&source) => {}
             // It lives, and carries packets perhaps: whoever asks tries again.
@@ -91,11 +107,7 @@ impl ProcessDevice {
     }
 
     fn failed(&self, action: &'static str, source: io::Error) -> DeviceError {
-        DeviceError::Io {
-            action,
-            device: self.name.clone(),
-            source,
-        }
+        failed(&self.name, action, source)
     }
 
     fn misunderstood(&self, source: AnswerError) -> DeviceError {
@@ -105,18 +117,63 @@ impl ProcessDevice {
         }
     }
 
-    fn describe(&self) -> Result<Description, DeviceError> {
-        let answer = ask(&self.socket, GET).map_err(|source| self.failed("ask", source))?;
-        read_description(&answer).map_err(|source| self.misunderstood(source))
+    /// One request and its answer, up to the empty line.
+    fn ask(&self, action: &'static str, request: &[u8]) -> Result<SecretText, DeviceError> {
+        let patience = Duration::from_secs(ANSWER_SECONDS_MAX);
+        ask(&self.socket, request, Instant::now() + patience)
+            .map_err(|source| self.failed(action, source))
     }
 
-    fn apply(&self, changes: &[Change]) -> Result<(), DeviceError> {
-        for steps in changes.chunks(STEPS_PER_REQUEST_MAX) {
-            let answer = ask(&self.socket, &set_request(steps))
-                .map_err(|source| self.failed("change", source))?;
-            read_result(&answer).map_err(|source| self.misunderstood(source))?;
-        }
-        Ok(())
+    fn read(&self, question: &str) -> Result<Description, DeviceError> {
+        let answer = self.ask("ask", question.as_bytes())?;
+        read_description(answer.as_str()).map_err(|source| self.misunderstood(source))
+    }
+}
+
+fn failed(name: &str, action: &'static str, source: io::Error) -> DeviceError {
+    let device = name.to_owned();
+    match source.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => DeviceError::Silent {
+            device,
+            waited_seconds: ANSWER_SECONDS_MAX,
+        },
+        _ => DeviceError::Io {
+            action,
+            device,
+            source,
+        },
+    }
+}
+
+/// Ends the process of a device that gives no answer, so that it can be started again; none there is fine.
+///
+/// # Errors
+/// When something else than our program serves the socket, or it does not end.
+pub fn end_silent(name: &str, socket_dir: &Path) -> Result<(), DeviceError> {
+    let failed = |source| failed(name, "end", source);
+    let mut stream = match connect_now(&socket_of(socket_dir, name)) {
+        Err(error) if is_unserved(&error) => return Ok(()),
+        other => other.map_err(failed)?,
+    };
+    let server = getsockopt(&stream, PeerCredentials).map_err(|error| failed(error.into()))?;
+    let comm = std::fs::read_to_string(format!("/proc/{}/comm", server.pid()));
+    let comm = comm.unwrap_or_default();
+    // 0 is a process of another PID namespace, and to kill() all of our own group.
+    if server.pid() <= 1 || Some(comm.trim()) != PROGRAM.get(..PROCESS_NAME_BYTES) {
+        return Err(failed(io::Error::other(format!(
+            "its control socket is served by process {} ({}), which is no {PROGRAM}: end that one",
+            server.pid(),
+            comm.trim()
+        ))));
+    }
+    kill(Pid::from_raw(server.pid()), Signal::SIGKILL).map_err(|error| failed(error.into()))?;
+    // The connection ends with the process.
+    stream
+        .set_read_timeout(Some(Duration::from_secs(END_SECONDS_MAX)))
+        .map_err(failed)?;
+    match stream.read(&mut [0]) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+        other => other.map(drop).map_err(failed),
     }
 }
 
@@ -129,26 +186,24 @@ impl Device for ProcessDevice {
         Backend::Userspace
     }
 
-    fn configure(&self, wanted: &DeviceConfig, others: Others) -> Result<usize, DeviceError> {
-        let actual = self.describe()?.config;
-        let whole = match others {
-            Others::Removed => wanted,
-            Others::Kept => &with_present(&actual, wanted),
-        };
-        let changes = difference(&actual, whole).map_err(|source| DeviceError::Difference {
-            device: self.name.clone(),
-            source,
-        })?;
-        self.apply(&changes)?;
-        Ok(changes.len())
+    fn describe(&self) -> Result<Description, DeviceError> {
+        self.read(GET)
+    }
+
+    fn apply(&self, changes: &[Change]) -> Result<(), DeviceError> {
+        for steps in changes.chunks(STEPS_PER_REQUEST_MAX) {
+            let answer = self.ask("change", set_request(steps).as_bytes())?;
+            read_result(answer.as_str()).map_err(|source| self.misunderstood(source))?;
+        }
+        Ok(())
     }
 
     fn status(&self) -> Result<DeviceStatus, DeviceError> {
-        self.describe().map(DeviceStatus::from)
+        self.read(GET_STATUS).map(DeviceStatus::from)
     }
 
-    fn remove(self: Box<Self>) -> Result<(), DeviceError> {
-        let process = UnixStream::connect(&self.socket);
+    fn remove(&self) -> Result<(), DeviceError> {
+        let process = connect_now(&self.socket);
         link::delete(&self.name).map_err(|source| self.failed("remove", source))?;
         let Ok(mut process) = process else {
             return Ok(());
@@ -170,20 +225,52 @@ fn is_unserved(error: &io::Error) -> bool {
     )
 }
 
-/// One request and its answer, up to the empty line.
-fn ask(socket: &Path, request: &str) -> io::Result<Zeroizing<String>> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(ANSWER_SECONDS_MAX)))?;
-    stream.set_write_timeout(Some(Duration::from_secs(ANSWER_SECONDS_MAX)))?;
-    stream.write_all(request.as_bytes())?;
-    let mut reader = BufReader::new(stream);
-    let mut answer = Zeroizing::new(String::new());
+/// Connects without waiting: a server that takes no connections any more, with a full queue, is one that hangs.
+fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?).map_err(|error| match error {
+        Errno::EAGAIN => io::ErrorKind::TimedOut.into(),
+        error => io::Error::from(error),
+    })?;
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// What is left until then; an error when that is nothing.
+fn time_left(deadline: Instant) -> io::Result<Option<Duration>> {
+    match deadline.saturating_duration_since(Instant::now()) {
+        Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
+        left => Ok(Some(left)),
+    }
+}
+
+/// One request and its answer, up to the empty line, all of it by the deadline.
+fn ask(socket: &Path, request: &[u8], deadline: Instant) -> io::Result<SecretText> {
+    let mut stream = connect_now(socket)?;
+    let mut rest = request;
+    while !rest.is_empty() {
+        stream.set_write_timeout(time_left(deadline)?)?;
+        let count = match stream.write(rest) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            other => other?,
+        };
+        rest = rest.get(count..).unwrap_or_default();
+    }
+    let mut answer = SecretText::default();
+    let mut room = Zeroizing::new([0; READ_BYTES]);
     loop {
-        let before = answer.len();
-        if reader.read_line(&mut answer)? == 0 || answer.get(before..) == Some("\n") {
+        stream.set_read_timeout(time_left(deadline)?)?;
+        let count = match stream.read(&mut room[..]) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            other => other?,
+        };
+        answer.push(room.get(..count).unwrap_or_default());
+        if count == 0 || answer.as_bytes().ends_with(b"\n\n") {
             return Ok(answer);
         }
-        if answer.len() > ANSWER_BYTES_MAX {
+        if answer.as_bytes().len() > ANSWER_BYTES_MAX {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
                 format!("an answer of more than {ANSWER_BYTES_MAX} bytes"),
@@ -214,7 +301,7 @@ mod tests {
         let listener = UnixListener::bind(dir.path().join(format!("{NAME}.sock"))).unwrap();
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            stream.read_exact(&mut vec![0; GET.len()]).unwrap();
+            stream.read_exact(&mut vec![0; GET_STATUS.len()]).unwrap();
         });
         let error = ProcessDevice::open(NAME, &options(dir.path())).unwrap_err();
         server.join().unwrap();
@@ -232,5 +319,73 @@ mod tests {
             let error = ProcessDevice::open(NAME, &options(dir.path())).unwrap_err();
             assert!(matches!(error, DeviceError::NotStarted { .. }), "{error}");
         }
+    }
+
+    /// Serves the socket like this for one connection, and gives what a device says of it.
+    fn status_of(serve: impl FnOnce(UnixStream) + Send + 'static) -> DeviceError {
+        let dir = tempfile::tempdir().unwrap();
+        let device = ProcessDevice {
+            name: NAME.to_owned(),
+            socket: socket_of(dir.path(), NAME),
+        };
+        let listener = UnixListener::bind(&device.socket).unwrap();
+        let server = std::thread::spawn(move || serve(listener.accept().unwrap().0));
+        let begun = Instant::now();
+        let error = device.status().unwrap_err();
+        let limit = Duration::from_secs(6 * ANSWER_SECONDS_MAX);
+        assert!(begun.elapsed() < limit, "{:?}", begun.elapsed());
+        server.join().unwrap();
+        error
+    }
+
+    #[test]
+    fn a_device_that_never_answers_is_not_waited_for_without_end() {
+        let error = status_of(|mut stream| {
+            // Until the client has gone.
+            while stream.read(&mut [0; 64]).is_ok_and(|count| count > 0) {}
+        });
+        assert!(matches!(error, DeviceError::Silent { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(NAME) && text.contains("-KILL"), "{text}");
+    }
+
+    #[test]
+    fn a_device_that_answers_byte_by_byte_is_not_waited_for_without_end() {
+        let error = status_of(|mut stream| {
+            while stream.write_all(b"a").is_ok() {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        assert!(matches!(error, DeviceError::Silent { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_device_that_takes_no_connections_any_more_is_silent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = socket_of(dir.path(), NAME);
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+        nix::sys::socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        let queue = nix::sys::socket::Backlog::new(1).unwrap();
+        nix::sys::socket::listen(&listener, queue).unwrap();
+        let mut waiting = Vec::new();
+        let error = loop {
+            match connect_now(&path) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error,
+            }
+            assert!(waiting.len() < 100, "the queue does not fill");
+        };
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn who_serves_the_socket_and_is_not_our_program_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let _listener = UnixListener::bind(socket_of(dir.path(), NAME)).unwrap();
+        let error = end_silent(NAME, dir.path()).unwrap_err().to_string();
+        assert!(error.contains(&std::process::id().to_string()), "{error}");
+        // Where nobody is, nobody has to end.
+        end_silent("cmwg-other", dir.path()).unwrap();
     }
 }

@@ -13,6 +13,7 @@
 
 pub mod control;
 pub mod control_socket;
+pub mod events;
 mod inbound;
 mod outbound;
 pub mod shared;
@@ -28,7 +29,8 @@ use std::thread::JoinHandle;
 use clustermesh_encryption_core::engine::Engine;
 
 use crate::link;
-use control::{ApplyError, Control, Event, Events};
+use control::Control;
+use events::{ApplyError, Event, Events};
 use shared::Shared;
 use tun::Tun;
 

@@ -1,18 +1,24 @@
 //! What every back end must do, judged by `wg` and by packets: one suite, run on each that the machine has.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
-use std::io::Write as _;
-use std::path::PathBuf;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use clustermesh_encryption::kernel::{self, KernelDevice};
-use clustermesh_encryption::process::{ProcessDevice, ProcessOptions};
+use clustermesh_encryption::process::{ProcessDevice, ProcessOptions, end_silent};
 use clustermesh_encryption::userspace::control_socket::SOCKET_DIR;
-use clustermesh_encryption::{Device, Origin, Others, link};
+use clustermesh_encryption::{Device, DeviceError, Origin, Others, link};
 use clustermesh_encryption_core::config::{DeviceConfig, PeerConfig};
 use clustermesh_encryption_core::key::{PresharedKey, PrivateKey, PublicKey};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::Pid;
 
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -297,6 +303,132 @@ fn user_space_takes_a_thousand_prefixes_of_one_peer() {
 #[test]
 fn user_space_keeps_a_live_session_while_others_change() {
     apart(|| keeps_a_live_session_while_others_change(in_user_space));
+}
+
+fn socket_of(name: &str) -> PathBuf {
+    Path::new(SOCKET_DIR).join(format!("{name}.sock"))
+}
+
+/// The process that serves the device.
+fn process_of(name: &str) -> Pid {
+    let stream = UnixStream::connect(socket_of(name)).unwrap();
+    Pid::from_raw(getsockopt(&stream, PeerCredentials).unwrap().pid())
+}
+
+#[test]
+fn a_stopped_device_is_silent_until_it_goes_on_or_is_replaced() {
+    apart(|| {
+        let name = name('h');
+        let (device, _) = in_user_space(&name);
+        let wanted = config(1, vec![peer(2, &["10.0.2.0/24"])]);
+        device.configure(&wanted, Others::Removed).unwrap();
+        let process = process_of(&name);
+        kill(process, Signal::SIGSTOP).unwrap();
+        let begun = Instant::now();
+        for result in [
+            device.status().map(drop),
+            device.configure(&wanted, Others::Removed).map(drop),
+        ] {
+            let error = result.unwrap_err();
+            assert!(matches!(error, DeviceError::Silent { .. }), "{error}");
+        }
+        assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
+        kill(process, Signal::SIGCONT).unwrap();
+        assert_eq!(device.status().unwrap().peers.len(), 1);
+        // One that does not come back is replaced.
+        kill(process, Signal::SIGSTOP).unwrap();
+        end_silent(&name, Path::new(SOCKET_DIR)).unwrap();
+        let (device, origin) = in_user_space(&name);
+        assert_eq!(origin, Origin::Started);
+        assert_ne!(process_of(&name), process);
+        device.configure(&wanted, Others::Removed).unwrap();
+        device.remove().unwrap();
+    });
+}
+
+#[test]
+fn garbage_on_the_control_socket_changes_nothing() {
+    apart(|| {
+        let name = name('g');
+        let (device, _) = in_user_space(&name);
+        let wanted = config(1, vec![peer(2, &["10.0.2.0/24"])]);
+        device.configure(&wanted, Others::Removed).unwrap();
+        let long = "a".repeat(1 << 20);
+        for garbage in [
+            "",
+            "\n",
+            "\n\n",
+            "get=2\n\n",
+            "set=1\nprivate_key=00\n\n",
+            "set=1\nreplace_peers=true\nnonsense=1\n\n",
+            "set=1\npublic_key=\n\n",
+            "GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            &long,
+        ] {
+            let mut stream = UnixStream::connect(socket_of(&name)).unwrap();
+            // It may hang up first.
+            let _ = stream.write_all(garbage.as_bytes());
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+            let answer = String::from_utf8(answer).unwrap();
+            assert!(!answer.contains("errno=0"), "{garbage:?}: {answer}");
+        }
+        let mut stream = UnixStream::connect(socket_of(&name)).unwrap();
+        let bytes: Vec<u8> = (0..=255).cycle().take(100_000).collect();
+        let _ = stream.write_all(&bytes);
+        drop(stream);
+        assert_eq!(device.configure(&wanted, Others::Removed).unwrap(), 0);
+        assert_eq!(allowed(&name), expected(&[(2, "10.0.2.0/24")]));
+        device.remove().unwrap();
+    });
+}
+
+#[test]
+fn another_user_gets_no_answer_though_the_file_lets_him_in() {
+    apart(|| {
+        let name = name('u');
+        let (device, _) = in_user_space(&name);
+        let socket = socket_of(&name);
+        std::fs::set_permissions(&socket, std::fs::Permissions::from_mode(0o666)).unwrap();
+        let ask = "import socket,sys\ns=socket.socket(socket.AF_UNIX)\ns.connect(sys.argv[1])\n\
+                   try:\n s.sendall(b'get=1\\n\\n')\n print(s.recv(9))\nexcept OSError: print('hung up')";
+        let ask_as = |user: u32| {
+            let mut command = Command::new("python3");
+            command.args(["-c", ask]).arg(&socket).uid(user);
+            let output = command.output().unwrap();
+            let error = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{error}");
+            String::from_utf8(output.stdout).unwrap()
+        };
+        assert!(ask_as(0).contains("counter.n"));
+        let answer = ask_as(65_534);
+        assert!(["b''", "hung up"].contains(&answer.trim()), "{answer}");
+        device.remove().unwrap();
+    });
+}
+
+#[test]
+fn no_secret_travels_when_only_the_status_is_asked_for() {
+    apart(|| {
+        let name = name('s');
+        let (device, _) = in_user_space(&name);
+        device
+            .configure(&config(1, Vec::new()), Others::Removed)
+            .unwrap();
+        let mut stream = UnixStream::connect(socket_of(&name)).unwrap();
+        stream.write_all(b"get=status\n\n").unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(
+            answer.contains("own_public_key=") && answer.ends_with("errno=0\n\n"),
+            "{answer}"
+        );
+        assert!(!answer.contains("private_key"), "{answer}");
+        assert_eq!(device.status().unwrap().public_key, Some(public(1)));
+        device.remove().unwrap();
+    });
 }
 
 #[test]

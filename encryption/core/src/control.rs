@@ -5,15 +5,21 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
+use zeroize::Zeroizing;
 
 use crate::config::{Change, Config, PeerChange, canonical};
 use crate::key::{PresharedKey, PrivateKey, PublicKey, from_hex, to_hex};
+use crate::secret_text::SecretText;
 
 /// Longest request, bytes: some 30,000 peers.
 pub const REQUEST_BYTES_MAX: usize = 16 << 20;
 
 /// What stands before the names of counters of ours in an answer; other programs pass such lines over.
 pub const COUNTER_PREFIX: &str = "counter.";
+/// What stands before our public key in an answer without secrets.
+pub const OWN_PUBLIC_KEY: &str = "own_public_key";
+/// What stands before the number of times that packets came from a peer.
+pub const RECEIVED_DATA: &str = "received_data";
 /// A bad value (`EINVAL`).
 pub const EINVAL: i32 = 22;
 /// The device cannot do it now (`EIO`).
@@ -25,9 +31,18 @@ pub const EPROTO: i32 = 71;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// Configuration and status.
-    Get,
+    Get(Secrets),
     /// Change in these steps.
     Set(Vec<Change>),
+}
+
+/// Whether an answer has private and preshared keys in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Secrets {
+    /// As the protocol has it.
+    Told,
+    /// An addition of ours: who only looks how things are needs none.
+    Kept,
 }
 
 /// Why a request is refused.
@@ -62,7 +77,8 @@ impl ControlError {
 pub fn parse(request: &str) -> Result<Request, ControlError> {
     let mut lines = request.lines().filter(|line| !line.is_empty());
     match lines.next() {
-        Some("get=1") if lines.next().is_none() => Ok(Request::Get),
+        Some("get=1") if lines.next().is_none() => Ok(Request::Get(Secrets::Told)),
+        Some("get=status") if lines.next().is_none() => Ok(Request::Get(Secrets::Kept)),
         Some("set=1") => {
             let mut changes = Vec::new();
             let mut peer = None;
@@ -104,8 +120,8 @@ fn step(
     }
     changes.push(match key {
         "private_key" => {
-            let bytes = from_hex(value).ok()?;
-            Change::PrivateKey((bytes != [0; 32]).then(|| PrivateKey::from_bytes(bytes)))
+            let bytes = Zeroizing::new(from_hex(value).ok()?);
+            Change::PrivateKey((*bytes != [0; 32]).then(|| PrivateKey::from_bytes(*bytes)))
         }
         "listen_port" => Change::ListenPort(value.parse().ok()?),
         "fwmark" => Change::Fwmark(value.parse().ok()?),
@@ -159,22 +175,28 @@ pub struct PeerStatus {
     pub rx_bytes: u64,
     /// Bytes sent.
     pub tx_bytes: u64,
+    /// Grows with every arrival of packets, not with keepalives and handshakes; `None`: the device does not count them.
+    pub received_data: Option<u64>,
 }
 
-/// The answer to `get=1`, without `errno`.
-#[must_use]
+/// Appends the answer to `get=1`, or to `get=status`, without `errno`.
 pub fn describe(
     config: &Config,
     listen_port: u16,
+    secrets: Secrets,
     status: impl Fn(&PublicKey) -> PeerStatus,
-) -> String {
-    let mut text = String::new();
+    text: &mut SecretText,
+) {
     let mut line = |key: &str, value: &dyn std::fmt::Display| {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{key}={value}");
     };
-    if let Some(key) = config.private_key() {
-        line("private_key", &to_hex(key.bytes()));
+    match (config.private_key(), secrets) {
+        (Some(key), Secrets::Told) => {
+            line("private_key", &*Zeroizing::new(to_hex(key.bytes())));
+        }
+        (Some(key), Secrets::Kept) => line(OWN_PUBLIC_KEY, &to_hex(&key.public().0)),
+        (None, _) => {}
     }
     if listen_port != 0 {
         line("listen_port", &listen_port);
@@ -185,12 +207,12 @@ pub fn describe(
     for peer in config.peers() {
         let status = status(&peer.public_key);
         line("public_key", &to_hex(&peer.public_key.0));
-        let none = [0; 32];
-        let preshared_key = peer
-            .preshared_key
-            .as_ref()
-            .map_or(&none, PresharedKey::bytes);
-        line("preshared_key", &to_hex(preshared_key));
+        if secrets == Secrets::Told {
+            let none = [0; 32];
+            let key = peer.preshared_key.as_ref();
+            let key = Zeroizing::new(to_hex(key.map_or(&none, PresharedKey::bytes)));
+            line("preshared_key", &*key);
+        }
         line("protocol_version", &1);
         if let Some(endpoint) = status.endpoint {
             line("endpoint", &endpoint);
@@ -200,13 +222,15 @@ pub fn describe(
         line("last_handshake_time_nsec", &handshake.subsec_nanos());
         line("tx_bytes", &status.tx_bytes);
         line("rx_bytes", &status.rx_bytes);
+        if let Some(count) = status.received_data.filter(|_| secrets == Secrets::Kept) {
+            line(RECEIVED_DATA, &count);
+        }
         let keepalive = peer.persistent_keepalive_seconds.unwrap_or(0);
         line("persistent_keepalive_interval", &keepalive);
         for prefix in &peer.allowed_ips {
             line("allowed_ip", prefix);
         }
     }
-    text
 }
 
 #[cfg(test)]
@@ -250,12 +274,24 @@ mod tests {
             last_handshake: Some(Duration::new(5, 6)),
             rx_bytes: 1,
             tx_bytes: 2,
+            received_data: Some(3),
         };
         let private = to_hex(PrivateKey::from_bytes([10; 32]).bytes());
-        let got = describe(&config, 51_871, status);
+        let mut got = SecretText::default();
+        describe(&config, 51_871, Secrets::Told, status, &mut got);
+        let mut told = SecretText::default();
+        describe(&config, 51_871, Secrets::Kept, status, &mut told);
+        let secret = ["private_key", "preshared_key", &private];
+        assert!(!secret.iter().any(|word| told.as_str().contains(word)));
+        let public = to_hex(&PrivateKey::from_bytes([10; 32]).public().0);
+        assert!(
+            told.as_str()
+                .starts_with(&format!("own_public_key={public}\n"))
+        );
+        assert!(told.as_str().contains("\nreceived_data=3\n"));
         let none = "0".repeat(64);
         assert_eq!(
-            got,
+            got.as_str(),
             format!(
                 "private_key={private}\nlisten_port=51871\nfwmark=7\npublic_key={peer}\npreshared_key={none}\n\
                  protocol_version=1\nendpoint=[2001:db8::1]:51871\nlast_handshake_time_sec=5\n\

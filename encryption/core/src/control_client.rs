@@ -6,11 +6,14 @@ use std::time::Duration;
 use zeroize::Zeroizing;
 
 use crate::config::{Change, DeviceConfig, PeerChange, PeerConfig, canonical};
-use crate::control::{COUNTER_PREFIX, PeerStatus};
+use crate::control::{COUNTER_PREFIX, OWN_PUBLIC_KEY, PeerStatus, RECEIVED_DATA};
 use crate::key::{KEY_BYTES, PresharedKey, PrivateKey, PublicKey, from_hex, to_hex};
+use crate::secret_text::SecretText;
 
-/// The question for configuration and status.
+/// The question for configuration and status, with all keys.
 pub const GET: &str = "get=1\n\n";
+/// The same without secrets, which only a device of ours understands.
+pub const GET_STATUS: &str = "get=status\n\n";
 
 /// Why an answer is not understood, or what the device says it cannot do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -32,8 +35,10 @@ pub enum AnswerError {
 /// What a device says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Description {
-    /// Its configuration.
+    /// Its configuration; without secrets where they were not asked for.
     pub config: DeviceConfig,
+    /// The public key that belongs to its private key.
+    pub public_key: Option<PublicKey>,
     /// What is known of each peer, in the order of `config.peers`.
     pub peers: Vec<PeerStatus>,
     /// What a device of ours counts, by name.
@@ -42,8 +47,9 @@ pub struct Description {
 
 /// The request that takes these steps, with the empty line at its end.
 #[must_use]
-pub fn set_request(changes: &[Change]) -> Zeroizing<String> {
-    let mut text = Zeroizing::new(String::from("set=1\n"));
+pub fn set_request(changes: &[Change]) -> SecretText {
+    let mut text = SecretText::default();
+    text.push(b"set=1\n");
     let mut line = |key: &str, value: &str| {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{key}={value}");
@@ -72,7 +78,7 @@ pub fn set_request(changes: &[Change]) -> Zeroizing<String> {
             _ => {}
         }
     }
-    text.push('\n');
+    text.push(b"\n");
     text
 }
 
@@ -103,7 +109,7 @@ fn peer_lines(change: &PeerChange, line: &mut impl FnMut(&str, &str)) {
     }
 }
 
-/// Reads the answer to [`GET`].
+/// Reads the answer to [`GET`] or [`GET_STATUS`].
 ///
 /// # Errors
 /// When the device refused, or the answer is not understood.
@@ -166,6 +172,10 @@ fn read_device_line(key: &str, value: &str, description: &mut Description) -> Op
         "private_key" => {
             let bytes = Zeroizing::new(from_hex(value).ok()?);
             config.private_key = (*bytes != [0; KEY_BYTES]).then(|| PrivateKey::from_bytes(*bytes));
+            description.public_key = config.private_key.as_ref().map(PrivateKey::public);
+        }
+        OWN_PUBLIC_KEY => {
+            description.public_key = Some(PublicKey(from_hex(value).ok()?));
         }
         "listen_port" => config.listen_port = value.parse().ok()?,
         "fwmark" => config.fwmark = value.parse().ok()?,
@@ -205,6 +215,7 @@ fn read_peer_line(
         }
         "tx_bytes" => status.tx_bytes = value.parse().ok()?,
         "rx_bytes" => status.rx_bytes = value.parse().ok()?,
+        RECEIVED_DATA => status.received_data = Some(value.parse().ok()?),
         _ => {}
     }
     Some(())
@@ -214,7 +225,7 @@ fn read_peer_line(
 mod tests {
     use super::*;
     use crate::config::Config;
-    use crate::control::{Request, describe, parse};
+    use crate::control::{Request, Secrets, describe, parse};
     use crate::difference::difference;
 
     fn peer(number: u8) -> PeerConfig {
@@ -242,7 +253,7 @@ mod tests {
         let mut config = Config::default();
         for _ in 0..2 {
             let changes = difference(&config.to_device(), &wanted).unwrap();
-            let Ok(Request::Set(read)) = parse(&set_request(&changes)) else {
+            let Ok(Request::Set(read)) = parse(set_request(&changes).as_str()) else {
                 panic!("{changes:?}");
             };
             // Behind a removed peer's line there is room for changes of one that is not there.
@@ -259,10 +270,30 @@ mod tests {
                 last_handshake: Some(Duration::new(5, 6)),
                 rx_bytes: 7,
                 tx_bytes: 8,
+                received_data: None,
             };
-            let text = describe(&config, config.listen_port(), |_| status);
-            let said = read_description(&format!("{text}errno=0\n\n")).unwrap();
+            let say = |secrets, status: PeerStatus| {
+                let mut text = SecretText::default();
+                describe(
+                    &config,
+                    config.listen_port(),
+                    secrets,
+                    |_| status,
+                    &mut text,
+                );
+                text.push(b"errno=0\n\n");
+                read_description(text.as_str()).unwrap()
+            };
+            let said = say(Secrets::Told, status);
             assert!(said.peers.iter().all(|peer| *peer == status));
+            let counted = PeerStatus {
+                received_data: Some(9),
+                ..status
+            };
+            let known = say(Secrets::Kept, counted);
+            assert!(known.peers.iter().all(|peer| *peer == counted));
+            assert_eq!(known.public_key, said.public_key);
+            assert!(known.public_key.is_some() && known.config.private_key.is_none());
             let mut expected = wanted.clone();
             for peer in &mut expected.peers {
                 // Where it was heard from, not where it was looked for.

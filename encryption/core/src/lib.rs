@@ -17,6 +17,7 @@ pub mod message;
 pub mod noise;
 pub mod packet;
 pub mod replay;
+pub mod secret_text;
 pub mod session;
 pub mod split;
 pub mod vnet;

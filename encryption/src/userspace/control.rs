@@ -6,128 +6,29 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime};
 
 use boringtun::noise::TunnResult;
 use boringtun::noise::rate_limiter::RateLimiter;
-use clustermesh_encryption_core::config::{Change, Config, ConfigError};
-use clustermesh_encryption_core::control::{COUNTER_PREFIX, PeerStatus, describe};
+use clustermesh_encryption_core::config::{Change, Config};
+use clustermesh_encryption_core::control::{COUNTER_PREFIX, PeerStatus, Secrets, describe};
 use clustermesh_encryption_core::engine::{Engine, Now, Output, Slot, TICK};
 use clustermesh_encryption_core::key::{PrivateKey, PublicKey};
-use clustermesh_encryption_core::message::{INITIATION_BYTES, Message, parse};
+use clustermesh_encryption_core::message::{Message, parse};
+use clustermesh_encryption_core::secret_text::SecretText;
 
+use super::events::{ApplyError, Event, Events, Handshake};
 use super::outbound::Outbound;
 use super::shared::{Peer, Shared, Sockets, Table, count};
 use super::tun;
 use super::udp::{HANDSHAKE_TOS, Socket};
 use crate::link;
 
-/// Events that wait for the control thread.
-pub const EVENTS_MAX: usize = 4_096;
 /// Handshake messages in a second that are taken without asking for a cookie.
 const HANDSHAKES_PER_SECOND_MAX: u64 = 200;
 /// How often the device's MTU is looked at.
 const LOOK_AROUND: Duration = Duration::from_secs(1);
-
-/// A handshake message and where it came from.
-#[derive(Clone, Debug)]
-pub struct Handshake {
-    bytes: [u8; INITIATION_BYTES],
-    length: usize,
-    from: SocketAddr,
-}
-
-impl Handshake {
-    /// `None` for what is longer than any handshake message.
-    #[must_use]
-    pub fn new(datagram: &[u8], from: SocketAddr) -> Option<Self> {
-        let mut bytes = [0; INITIATION_BYTES];
-        bytes.get_mut(..datagram.len())?.copy_from_slice(datagram);
-        let length = datagram.len();
-        Some(Self {
-            bytes,
-            length,
-            from,
-        })
-    }
-
-    fn datagram(&self) -> &[u8] {
-        self.bytes.get(..self.length).unwrap_or_default()
-    }
-}
-
-/// Why a change is refused.
-#[derive(Debug, thiserror::Error)]
-pub enum ApplyError {
-    /// A limit.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The port cannot be had.
-    #[error("UDP port {port}: {source}")]
-    Port {
-        /// Which.
-        port: u16,
-        /// Why.
-        source: io::Error,
-    },
-    /// The device was closed.
-    #[error("the device is closed")]
-    Closed,
-}
-
-/// What the control thread is told.
-#[derive(Debug)]
-pub enum Event {
-    /// A handshake message came.
-    Handshake(Handshake),
-    /// A packet waits for a session with this peer.
-    Wanted(Slot),
-    /// A peer used its new keys.
-    Confirmed,
-    /// Carry out these steps.
-    Apply(Vec<Change>, SyncSender<Result<(), ApplyError>>),
-    /// Say how things are, as text of the control socket.
-    Describe(SyncSender<String>),
-    /// A thread of the device ended with this.
-    Broken(io::Error),
-    /// End.
-    Stop,
-}
-
-/// Where events go.
-#[derive(Clone, Debug)]
-pub struct Events(SyncSender<Event>);
-
-impl Events {
-    /// A queue of [`EVENTS_MAX`] and its end.
-    #[must_use]
-    pub fn queue() -> (Self, Receiver<Event>) {
-        let (sender, receiver) = std::sync::mpsc::sync_channel(EVENTS_MAX);
-        (Self(sender), receiver)
-    }
-
-    /// Offers an event without waiting; false: the queue is full.
-    pub fn offer(&self, event: Event) -> bool {
-        self.0.try_send(event).is_ok()
-    }
-
-    /// Asks and waits for the answer.
-    ///
-    /// # Errors
-    /// When the device was closed.
-    pub fn ask<T>(&self, event: impl FnOnce(SyncSender<T>) -> Event) -> Result<T, ApplyError> {
-        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        self.0.send(event(sender)).map_err(|_| ApplyError::Closed)?;
-        receiver.recv().map_err(|_| ApplyError::Closed)
-    }
-
-    /// Sends an event, and waits for room.
-    pub fn send(&self, event: Event) {
-        // The control thread has ended: nobody needs it.
-        let _ = self.0.send(event);
-    }
-}
 
 /// The control thread's state.
 pub struct Control {
@@ -222,7 +123,7 @@ impl Control {
             Event::Confirmed => self.tick(),
             // Whoever asked may have gone.
             Event::Apply(changes, answer) => drop(answer.send(self.apply(&changes))),
-            Event::Describe(answer) => drop(answer.send(self.describe())),
+            Event::Describe(secrets, answer) => drop(answer.send(self.describe(secrets))),
             Event::Broken(_) | Event::Stop => {}
         }
     }
@@ -526,21 +427,21 @@ impl Control {
             last_handshake: self.engine.last_handshake(peer.slot),
             rx_bytes,
             tx_bytes,
+            received_data: Some(peer.received_data()),
         }
     }
 
     /// What the protocol of the control socket has, and our counters before it.
-    fn describe(&self) -> String {
+    fn describe(&self, secrets: Secrets) -> SecretText {
         use std::fmt::Write as _;
 
-        let mut text = String::new();
+        let mut text = SecretText::default();
         for (name, number) in self.shared.counters.read() {
             // Writing to a string does not fail.
             let _ = writeln!(text, "{COUNTER_PREFIX}{name}={number}");
         }
-        text.push_str(&describe(&self.config, self.listen_port, |key| {
-            self.peer_status(key)
-        }));
+        let status = |key: &PublicKey| self.peer_status(key);
+        describe(&self.config, self.listen_port, secrets, status, &mut text);
         text
     }
 }

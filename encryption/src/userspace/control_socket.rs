@@ -1,6 +1,6 @@
 //! The cross-platform control socket (www.wireguard.com/xplatform), by which `wg` speaks to a device.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -9,13 +9,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use clustermesh_encryption_core::control::{EINVAL, EIO, REQUEST_BYTES_MAX, Request, parse};
+use clustermesh_encryption_core::secret_text::SecretText;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::{Uid, geteuid};
+use zeroize::Zeroizing;
 
-use super::control::{ApplyError, Event, Events};
+use super::events::{ApplyError, Event, Events};
 
 /// Where `wg` looks for sockets.
 pub const SOCKET_DIR: &str = "/var/run/wireguard";
 /// Clients at the same time.
 const CLIENTS_MAX: usize = 16;
+/// Bytes that are read at once.
+const READ_BYTES: usize = 8_192;
 /// How long a client may be silent.
 const CLIENT_SILENCE: Duration = Duration::from_secs(30);
 
@@ -72,8 +78,22 @@ impl Drop for ControlSocket {
     }
 }
 
-/// Serves one client on a thread of its own; one too many is sent away.
+/// Whether a user may configure the device: root, or who runs it. The file's mode says the same, but not while the
+/// socket is made, and not if somebody changes it.
+fn may_ask(user: Uid) -> bool {
+    user.is_root() || user == geteuid()
+}
+
+/// Serves one client on a thread of its own; one too many, or a stranger, is sent away.
 fn serve_client(stream: UnixStream, events: &Events, clients: &Arc<AtomicUsize>) {
+    match getsockopt(&stream, PeerCredentials) {
+        Ok(client) if may_ask(Uid::from_raw(client.uid())) => {}
+        Ok(client) => {
+            let (user, process) = (client.uid(), client.pid());
+            return tracing::warn!(user, process, "a user who may not was sent away");
+        }
+        Err(error) => return tracing::warn!(%error, "a client without credentials was sent away"),
+    }
     if clients.fetch_add(1, Ordering::AcqRel) >= CLIENTS_MAX {
         clients.fetch_sub(1, Ordering::AcqRel);
         return;
@@ -92,34 +112,81 @@ fn serve_client(stream: UnixStream, events: &Events, clients: &Arc<AtomicUsize>)
 fn talk(stream: &UnixStream, events: &Events) -> io::Result<()> {
     stream.set_read_timeout(Some(CLIENT_SILENCE))?;
     stream.set_write_timeout(Some(CLIENT_SILENCE))?;
-    let mut reader = BufReader::new(stream);
+    let mut requests = Requests::new(stream);
     let mut writer = stream;
-    while let Some(request) = read_request(&mut reader)? {
-        writer.write_all(answer(&request, events).as_bytes())?;
+    while requests.read()? {
+        let text = answer(requests.request(), events);
+        writer.write_all(text.as_bytes())?;
     }
     Ok(())
 }
 
-/// Reads up to the empty line; `None` at the end.
-fn read_request(reader: &mut impl BufRead) -> io::Result<Option<String>> {
-    let mut request = String::new();
-    loop {
-        let room = REQUEST_BYTES_MAX.saturating_sub(request.len()) as u64;
-        let before = request.len();
-        if reader.take(room).read_line(&mut request)? == 0 {
-            return Ok(None);
+/// Requests, each up to its empty line.
+struct Requests<R> {
+    reader: R,
+    /// What was read and not given away.
+    text: SecretText,
+    /// Bytes of the request that was given away last.
+    taken: usize,
+}
+
+impl<R: Read> Requests<R> {
+    fn new(reader: R) -> Self {
+        Self {
+            reader,
+            text: SecretText::default(),
+            taken: 0,
         }
-        if request.get(before..) == Some("\n") {
-            return Ok(Some(request));
+    }
+
+    /// Reads up to the next empty line; false at the end.
+    fn read(&mut self) -> io::Result<bool> {
+        self.text.drop_front(std::mem::take(&mut self.taken));
+        let mut looked = 0;
+        let mut room = Zeroizing::new([0; READ_BYTES]);
+        loop {
+            if let Some(end) = end_of_request(self.text.as_bytes(), looked) {
+                self.taken = end;
+                return Ok(true);
+            }
+            looked = self.text.as_bytes().len();
+            if looked >= REQUEST_BYTES_MAX {
+                let text = format!("a request of more than {REQUEST_BYTES_MAX} bytes");
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            let count = self.reader.read(&mut room[..])?;
+            if count == 0 {
+                return Ok(false);
+            }
+            self.text.push(room.get(..count).unwrap_or_default());
         }
+    }
+
+    /// The request that was read; nothing where it is no text.
+    fn request(&self) -> &str {
+        let bytes = self.text.as_bytes().get(..self.taken);
+        std::str::from_utf8(bytes.unwrap_or_default()).unwrap_or_default()
     }
 }
 
-fn answer(request: &str, events: &Events) -> String {
-    let (text, errno) = match parse(request) {
-        Ok(Request::Get) => match events.ask(Event::Describe) {
+/// Where the request ends: behind its first empty line. The first `looked` bytes have none.
+fn end_of_request(bytes: &[u8], looked: usize) -> Option<usize> {
+    if bytes.first() == Some(&b'\n') {
+        return Some(1);
+    }
+    let from = looked.saturating_sub(1);
+    let rest = bytes.get(from..)?;
+    let found = rest.windows(2).position(|two| two == b"\n\n")?;
+    Some(from + found + 2)
+}
+
+fn answer(request: &str, events: &Events) -> SecretText {
+    use std::fmt::Write as _;
+
+    let (mut text, errno) = match parse(request) {
+        Ok(Request::Get(secrets)) => match events.ask(|answer| Event::Describe(secrets, answer)) {
             Ok(text) => (text, 0),
-            Err(_) => (String::new(), EIO),
+            Err(_) => (SecretText::default(), EIO),
         },
         Ok(Request::Set(changes)) => {
             let result = events
@@ -134,13 +201,66 @@ fn answer(request: &str, events: &Events) -> String {
                 Err(ApplyError::Config(_)) => EINVAL,
                 Err(ApplyError::Closed) => EIO,
             };
-            (String::new(), errno)
+            (SecretText::default(), errno)
         }
         Err(error) => {
             tracing::debug!(%error, "request over the control socket refused");
-            (String::new(), error.errno())
+            (SecretText::default(), error.errno())
         }
     };
-    // Negative, as wireguard-go has it: `wg` then knows its name.
-    format!("{text}errno={}\n\n", -errno)
+    // Negative, as wireguard-go has it: `wg` then knows its name. Writing to a string does not fail.
+    let _ = write!(text, "errno={}\n\n", -errno);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Gives so many bytes at a time.
+    struct Slow<'a>(&'a [u8], usize);
+
+    impl Read for Slow<'_> {
+        fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+            let count = self.1.min(self.0.len()).min(room.len());
+            let (now, later) = self.0.split_at(count);
+            room[..count].copy_from_slice(now);
+            self.0 = later;
+            Ok(count)
+        }
+    }
+
+    fn all(bytes: &[u8], at_once: usize) -> Vec<String> {
+        let mut requests = Requests::new(Slow(bytes, at_once));
+        let mut found = Vec::new();
+        while requests.read().unwrap() {
+            found.push(requests.request().to_owned());
+        }
+        found
+    }
+
+    #[test]
+    fn requests_end_at_their_empty_line_however_they_come() {
+        let text = b"get=1\n\nset=1\nlisten_port=7\n\n\nget=1\n";
+        for at_once in 1..text.len() {
+            // One without an empty line is none.
+            let expected = ["get=1\n\n", "set=1\nlisten_port=7\n\n", "\n"];
+            assert_eq!(all(text, at_once), expected, "{at_once}");
+        }
+    }
+
+    #[test]
+    fn a_request_that_is_no_text_or_too_long_is_refused() {
+        assert_eq!(all(b"\xff\xfe\n\nget=1\n\n", 100), ["", "get=1\n\n"]);
+        let long = vec![b'a'; REQUEST_BYTES_MAX + 1];
+        let mut requests = Requests::new(Slow(&long, READ_BYTES));
+        let error = requests.read().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn only_root_and_who_runs_the_device_may_ask() {
+        assert!(may_ask(Uid::from_raw(0)) && may_ask(geteuid()));
+        assert!(!may_ask(Uid::from_raw(geteuid().as_raw() + 65_534)));
+    }
 }

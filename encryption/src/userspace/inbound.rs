@@ -11,7 +11,7 @@ use clustermesh_encryption_core::packet;
 use clustermesh_encryption_core::session::{Session, SessionError};
 use nix::errno::Errno;
 
-use super::control::{Event, Events, Handshake};
+use super::events::{Event, Events, Handshake};
 use super::shared::{Peer, Shared, Table, count};
 use super::tun::{Queue, Writer};
 use super::udp::{MESSAGES_MAX, Received, Receiver, Socket};

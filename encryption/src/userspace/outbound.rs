@@ -14,7 +14,7 @@ use clustermesh_encryption_core::split::Split;
 use clustermesh_encryption_core::vnet::{VNET_HEADER_BYTES, VnetHeader};
 use nix::errno::Errno;
 
-use super::control::{Event, Events};
+use super::events::{Event, Events};
 use super::shared::{Peer, Route, Shared, Sockets, Table, count};
 use super::udp::{SEGMENTS_MAX, SEND_BYTES_MAX, Socket};
 

@@ -92,6 +92,7 @@ pub struct Peer {
     any_received_ms: AtomicU64,
     rx_bytes: AtomicU64,
     tx_bytes: AtomicU64,
+    received_data: AtomicU64,
 }
 
 impl Peer {
@@ -113,6 +114,7 @@ impl Peer {
             any_received_ms: AtomicU64::new(0),
             rx_bytes: AtomicU64::new(0),
             tx_bytes: AtomicU64::new(0),
+            received_data: AtomicU64::new(0),
         }
     }
 
@@ -154,6 +156,7 @@ impl Peer {
         self.any_received_ms.store(now_ms, Ordering::Relaxed);
         if is_data {
             self.data_received_ms.store(now_ms, Ordering::Relaxed);
+            self.received_data.fetch_add(1, Ordering::Relaxed);
         }
         self.rx_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
@@ -168,6 +171,12 @@ impl Peer {
             data_received: read(&self.data_received_ms),
             any_received: read(&self.any_received_ms),
         }
+    }
+
+    /// How often packets came, not counting keepalives and handshakes.
+    #[must_use]
+    pub fn received_data(&self) -> u64 {
+        self.received_data.load(Ordering::Relaxed)
     }
 
     /// Bytes received and sent.

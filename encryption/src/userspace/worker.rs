@@ -8,7 +8,7 @@ use clustermesh_encryption_core::merge::Joins;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::control::Events;
+use super::events::Events;
 use super::inbound::Inbound;
 use super::outbound::{Outbound, PACKET_ROOM_BYTES};
 use super::shared::{Shared, Table};
