@@ -26,7 +26,7 @@ pub struct IpIdentityPair {
     /// Security identity.
     #[serde(rename = "ID", default)]
     pub id: u32,
-    /// Encryption key index.
+    /// IPsec key index; not 0 with WireGuard ([`WIREGUARD_ENCRYPTION_KEY`](super::WIREGUARD_ENCRYPTION_KEY)): Cilium's nodes send encrypted.
     #[serde(rename = "Key", default)]
     pub key: u8,
     /// Free text.

@@ -127,7 +127,8 @@ pub struct NodeExtension {
 
 /// UDP port of WireGuard where a record does not say another (Cilium's).
 pub const WIREGUARD_PORT_DEFAULT: u16 = 51_871;
-/// `EncryptionKey` of a node whose own traffic goes through WireGuard (Cilium's).
+/// `EncryptionKey` of a node whose own traffic goes through WireGuard, and `Key` of an address that is reached through it
+/// (Cilium's).
 pub const WIREGUARD_ENCRYPTION_KEY: u8 = 255;
 
 /// Ports and change of WireGuard keys.

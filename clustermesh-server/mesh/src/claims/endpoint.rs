@@ -4,7 +4,9 @@ use std::net::IpAddr;
 
 use clustermesh_api::limits::{MAX_ADDRESSES_PER_ENDPOINT, MAX_PORTS_PER_ENDPOINT};
 use clustermesh_api::manifest::StoredWorkload;
-use clustermesh_api::records::{IpExtension, IpIdentityPair, Node, PortReadiness, Readiness};
+use clustermesh_api::records::{
+    IpExtension, IpIdentityPair, Node, PortReadiness, Readiness, WIREGUARD_ENCRYPTION_KEY,
+};
 use clustermesh_api::v1::{DeleteEndpoint, ReportReadiness, UpsertEndpoint};
 
 use super::{ClaimError, FIRST_POD_INDEX, NodeMemo, node, parse_all};
@@ -137,6 +139,12 @@ fn pair(node: &Node, workload: &StoredWorkload, address: IpAddr) -> IpIdentityPa
         extension: Some(IpExtension {
             node: node.name.clone(),
         }),
+        // Cilium's nodes send encrypted where this says so; ours go by the node's record.
+        key: if node.wireguard_pub_key.is_empty() {
+            0
+        } else {
+            WIREGUARD_ENCRYPTION_KEY
+        },
         ..IpIdentityPair::new(address, workload.status.identity, host_ip)
     }
 }

@@ -177,6 +177,39 @@ fn a_claim_writes_the_record_with_the_workloads_identity() {
 }
 
 #[test]
+fn addresses_of_a_node_with_a_wireguard_key_say_so_as_cilium_reads_it() {
+    let mut lab = lab();
+    let key = "cilium/state/ip/v1/default/10.1.0.4";
+    let golden = |key: u8| {
+        format!(
+            "{{\"IP\":\"10.1.0.4\",\"Mask\":null,\"HostIP\":\"192.0.2.1\",\"ID\":65537,\"Key\":{key},\"Metadata\":\"\",\
+             \"K8sNamespace\":\"shop\",\"K8sPodName\":\"cart-0\",\"clustermesh.io\":{{\"node\":\"n1\"}}}}"
+        )
+    };
+    lab.endpoint("n1", "cart-0", "10.1.0.4");
+    assert_eq!(lab.view.get(key.as_bytes()).unwrap().value, golden(0));
+    // The node's agent is told to encrypt: its new session says the key, then all its endpoints once more.
+    let mut asks = hello("n1", "192.0.2.1");
+    asks.wireguard = Some(WireguardKeys {
+        current: Some(WireguardKey {
+            public_key: "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=".to_owned(),
+            port: 51_871,
+            epoch: 0,
+        }),
+        ..Default::default()
+    });
+    let plan = plan_hello(&lab.view, &lab.settings, &asks).unwrap();
+    commit(&mut lab.view, plan);
+    lab.endpoint("n1", "cart-0", "10.1.0.4");
+    assert_eq!(lab.view.get(key.as_bytes()).unwrap().value, golden(255));
+    // And back.
+    let plan = plan_hello(&lab.view, &lab.settings, &hello("n1", "192.0.2.1")).unwrap();
+    commit(&mut lab.view, plan);
+    lab.endpoint("n1", "cart-0", "10.1.0.4");
+    assert_eq!(lab.view.get(key.as_bytes()).unwrap().value, golden(0));
+}
+
+#[test]
 fn claims_outside_the_nodes_right_are_refused() {
     let mut lab = lab();
     let cases: [(&str, &str, &[&str], Reason); 9] = [

@@ -68,6 +68,29 @@ fn wireguard_keys_of_a_node_are_read_as_cilium_and_as_we_write_them() {
 }
 
 #[test]
+fn an_address_is_read_alike_with_and_without_an_encryption_key() {
+    let read = |own: bool, number: u8| {
+        let key = if own {
+            "cilium/state/ip/v1/default/10.1.0.23"
+        } else {
+            "cilium/cache/ip/v1/c1/10.1.0.23"
+        };
+        let identity = if own { 131_073 } else { 65_812 };
+        let json = format!(
+            "{{\"IP\":\"10.1.0.23\",\"Mask\":null,\"HostIP\":\"192.0.2.11\",\"ID\":{identity},\"Key\":{number},\"Metadata\":\"\"}}"
+        );
+        decoder()
+            .decode(key.as_bytes(), Some(json.as_bytes()))
+            .unwrap()
+    };
+    for own in [true, false] {
+        let without = read(own, 0);
+        assert!(matches!(without, Change::Address { owner: Some(_), .. }));
+        assert_eq!(read(own, 255), without);
+    }
+}
+
+#[test]
 fn a_record_of_another_name_than_its_key_is_refused_by_name() {
     let error = decoder()
         .decode(b"cilium/cache/nodes/v1/c1/w2", Some(NODE.as_bytes()))
