@@ -131,6 +131,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   clustermesh encryption status
+  clustermesh encryption status --verify
   clustermesh encryption rotate
   clustermesh encryption status -o json | jq '.peers[] | select(.traffic != \"encrypted\")'")]
     Encryption(EncryptionArgs),
@@ -289,7 +290,11 @@ pub struct EncryptionArgs {
 #[derive(Debug, Subcommand)]
 pub enum EncryptionCommand {
     /// Devices of this machine, and how packets to every other node travel
-    Status,
+    Status {
+        /// Prove it: ask every other node for an echo and look whether that travelled encrypted; fails if one is not proved
+        #[arg(long)]
+        verify: bool,
+    },
     /// Change keys now: this machine begins, and all others follow; no packet is lost
     Rotate,
 }

@@ -1,9 +1,10 @@
 //! `encryption`: WireGuard between this machine and the other nodes, as its agent sees it.
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use clustermesh_api::v1::agent_client::AgentClient;
 use clustermesh_api::v1::{
-    EncryptionStatusRequest, EncryptionStatusResponse, RotateKeysRequest, WireguardPeerStatus,
+    EncryptionProof, EncryptionStatusRequest, EncryptionStatusResponse, RotateKeysRequest,
+    VerifyEncryptionRequest, WireguardPeerStatus,
 };
 use clustermesh_client::local;
 use serde_json::{Value, json};
@@ -19,7 +20,18 @@ pub async fn run(global: &GlobalArgs, args: &EncryptionArgs) -> Result<()> {
         .map_err(|error| anyhow!(error))?;
     let mut agent = AgentClient::new(channel);
     match args.command {
-        EncryptionCommand::Status => {
+        EncryptionCommand::Status { verify: true } => {
+            let mut stream = agent
+                .verify_encryption(VerifyEncryptionRequest {})
+                .await?
+                .into_inner();
+            let mut proofs = Vec::new();
+            while let Some(proof) = stream.message().await? {
+                proofs.push(proof);
+            }
+            show_proofs(global, proofs)
+        }
+        EncryptionCommand::Status { verify: false } => {
             let status = agent
                 .encryption_status(EncryptionStatusRequest {})
                 .await?
@@ -43,6 +55,95 @@ pub async fn run(global: &GlobalArgs, args: &EncryptionArgs) -> Result<()> {
             }
         }
     }
+}
+
+/// Nodes by how their proof ended.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counts {
+    encrypted: usize,
+    exempt: usize,
+    failed: usize,
+}
+
+/// Prints the proofs; an error if one is missing.
+fn show_proofs(global: &GlobalArgs, mut proofs: Vec<EncryptionProof>) -> Result<()> {
+    proofs.sort_by(|a, b| (&a.cluster, &a.node).cmp(&(&b.cluster, &b.node)));
+    let counts = count(&proofs);
+    match global.output {
+        Output::Json => output::json(&proofs_to_json(&proofs, &counts))?,
+        Output::Table => output::print(&proofs_to_text(&proofs, &counts))?,
+    }
+    if counts.failed > 0 {
+        bail!(
+            "{} of {} nodes: not proved that packets travel encrypted",
+            counts.failed,
+            proofs.len()
+        );
+    }
+    Ok(())
+}
+
+/// What this command does not know is no proof.
+fn count(proofs: &[EncryptionProof]) -> Counts {
+    let mut counts = Counts::default();
+    for proof in proofs {
+        match proof.result.as_str() {
+            "encrypted" => counts.encrypted += 1,
+            "exempt" => counts.exempt += 1,
+            _ => counts.failed += 1,
+        }
+    }
+    counts
+}
+
+fn proofs_to_json(proofs: &[EncryptionProof], counts: &Counts) -> Value {
+    let nodes: Vec<Value> = proofs
+        .iter()
+        .map(|proof| {
+            json!({
+                "cluster": proof.cluster, "node": proof.node, "result": proof.result, "address": proof.address,
+                "answer_us": proof.answer_us, "sent_bytes": proof.sent_bytes,
+                "received_bytes": proof.received_bytes, "problem": proof.problem,
+            })
+        })
+        .collect();
+    json!({
+        "encrypted": counts.encrypted,
+        "exempt": counts.exempt,
+        "failed": counts.failed,
+        "nodes": nodes,
+    })
+}
+
+fn proofs_to_text(proofs: &[EncryptionProof], counts: &Counts) -> String {
+    if proofs.is_empty() {
+        return "There is no other node.\n".to_owned();
+    }
+    let mut table = Table::new(&[
+        "CLUSTER", "NODE", "RESULT", "ADDRESS", "ANSWER", "SENT", "RECEIVED", "PROBLEM",
+    ]);
+    for proof in proofs {
+        let answer = proof
+            .answer_us
+            .map(|us| format!("{:.1} ms", us as f64 / 1e3));
+        table.row(vec![
+            proof.cluster.clone(),
+            proof.node.clone(),
+            proof.result.clone(),
+            proof.address.clone(),
+            answer.unwrap_or_default(),
+            proof.sent_bytes.to_string(),
+            proof.received_bytes.to_string(),
+            proof.problem.clone(),
+        ]);
+    }
+    format!(
+        "{}\n{} encrypted, {} exempt by configuration, {} failed\n",
+        table.render(),
+        counts.encrypted,
+        counts.exempt,
+        counts.failed
+    )
 }
 
 /// Percent of what goes between nodes that is encrypted; `None` if nothing went.
@@ -81,6 +182,7 @@ fn to_json(status: &EncryptionStatusResponse) -> Value {
         "mode": status.mode,
         "strict": status.strict,
         "nodes": status.nodes,
+        "fault": status.fault,
         "encrypted_bytes": status.encrypted_bytes,
         "clear_bytes": status.clear_bytes,
         "encrypted_percent": encrypted_percent(status),
@@ -113,6 +215,9 @@ fn to_text(status: &EncryptionStatusResponse) -> String {
         on(status.strict),
         on(status.nodes),
     );
+    if !status.fault.is_empty() {
+        let _ = writeln!(text, "FAULT: {}", output::printable(&status.fault));
+    }
     if status.devices.is_empty() {
         return text;
     }
@@ -199,5 +304,55 @@ mod tests {
         assert_eq!(cells[..5], ["b", "n1", "clear", "no-key", "-"]);
         assert!(text.contains("7 s ago"), "{text}");
         assert_eq!(to_json(&status)["encrypted_percent"], 75.0);
+    }
+
+    #[test]
+    fn what_is_not_proved_is_counted_and_named() {
+        let proof = |node: &str, result: &str, problem: &str| EncryptionProof {
+            cluster: "b".to_owned(),
+            node: node.to_owned(),
+            result: result.to_owned(),
+            answer_us: (result == "encrypted").then_some(1_250),
+            problem: problem.to_owned(),
+            ..Default::default()
+        };
+        let proofs = [
+            proof("n1", "encrypted", ""),
+            proof("n2", "exempt", ""),
+            proof("n3", "failed", "it has no key"),
+            proof("n4", "word of a later release", ""),
+        ];
+        let counts = count(&proofs);
+        let expected = Counts {
+            encrypted: 1,
+            exempt: 1,
+            failed: 2,
+        };
+        assert_eq!(counts, expected);
+        let text = proofs_to_text(&proofs, &counts);
+        assert!(
+            text.contains("1.2 ms") && text.contains("it has no key"),
+            "{text}"
+        );
+        assert!(
+            text.ends_with("1 encrypted, 1 exempt by configuration, 2 failed\n"),
+            "{text}"
+        );
+        let json = proofs_to_json(&proofs, &counts);
+        assert_eq!(
+            (&json["failed"], &json["nodes"][2]["problem"]),
+            (&json!(2), &json!("it has no key"))
+        );
+        assert!(proofs_to_text(&[], &count(&[])).contains("no other node"));
+    }
+
+    #[test]
+    fn a_fault_of_the_devices_stands_in_the_status() {
+        let status = EncryptionStatusResponse {
+            fault: "the device gives no answer".to_owned(),
+            ..Default::default()
+        };
+        assert!(to_text(&status).contains("FAULT: the device gives no answer"));
+        assert_eq!(to_json(&status)["fault"], status.fault);
     }
 }

@@ -352,8 +352,11 @@ mod tests {
     #[test]
     fn a_device_that_answers_byte_by_byte_is_not_waited_for_without_end() {
         let error = status_of(|mut stream| {
+            let pause = Duration::from_millis(100);
+            stream.set_read_timeout(Some(pause)).unwrap();
             while stream.write_all(b"a").is_ok() {
-                std::thread::sleep(Duration::from_millis(100));
+                // The client says no more: this is the pause.
+                let _ = stream.read(&mut [0; 64]);
             }
         });
         assert!(matches!(error, DeviceError::Silent { .. }), "{error}");

@@ -4,48 +4,46 @@ mod change;
 pub mod keys;
 mod peers;
 pub mod report;
+mod task;
+pub mod verify;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clustermesh_api::v1::{WireguardKey as KeyMessage, WireguardKeys};
 use clustermesh_ebpf::abi::WIREGUARD_DEVICES_MAX;
 use clustermesh_encryption::kernel::{self, KernelDevice};
-use clustermesh_encryption::process::{ProcessDevice, ProcessOptions};
+use clustermesh_encryption::process::{ProcessDevice, ProcessOptions, end_silent};
 use clustermesh_encryption::{Backend, Device, DeviceError, DeviceStatus, Origin, Others};
 use clustermesh_encryption_core::config::DeviceConfig;
 use clustermesh_encryption_core::key::PublicKey;
 use clustermesh_node_core::rotation::EPOCH_ANY;
 use clustermesh_node_core::{PeerState, WireguardPeer, WireguardState};
-use clustermesh_process::Drain;
-use nix::net::if_::if_nametoindex;
 use rtnetlink::Handle;
-use tracing::{error, info, warn};
+use tokio::sync::Semaphore;
+use tracing::{info, warn};
 
 use crate::config::Config;
 use crate::config::encryption::{BackendChoice, Encryption as Settings};
 use crate::host::Underlay;
 use crate::netlink;
-use crate::reconcile;
-use crate::shared::Shared;
-use change::Turn;
 use keys::StoredKey;
 use report::Report;
+
+pub use task::run;
 
 /// The devices; a key that comes next has the one that is free.
 pub const DEVICE_NAMES: [&str; WIREGUARD_DEVICES_MAX] = ["cm_wg0", "cm_wg1"];
 /// `SO_MARK` of the devices' own datagrams: the programs let them through as they are.
 pub const MARK: u32 = 0xe00;
-/// How often the devices are looked at when no record changes.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A device that gives no answer for so long is ended and started again.
+const SILENT_MAX: Duration = Duration::from_secs(15);
 /// While keys change: time between keepalives on the device of the next key.
 const CHANGE_KEEPALIVE_SECONDS: u16 = 2;
-/// Changes of records are carried out together, at most this often.
-const GATHER: Duration = Duration::from_millis(10);
 
 /// A device that runs.
 #[derive(Debug)]
@@ -56,19 +54,30 @@ struct OpenDevice {
     port: u16,
 }
 
+/// The device of a key that is over: it takes what others still send, until it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Leaving {
+    slot: usize,
+    ifindex: u32,
+}
+
 /// This node's keys and devices.
 #[derive(Debug)]
 pub struct Encryption {
     settings: Settings,
     backend: Backend,
     inner: Mutex<Inner>,
+    /// One verification at a time.
+    verifications: Arc<Semaphore>,
     /// Somebody wants new keys now.
     is_change_asked: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Inner {
-    devices: Vec<OpenDevice>,
+    /// That of the present key, and while keys change that of the next.
+    devices: Vec<Arc<OpenDevice>>,
+    leaving: Option<Leaving>,
     /// Places that devices were told: a peer that has moved since is not sent back.
     told: HashMap<PublicKey, SocketAddr>,
     report: Report,
@@ -97,16 +106,21 @@ impl Encryption {
         let next = keys::read_next(&config.state_dir, &current)?;
         let encryption = Self::new(settings)?;
         if next.is_none() {
-            // Of a change of keys that was cut off at its end.
-            netlink::delete_link(handle, name_of(1 - current.slot)).await?;
+            // Of a change of keys that was cut off at its end. The kernel may still send to it.
+            let slot = 1 - current.slot;
+            let link = netlink::link_by_name(handle, name_of(slot)).await?;
+            encryption.lock().leaving = link.map(|link| Leaving {
+                slot,
+                ifindex: link.index,
+            });
         }
-        let device = encryption.open(current, underlay, handle).await;
+        let device = encryption.open_patiently(current, underlay, handle).await;
         let device = device.context("encryption")?;
-        encryption.lock().devices.push(device);
+        encryption.lock().devices.push(Arc::new(device));
         if let Some(next) = next {
             let epoch = next.epoch;
-            match encryption.open(next, underlay, handle).await {
-                Ok(device) => encryption.lock().devices.push(device),
+            match encryption.open_patiently(next, underlay, handle).await {
+                Ok(device) => encryption.lock().devices.push(Arc::new(device)),
                 // The present key works. The change begins again, for its reason or because others have begun.
                 Err(error) => {
                     warn!(
@@ -129,15 +143,54 @@ impl Encryption {
             backend: choose(settings)?,
             inner: Mutex::new(Inner {
                 devices: Vec::new(),
+                leaving: None,
                 told: HashMap::new(),
                 report: Report::default(),
             }),
+            verifications: Arc::new(Semaphore::new(1)),
             is_change_asked: AtomicBool::new(false),
         })
     }
 
+    /// Held for short moments, never while a device is asked: others wait for it that must not hang with a device.
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn devices(&self) -> Vec<Arc<OpenDevice>> {
+        self.lock().devices.clone()
+    }
+
+    /// As [`Self::open`]; one that gives no answer at all gets [`SILENT_MAX`] to find its voice, and is replaced then.
+    async fn open_patiently(
+        &self,
+        key: StoredKey,
+        underlay: &Underlay,
+        handle: &Handle,
+    ) -> anyhow::Result<OpenDevice> {
+        let begun = Instant::now();
+        loop {
+            match self.open(key.clone(), underlay, handle).await {
+                Err(error) if is_silent(&error) => {
+                    warn!(error = format!("{error:#}"), "waiting for a device");
+                    if begun.elapsed() >= SILENT_MAX {
+                        self.end_silent(key.slot)?;
+                    }
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Ends what runs a device that gives no answer.
+    fn end_silent(&self, slot: usize) -> anyhow::Result<()> {
+        warn!(
+            device = name_of(slot),
+            "the WireGuard device gave no answer for too long, ending it"
+        );
+        let socket_dir = &self.settings.socket_dir;
+        tokio::task::block_in_place(|| end_silent(name_of(slot), socket_dir))?;
+        Ok(())
     }
 
     /// The UDP port of a device.
@@ -184,16 +237,30 @@ impl Encryption {
         })
     }
 
-    /// Interfaces of the devices, the one for the present key first.
+    /// Interfaces of the devices, the one for the present key first, also of one that is about to go.
     #[must_use]
     pub fn ifindexes(&self) -> Vec<u32> {
-        self.lock().devices.iter().map(|d| d.ifindex).collect()
+        let inner = self.lock();
+        let leaving = inner.leaving.map(|leaving| leaving.ifindex);
+        inner
+            .devices
+            .iter()
+            .map(|d| d.ifindex)
+            .chain(leaving)
+            .collect()
     }
 
     /// UDP ports of the devices, in the same order.
     #[must_use]
     pub fn ports(&self) -> Vec<u16> {
-        self.lock().devices.iter().map(|d| d.port).collect()
+        let inner = self.lock();
+        let leaving = inner.leaving.map(|leaving| self.port_of(leaving.slot));
+        inner
+            .devices
+            .iter()
+            .map(|d| d.port)
+            .chain(leaving)
+            .collect()
     }
 
     /// What other nodes are told.
@@ -241,13 +308,13 @@ impl Encryption {
 
     /// Asks the devices how they are.
     fn look(&self) -> anyhow::Result<()> {
-        let mut inner = self.lock();
+        let open_devices = self.devices();
         let mut state = WireguardState {
-            epoch: inner.devices.first().map_or(0, |open| open.key.epoch),
+            epoch: open_devices.first().map_or(0, |open| open.key.epoch),
             ..WireguardState::default()
         };
         let mut devices = Vec::new();
-        for open in &inner.devices {
+        for open in &open_devices {
             let status = open.device.status()?;
             state.own_keys.insert(open.key.private.public().0);
             state.peers.extend(peer_states(&status, open.ifindex));
@@ -258,6 +325,7 @@ impl Encryption {
                 status,
             });
         }
+        let mut inner = self.lock();
         inner.report.state = state;
         inner.report.devices = devices;
         Ok(())
@@ -265,14 +333,16 @@ impl Encryption {
 
     /// Makes the devices' peers those that are wanted; `is_settled`: whoever is not among them is gone.
     fn configure(&self, wanted: &[WireguardPeer], is_settled: bool) -> anyhow::Result<usize> {
-        let mut inner = self.lock();
+        let (devices, told) = {
+            let inner = self.lock();
+            (inner.devices.clone(), inner.told.clone())
+        };
         let others = if is_settled {
             Others::Removed
         } else {
             Others::Kept
         };
         let mut steps = 0;
-        let Inner { devices, told, .. } = &mut *inner;
         let mut told_now = HashMap::new();
         for (place, open) in devices.iter().enumerate() {
             let is_present = place == 0;
@@ -305,9 +375,17 @@ impl Encryption {
             let wanted = device_config(&open.key, open.port, peers);
             steps += open.device.configure(&wanted, others)?;
         }
-        *told = told_now;
+        self.lock().told = told_now;
         Ok(steps)
     }
+}
+
+/// Whether a device gave no answer at all.
+fn is_silent(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref::<DeviceError>(),
+        Some(DeviceError::Silent { .. })
+    )
 }
 
 fn device_config(
@@ -399,171 +477,4 @@ pub async fn remove_devices(handle: &Handle) -> anyhow::Result<()> {
         netlink::delete_link(handle, name).await?;
     }
     Ok(())
-}
-
-/// Keeps the devices as the records want them, until the drain.
-pub async fn run(shared: Arc<Shared>, encryption: Arc<Encryption>, handle: Handle, drain: Drain) {
-    let mut changes = shared.peer_changes.subscribe();
-    let mut underlay = shared.underlay.subscribe();
-    let mut looks = tokio::time::interval(LOOK_EVERY);
-    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut task = Task {
-        shared,
-        encryption,
-        handle,
-        configured: None,
-        last_fault: String::new(),
-        turn: Turn::new(),
-    };
-    loop {
-        tokio::select! {
-            _ = looks.tick() => {}
-            Ok(()) = changes.changed() => tokio::time::sleep(GATHER).await,
-            Ok(()) = underlay.changed() => task.follow_underlay().await,
-            () = drain.draining() => return,
-        }
-        changes.mark_unchanged();
-        match task.round().await {
-            Ok(()) => {
-                if !std::mem::take(&mut task.last_fault).is_empty() {
-                    info!("the WireGuard devices are as they should be again");
-                }
-                task.shared.metrics.encryption_fault.set(0);
-            }
-            Err(fault) => {
-                task.shared.metrics.encryption_fault.set(1);
-                let text = format!("{fault:#}");
-                if text != task.last_fault {
-                    error!(
-                        fault = text,
-                        "the WireGuard devices are not as they should be, trying again"
-                    );
-                }
-                task.last_fault = text;
-            }
-        }
-    }
-}
-
-struct Task {
-    shared: Arc<Shared>,
-    encryption: Arc<Encryption>,
-    handle: Handle,
-    /// What the devices were last made to be, and whether everything was known then.
-    configured: Option<(Vec<WireguardPeer>, bool)>,
-    last_fault: String,
-    turn: Turn,
-}
-
-impl Task {
-    async fn round(&mut self) -> anyhow::Result<()> {
-        self.revive().await?;
-        let wanted = {
-            let model = self.shared.model();
-            let listed = model.as_ref().filter(|model| model.is_listed());
-            listed.map(|model| {
-                let without = model.nodes_without_key();
-                (model.wireguard_peers(), without, model.is_settled())
-            })
-        };
-        tokio::task::block_in_place(|| {
-            if let Some((wanted, without, is_settled)) = wanted {
-                self.configure(&wanted, is_settled)?;
-                self.encryption.lock().report.set_nodes(wanted, without);
-            }
-            self.publish_state()
-        })?;
-        self.change_keys().await
-    }
-
-    /// Tells the model what the devices know now, and makes the kernel follow.
-    fn publish_state(&self) -> anyhow::Result<()> {
-        self.encryption.look()?;
-        let state = self.encryption.state();
-        self.encryption
-            .report()
-            .publish(&self.shared.metrics.encryption);
-        let is_news = match self.shared.model().as_mut() {
-            Some(model) if *model.wireguard() != state => {
-                model.set_wireguard(state);
-                model.is_listed()
-            }
-            _ => false,
-        };
-        if is_news {
-            // What fails is tried again by whoever follows the records.
-            reconcile::round(&self.shared);
-        }
-        Ok(())
-    }
-
-    fn configure(&mut self, wanted: &[WireguardPeer], is_settled: bool) -> anyhow::Result<()> {
-        let is_same = self.configured.as_ref().is_some_and(|(peers, settled)| {
-            *settled == is_settled && peers::are_same_to_a_device(peers, wanted)
-        });
-        if is_same {
-            return Ok(());
-        }
-        let steps = self.encryption.configure(wanted, is_settled)?;
-        if steps > 0 {
-            info!(
-                steps,
-                peers = wanted.len(),
-                "peers of the WireGuard devices changed"
-            );
-        }
-        self.shared.metrics.encryption.clear_peers();
-        self.configured = Some((wanted.to_vec(), is_settled));
-        Ok(())
-    }
-
-    /// Starts devices again that have ended.
-    async fn revive(&mut self) -> anyhow::Result<()> {
-        let dead: Vec<StoredKey> = tokio::task::block_in_place(|| {
-            let inner = self.encryption.lock();
-            let is_dead = |open: &&OpenDevice| {
-                let index = if_nametoindex(open.device.name());
-                index != Ok(open.ifindex) || open.device.status().is_err()
-            };
-            inner
-                .devices
-                .iter()
-                .filter(is_dead)
-                .map(|open| open.key.clone())
-                .collect()
-        });
-        for key in dead {
-            warn!(
-                device = name_of(key.slot),
-                "the WireGuard device has ended, starting it again"
-            );
-            let underlay = self.shared.underlay.borrow().clone();
-            let open = self
-                .encryption
-                .open(key.clone(), &underlay, &self.handle)
-                .await?;
-            {
-                let mut inner = self.encryption.lock();
-                if let Some(place) = inner.devices.iter_mut().find(|held| held.key == key) {
-                    *place = open;
-                }
-                inner.told.clear();
-            }
-            self.configured = None;
-            // Programs first: what peers send is taken from then on.
-            self.shared
-                .wireguard_changes
-                .send_modify(|n| *n = n.wrapping_add(1));
-        }
-        Ok(())
-    }
-
-    async fn follow_underlay(&self) {
-        let mtu = self.shared.underlay.borrow().wireguard_mtu;
-        for ifindex in self.encryption.ifindexes() {
-            if let Err(error) = netlink::set_link(&self.handle, ifindex, mtu, false).await {
-                warn!(%error, "the WireGuard device keeps its MTU");
-            }
-        }
-    }
 }

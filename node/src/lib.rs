@@ -3,6 +3,7 @@ pub mod agent;
 pub mod cni;
 pub mod command;
 pub mod config;
+pub mod echo;
 pub mod encryption;
 pub mod endpoint;
 pub mod flows;

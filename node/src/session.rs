@@ -257,7 +257,8 @@ async fn talk(
             () = tokio::time::sleep_until(next_report), if applied_waits => {
                 applied_waits = false;
                 next_report = Instant::now() + REPORT_EVERY;
-                let report = report(&applied.borrow_and_update());
+                let mut report = report(&applied.borrow_and_update());
+                report.encryption = shared.encryption.as_ref().map(|e| e.report().summary());
                 sender.send(Request::ReportApplied(report)).await?;
             }
         }
@@ -286,6 +287,7 @@ fn report(applied: &Applied) -> ReportApplied {
             .iter()
             .map(|(reason, count)| ((*reason).to_owned(), *count))
             .collect(),
+        encryption: None,
     }
 }
 

@@ -20,5 +20,5 @@ pub mod tables;
 
 pub use model::{
     ABSENCE_GRACE_MS, EMPTY_NODE, EncryptionMode, EncryptionSettings, IPCACHE_WANTED_MAX, Model,
-    PeerState, Protection, Settings, UnderlayPath, WireguardPeer, WireguardState,
+    PeerState, Protection, ProvableNode, Settings, UnderlayPath, WireguardPeer, WireguardState,
 };

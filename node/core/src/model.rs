@@ -36,7 +36,8 @@ use services::Services;
 pub use absence::ABSENCE_GRACE_MS;
 pub use addresses::IPCACHE_WANTED_MAX;
 pub use encryption::{
-    EncryptionMode, EncryptionSettings, PeerState, Protection, WireguardPeer, WireguardState,
+    EncryptionMode, EncryptionSettings, PeerState, Protection, ProvableNode, WireguardPeer,
+    WireguardState,
 };
 pub use nodes::NODE_ADDRESSES_WANTED_MAX;
 pub use paths::EMPTY_NODE;

@@ -15,8 +15,11 @@ pub const SILENCE_MS_MAX: u64 = 10 * 60 * 1_000;
 pub const CHANGE_MS_MIN: u64 = 5_000;
 /// Who has sent nothing to the old device for so long does not use it any more.
 pub const UNUSED_MS_MIN: u64 = 3_000;
-/// Epochs that a peer may be ahead of a node that has changed keys before: more is no step of the mesh.
-pub const EPOCHS_AHEAD_MAX: u32 = 1_024;
+/// Who goes to a far epoch comes by all multiples of this on its way: so those who follow one claim meet, wherever they
+/// began, and no single claim uses the numbers up.
+pub const EPOCHS_PER_STEP: u32 = 1_024;
+/// A key that is younger gives way to no other cluster's epoch: so none can make this one change keys without end.
+pub const FOREIGN_KEY_MS_MIN: u64 = 10 * 60 * 1_000;
 
 /// This node's keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +39,8 @@ pub struct OwnKeys {
 /// Another node that has a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerKeys {
+    /// It is of our own cluster.
+    pub is_own: bool,
     /// Largest epoch among its keys.
     pub newest: u32,
     /// It has answered on the device of our next key.
@@ -92,15 +97,8 @@ pub fn decide(own: OwnKeys, peers: &[PeerKeys], every_ms: u64, is_asked: bool) -
     let Some(following) = own.current.checked_add(1).filter(|e| *e != EPOCH_ANY) else {
         return Decision::Wait;
     };
-    // A node that is new goes to where the mesh is; nobody takes one that is there along by more than steps of a mesh.
-    let most = match own.current {
-        0 => EPOCH_ANY - 1,
-        current => current.saturating_add(EPOCHS_AHEAD_MAX).min(EPOCH_ANY - 1),
-    };
-    let mesh = peers.iter().map(|peer| peer.newest);
-    let ahead = mesh.filter(|epoch| (following..=most).contains(epoch));
     let is_old = every_ms > 0 && own.age_ms >= every_ms;
-    match ahead.max() {
+    match followed(own, peers) {
         // Others have begun: this node follows to the same epoch.
         Some(epoch) => Decision::Begin { epoch },
         None if is_old || is_asked => Decision::Begin { epoch: following },
@@ -108,255 +106,103 @@ pub fn decide(own: OwnKeys, peers: &[PeerKeys], every_ms: u64, is_asked: bool) -
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
+/// The epoch to which others take this node along.
+///
+/// Nodes of the own cluster are believed at once. What other clusters say is a claim: it is followed, for a change that
+/// they begin must end, but in steps and not more often than a key is young. A node with its first key begins where
+/// most of its own cluster is.
+fn followed(own: OwnKeys, peers: &[PeerKeys]) -> Option<u32> {
+    let home = if own.current == 0 {
+        home(peers)
+    } else {
+        own.current
+    };
+    let step = (home / EPOCHS_PER_STEP + 1).saturating_mul(EPOCHS_PER_STEP);
+    let most = step.min(EPOCH_ANY - 1);
+    let heeds_others = home == 0 || own.age_ms >= FOREIGN_KEY_MS_MIN;
+    peers
+        .iter()
+        .filter(|peer| peer.is_own || heeds_others)
+        .map(|peer| peer.newest)
+        .filter(|epoch| *epoch > own.current && *epoch != EPOCH_ANY)
+        .map(|epoch| epoch.min(most))
+        .max()
+}
 
-    use super::*;
+/// The epoch that half of the own cluster's nodes have come to: a few cannot lead a new one astray.
+fn home(peers: &[PeerKeys]) -> u32 {
+    let own = peers.iter().filter(|peer| peer.is_own);
+    let mut epochs: Vec<u32> = own.map(|peer| peer.newest).collect();
+    epochs.sort_unstable();
+    let middle = epochs.len().saturating_sub(1) / 2;
+    epochs.get(middle).copied().unwrap_or(0)
+}
 
-    const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
+/// Bytes of an empty message, of a handshake's first and of its second (the paper, 5.4).
+const KEEPALIVE_BYTES: u64 = 32;
+const INITIATION_BYTES: u64 = 148;
+const RESPONSE_BYTES: u64 = 92;
 
-    fn own(current: u32, age_ms: u64) -> OwnKeys {
-        OwnKeys {
-            current,
-            age_ms,
-            next: None,
-            since_ms: CHANGE_MS_MIN,
-            is_settled: true,
-        }
-    }
+/// Whether bytes that a peer sent in this time can only be packets, for a device that counts nothing but bytes.
+/// Keepalives and handshakes say that a device is there, not that anybody uses it.
+#[must_use]
+pub fn is_data(bytes: u64, elapsed_ms: u64) -> bool {
+    let keepalives_max = 1 + elapsed_ms / 2_000;
+    let handshakes = [
+        0,
+        INITIATION_BYTES,
+        RESPONSE_BYTES,
+        INITIATION_BYTES + RESPONSE_BYTES,
+    ];
+    let is_explained = |rest: u64| {
+        rest.is_multiple_of(KEEPALIVE_BYTES) && rest / KEEPALIVE_BYTES <= keepalives_max
+    };
+    !handshakes
+        .into_iter()
+        .filter_map(|handshake| bytes.checked_sub(handshake))
+        .any(is_explained)
+}
 
-    fn peer(newest: u32) -> PeerKeys {
-        PeerKeys {
-            newest,
-            has_answered: false,
-            silent_ms: SILENCE_MS_MAX,
-        }
-    }
+/// What is left of the key before, after the next one was taken into use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Remains {
+    /// The kernel sends packets to the old device.
+    pub is_sent_to: bool,
+    /// The key in use is still stored as the next one.
+    pub is_stored_as_next: bool,
+    /// The old device is there.
+    pub has_device: bool,
+}
 
-    #[test]
-    fn a_change_begins_by_age_by_command_or_because_others_have_begun() {
-        let peers = [peer(4), peer(3)];
-        assert_eq!(
-            decide(own(4, DAY_MS - 1), &peers, DAY_MS, false),
-            Decision::Wait
-        );
-        let next = Decision::Begin { epoch: 5 };
-        assert_eq!(decide(own(4, DAY_MS), &peers, DAY_MS, false), next);
-        assert_eq!(decide(own(4, DAY_MS), &peers, 0, false), Decision::Wait);
-        assert_eq!(decide(own(4, 0), &peers, 0, true), next);
-        // One that comes late goes to where the others are.
-        let far = Decision::Begin { epoch: 9 };
-        assert_eq!(decide(own(4, 0), &[peer(9), peer(7)], DAY_MS, false), far);
-        // What no mesh can have come to is not followed.
-        let wild = [peer(u32::MAX - 1), peer(4 + EPOCHS_AHEAD_MAX + 1)];
-        assert_eq!(decide(own(4, 0), &wild, DAY_MS, false), Decision::Wait);
-        let step = Decision::Begin {
-            epoch: 4 + EPOCHS_AHEAD_MAX,
-        };
-        let peers = [peer(4 + EPOCHS_AHEAD_MAX)];
-        assert_eq!(decide(own(4, 0), &peers, DAY_MS, false), step);
-    }
+/// A step of the end of a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndStep {
+    /// The kernel is to send to the device of the key in use.
+    Redirect,
+    /// The key in use is to be stored as the present one.
+    Promote,
+    /// The old device is to go.
+    Remove,
+}
 
-    #[test]
-    fn a_new_node_goes_to_where_the_mesh_is_however_far() {
-        let far = 40 * EPOCHS_AHEAD_MAX;
-        let next = Decision::Begin { epoch: far };
-        assert_eq!(
-            decide(own(0, 0), &[peer(far), peer(far - 1)], 0, false),
-            next
-        );
-        assert_eq!(
-            decide(own(0, 0), &[peer(EPOCH_ANY)], 0, false),
-            Decision::Wait
-        );
-    }
-
-    #[test]
-    fn no_node_comes_to_the_epoch_that_means_all() {
-        let peers = [peer(EPOCH_ANY), peer(EPOCH_ANY - 1)];
-        for last in [EPOCH_ANY - 1, EPOCH_ANY] {
-            let decision = decide(own(last, DAY_MS), &peers, DAY_MS, true);
-            assert_eq!(decision, Decision::Wait);
-        }
-        let last = Decision::Begin {
-            epoch: EPOCH_ANY - 1,
-        };
-        for current in [EPOCH_ANY - 2, EPOCH_ANY - EPOCHS_AHEAD_MAX] {
-            assert_eq!(decide(own(current, 0), &peers, DAY_MS, false), last);
-        }
-    }
-
-    #[test]
-    fn a_change_begins_but_does_not_end_while_somebody_may_be_missing() {
-        let unsettled = OwnKeys {
-            is_settled: false,
-            ..own(4, 0)
-        };
-        let next = Decision::Begin { epoch: 5 };
-        assert_eq!(decide(unsettled, &[peer(5)], DAY_MS, false), next);
-        let changing = OwnKeys {
-            next: Some(5),
-            since_ms: SILENCE_MS_MAX,
-            ..unsettled
-        };
-        assert_eq!(decide(changing, &[], DAY_MS, false), Decision::Wait);
-        let settled = OwnKeys {
-            is_settled: true,
-            ..changing
-        };
-        let done = Decision::Finish { left_behind: 0 };
-        assert_eq!(decide(settled, &[], DAY_MS, false), done);
-    }
-
-    #[test]
-    fn a_change_ends_when_all_have_come_over_or_were_silent_for_long() {
-        let through = PeerKeys {
-            has_answered: true,
-            ..peer(5)
-        };
-        let lingering = PeerKeys {
-            silent_ms: UNUSED_MS_MIN - 1,
-            ..through
-        };
-        let changing = |since_ms| OwnKeys {
-            next: Some(5),
-            since_ms,
-            ..own(4, DAY_MS)
-        };
-        let done = Decision::Finish { left_behind: 0 };
-        assert_eq!(
-            decide(changing(CHANGE_MS_MIN), &[through], DAY_MS, false),
-            done
-        );
-        assert_eq!(decide(changing(CHANGE_MS_MIN), &[], DAY_MS, false), done);
-        let early = changing(CHANGE_MS_MIN - 1);
-        assert_eq!(decide(early, &[through], DAY_MS, false), Decision::Wait);
-        for missing in [peer(4), peer(5)] {
-            let late = changing(SILENCE_MS_MAX - 1);
-            let peers = [through, missing];
-            assert_eq!(decide(late, &peers, DAY_MS, true), Decision::Wait);
-            let over = Decision::Finish { left_behind: 1 };
-            assert_eq!(
-                decide(changing(SILENCE_MS_MAX), &peers, DAY_MS, false),
-                over
-            );
-        }
-        // One that has come over and fell silent a moment ago is not waited for.
-        let quiet = PeerKeys {
-            silent_ms: UNUSED_MS_MIN,
-            ..through
-        };
-        assert_eq!(
-            decide(changing(CHANGE_MS_MIN), &[quiet], DAY_MS, false),
-            done
-        );
-        // One that still uses the old key is waited for however long it takes, up to the last second of its silence.
-        for missing in [
-            lingering,
-            PeerKeys {
-                silent_ms: SILENCE_MS_MAX - 1,
-                ..peer(4)
-            },
-        ] {
-            let late = changing(10 * SILENCE_MS_MAX);
-            let decision = decide(late, &[through, missing], DAY_MS, false);
-            assert_eq!(decision, Decision::Wait);
-        }
-    }
-
-    /// A node of a mesh in which records travel when chance wants it.
-    #[derive(Clone)]
-    struct Node {
-        current: u32,
-        next: Option<u32>,
-        since_ms: u64,
-        /// Epochs of every other node, as this one has heard of them last.
-        known: Vec<Vec<u32>>,
-        /// Others that have answered, by epoch.
-        answered: Vec<Vec<u32>>,
-    }
-
-    impl Node {
-        fn epochs(&self) -> Vec<u32> {
-            [self.current].into_iter().chain(self.next).collect()
-        }
-
-        /// Through the device of which epoch this node sends to another; as the model does.
-        fn sends_to(&self, other: usize) -> Option<u32> {
-            let usable = self
-                .epochs()
-                .into_iter()
-                .filter(|e| self.known[other].contains(e));
-            let usable: Vec<u32> = usable.collect();
-            let answered = usable
-                .iter()
-                .rev()
-                .find(|e| self.answered[other].contains(e));
-            answered.or(usable.first()).copied()
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn no_packet_is_lost_while_a_mesh_changes_its_keys(
-            steps in prop::collection::vec((0usize..4, 0usize..4, 0u8..4), 1..400),
-        ) {
-            let fresh = Node {
-                current: 0,
-                next: None,
-                since_ms: CHANGE_MS_MIN,
-                known: vec![vec![0]; 4],
-                answered: vec![vec![0]; 4],
-            };
-            let mut nodes = vec![fresh; 4];
-            for (actor, other, what) in steps {
-                match what {
-                    // A record arrives.
-                    0 => {
-                        let epochs = nodes[other].epochs();
-                        nodes[actor].known[other] = epochs;
-                    }
-                    // Devices shake hands that know each other.
-                    1 if actor != other => {
-                        for epoch in nodes[actor].epochs() {
-                            let knows = |a: usize, b: usize| nodes[a].known[b].contains(&epoch);
-                            if nodes[other].epochs().contains(&epoch) && knows(actor, other) && knows(other, actor) {
-                                nodes[actor].answered[other].push(epoch);
-                                nodes[other].answered[actor].push(epoch);
-                            }
-                        }
-                    }
-                    _ => {
-                        let node = &nodes[actor];
-                        let keys = OwnKeys { current: node.current, age_ms: 0, next: node.next, since_ms: node.since_ms, is_settled: true };
-                        let peers: Vec<PeerKeys> = (0..4).filter(|other| *other != actor).map(|other| PeerKeys {
-                            newest: node.known[other].iter().copied().max().unwrap_or(0),
-                            has_answered: node.next.is_some_and(|next| node.answered[other].contains(&next)),
-                            silent_ms: if nodes[other].sends_to(actor) == Some(node.current) { 0 } else { SILENCE_MS_MAX },
-                        }).collect();
-                        match decide(keys, &peers, 0, actor == 0) {
-                            Decision::Begin { epoch } => nodes[actor].next = Some(epoch),
-                            Decision::Finish { left_behind } => {
-                                prop_assert_eq!(left_behind, 0);
-                                let node = &mut nodes[actor];
-                                node.current = node.next.take().unwrap();
-                            }
-                            Decision::Wait => {}
-                        }
-                    }
-                }
-                for a in 0..4 {
-                    for b in (0..4).filter(|b| *b != a) {
-                        let epoch = nodes[a].sends_to(b);
-                        prop_assert!(epoch.is_some(), "{} has no way to {}", a, b);
-                        let epoch = epoch.unwrap();
-                        let is_taken = nodes[b].epochs().contains(&epoch) && nodes[b].known[a].contains(&epoch);
-                        // A key under which nobody has answered is the old one, which both still have.
-                        prop_assert!(is_taken, "{} sends to {} with epoch {}", a, b, epoch);
-                    }
-                }
-            }
-        }
+/// The next step, by what there is and not by what was done: whoever goes on after a crash does the same. Until the
+/// old device has no packets any more the old key is stored, and it goes only when a start would not look for it.
+#[must_use]
+pub const fn end_step(remains: Remains) -> Option<EndStep> {
+    match remains {
+        Remains {
+            is_sent_to: true, ..
+        } => Some(EndStep::Redirect),
+        Remains {
+            is_stored_as_next: true,
+            ..
+        } => Some(EndStep::Promote),
+        Remains {
+            has_device: true, ..
+        } => Some(EndStep::Remove),
+        _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

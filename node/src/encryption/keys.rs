@@ -181,6 +181,14 @@ pub fn read_next(dir: &Path, current: &StoredKey) -> Result<Option<StoredKey>, K
     Ok(next.filter(|next| next.epoch > current.epoch && next.slot != current.slot))
 }
 
+/// Whether this key is stored as the one that comes next.
+///
+/// # Errors
+/// As [`read`].
+pub fn is_next(dir: &Path, key: &StoredKey) -> Result<bool, KeyFileError> {
+    Ok(read(&dir.join(NEXT_KEY_FILE))?.as_ref() == Some(key))
+}
+
 /// The next key becomes the present one, in one step.
 ///
 /// # Errors

@@ -1,9 +1,11 @@
 //! What is known of encryption, for the local API and the metrics.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, SystemTime};
 
-use clustermesh_api::v1::{EncryptionStatusResponse, WireguardDevice, WireguardPeerStatus};
+use clustermesh_api::v1::{
+    EncryptionReport, EncryptionStatusResponse, WireguardDevice, WireguardPeerStatus,
+};
 use clustermesh_encryption::{Backend, DeviceStatus};
 use clustermesh_encryption_core::control::PeerStatus;
 use clustermesh_encryption_core::key::PublicKey;
@@ -23,6 +25,8 @@ pub struct Report {
     pub state: WireguardState,
     /// The devices.
     pub devices: Vec<DeviceReport>,
+    /// Why the devices are not as they should be; empty: they are.
+    pub fault: String,
     peers: Vec<WireguardPeer>,
     without_key: Vec<(ClusterName, Box<str>, Protection)>,
 }
@@ -139,7 +143,42 @@ impl Report {
                 })
                 .collect(),
             peers: with_key.chain(without).collect(),
+            fault: self.fault.clone(),
             ..Default::default()
+        }
+    }
+
+    /// Other nodes by how packets to them travel.
+    fn nodes_by_traffic(&self) -> BTreeMap<&'static str, u32> {
+        let mut nodes: BTreeMap<&'static str, u32> = ["clear", "withheld", "encrypted"]
+            .map(|name| (name, 0))
+            .into();
+        let mut named = BTreeSet::new();
+        let with_key = self
+            .peers
+            .iter()
+            .map(|p| (&*p.cluster, &*p.node, p.protection));
+        let without = self.without_key.iter().map(|(c, n, p)| (&**c, &**n, *p));
+        for (cluster, node, protection) in with_key.chain(without) {
+            if named.insert((cluster, node)) {
+                *nodes.entry(protection_name(protection)).or_default() += 1;
+            }
+        }
+        nodes
+    }
+
+    /// For the server.
+    #[must_use]
+    pub fn summary(&self) -> EncryptionReport {
+        let nodes = self.nodes_by_traffic();
+        let of = |name| nodes.get(name).copied().unwrap_or(0);
+        let backend = self.devices.first().map(|device| device.backend.name());
+        EncryptionReport {
+            backend: backend.unwrap_or_default().to_owned(),
+            encrypted: of("encrypted"),
+            clear: of("clear"),
+            withheld: of("withheld"),
+            fault: !self.fault.is_empty(),
         }
     }
 
@@ -168,25 +207,9 @@ impl Report {
                 .set(bytes(status.tx_bytes));
             metrics.handshake_age.get_or_create(&labels).set(age);
         }
-        let mut nodes: HashMap<&'static str, i64> = ["clear", "withheld", "encrypted"]
-            .map(|name| (name, 0))
-            .into();
-        let mut named = std::collections::BTreeSet::new();
-        let with_key = self
-            .peers
-            .iter()
-            .map(|p| (&*p.cluster, &*p.node, p.protection));
-        let without = self.without_key.iter().map(|(c, n, p)| (&**c, &**n, *p));
-        for (cluster, node, protection) in with_key.chain(without) {
-            if named.insert((cluster, node)) {
-                *nodes.entry(protection_name(protection)).or_default() += 1;
-            }
-        }
-        for (name, count) in nodes {
-            metrics
-                .nodes
-                .get_or_create(&crate::metrics::label("traffic", name))
-                .set(count);
+        for (name, count) in self.nodes_by_traffic() {
+            let traffic = crate::metrics::label("traffic", name);
+            metrics.nodes.get_or_create(&traffic).set(count.into());
         }
         for device in &self.devices {
             for (name, number) in &device.status.counters {

@@ -6,8 +6,9 @@ use std::sync::{Arc, PoisonError};
 
 use clustermesh_api::v1::agent_server::Agent;
 use clustermesh_api::v1::{
-    AgentStatusRequest, AgentStatusResponse, EncryptionStatusRequest, EncryptionStatusResponse,
-    Flow, FlowsRequest, LocalEndpoint, RotateKeysRequest, RotateKeysResponse, TrafficCounter,
+    AgentStatusRequest, AgentStatusResponse, EncryptionProof, EncryptionStatusRequest,
+    EncryptionStatusResponse, Flow, FlowsRequest, LocalEndpoint, RotateKeysRequest,
+    RotateKeysResponse, TrafficCounter, VerifyEncryptionRequest,
 };
 use clustermesh_ebpf::abi::{LAYOUT_VERSION, WireTraffic};
 use clustermesh_process::Drain;
@@ -17,6 +18,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use crate::encryption::verify;
 use crate::flows::{Flows, flow};
 use crate::session::{port_readiness, source_revisions};
 use crate::shared::Shared;
@@ -42,6 +44,12 @@ impl AgentService {
 
 fn internal(error: &impl std::fmt::Display) -> Status {
     Status::internal(error.to_string())
+}
+
+fn encrypts_nothing() -> Status {
+    Status::failed_precondition(
+        "this node encrypts nothing: set encryption.mode in its configuration",
+    )
 }
 
 #[tonic::async_trait]
@@ -162,13 +170,29 @@ impl Agent for AgentService {
         &self,
         _: Request<RotateKeysRequest>,
     ) -> Result<Response<RotateKeysResponse>, Status> {
-        let Some(encryption) = &self.shared.encryption else {
-            return Err(Status::failed_precondition(
-                "this node encrypts nothing: set encryption.mode in its configuration",
-            ));
-        };
+        let encryption = self
+            .shared
+            .encryption
+            .as_ref()
+            .ok_or_else(encrypts_nothing)?;
         let epoch = encryption.ask_for_change();
         Ok(Response::new(RotateKeysResponse { epoch }))
+    }
+
+    type VerifyEncryptionStream =
+        Pin<Box<dyn Stream<Item = Result<EncryptionProof, Status>> + Send>>;
+
+    async fn verify_encryption(
+        &self,
+        _: Request<VerifyEncryptionRequest>,
+    ) -> Result<Response<Self::VerifyEncryptionStream>, Status> {
+        let encryption = self
+            .shared
+            .encryption
+            .as_ref()
+            .ok_or_else(encrypts_nothing)?;
+        let proofs = verify::begin(&self.shared, encryption)?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(proofs))))
     }
 
     type FlowsStream = Pin<Box<dyn Stream<Item = Result<Flow, Status>> + Send>>;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
-use clustermesh_ebpf_abi::NODE_INDEX_LOCAL;
+use clustermesh_ebpf_abi::{NODE_ENCRYPTED, NODE_INDEX_LOCAL};
 use ipnetwork::IpNetwork;
 
 use super::Model;
@@ -97,6 +97,27 @@ pub struct WireguardPeer {
     pub allowed_ips: BTreeSet<IpNetwork>,
     /// How packets to the node travel now.
     pub protection: Protection,
+}
+
+/// Another node, as a proof of encryption needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProvableNode {
+    /// Cluster of the node.
+    pub cluster: Box<str>,
+    /// The node.
+    pub node: Box<str>,
+    /// Its own addresses in the mesh, which answer an echo: of its router, then those for health.
+    pub addresses: Vec<IpAddr>,
+    /// Whether packets to it are to be encrypted, by the settings.
+    pub is_covered: bool,
+    /// How packets to it travel.
+    pub protection: Protection,
+    /// The WireGuard device into which the kernel sends them; `None`: into none.
+    pub kernel_ifindex: Option<u32>,
+    /// Its keys, and where its devices are.
+    pub keys: Vec<NodeKey>,
+    /// Where its devices are.
+    pub endpoint: Option<IpAddr>,
 }
 
 /// Who has which key.
@@ -202,6 +223,35 @@ impl Model {
             })
             .collect();
         found.sort_unstable_by(|a, b| (&a.0, &a.1).cmp(&(&b.0, &b.1)));
+        found
+    }
+
+    /// Every other node that can be sent to, by cluster and name.
+    #[must_use]
+    pub fn provable_nodes(&self) -> Vec<ProvableNode> {
+        let mut found = Vec::new();
+        for ((source, name), node) in &self.nodes.by_name {
+            let (record, Some(index)) = (&node.record, node.index) else {
+                continue;
+            };
+            if index == NODE_INDEX_LOCAL {
+                continue;
+            }
+            let cluster = self.sources.name(*source);
+            let held = self.actual.nodes.get(&index);
+            let encrypted = held.filter(|value| value.flags & NODE_ENCRYPTED != 0);
+            found.push(ProvableNode {
+                cluster: cluster.into(),
+                node: name.clone(),
+                addresses: [&record.routers[..], &record.health].concat(),
+                is_covered: self.settings.encryption.covers(cluster, *source == OWN),
+                protection: self.protection(*source, name, record),
+                kernel_ifindex: encrypted.map(|value| value.egress_ifindex),
+                keys: record.keys.clone(),
+                endpoint: self.path_to(record).map(|(endpoint, _)| endpoint),
+            });
+        }
+        found.sort_unstable_by(|a, b| (&a.cluster, &a.node).cmp(&(&b.cluster, &b.node)));
         found
     }
 
