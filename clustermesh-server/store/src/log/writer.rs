@@ -235,7 +235,7 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
             let step = match &op {
                 _ if failed.is_some() => Ok(()),
                 Op::Append { .. } => Ok(()),
-                // A record that says what is committed may go.
+                // A record that says what is committed may go: before it does, this is durable apart from it.
                 _ => self
                     .disk
                     .append(&std::mem::take(&mut pending), None)
@@ -247,6 +247,7 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
                 Op::Vote { vote, .. } => self.disk.put_vote(vote),
                 Op::Truncate { keep, .. } => {
                     durable_next = durable_next.min(Some(keep.map_or(0, |keep| keep + 1)));
+                    self.disk.sync()?;
                     self.disk.truncate_after(*keep)
                 }
                 Op::Purge { upto, .. } => self.disk.purge(*upto),
