@@ -6,6 +6,7 @@ mod replica;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clustermesh_api::IdentitySplit;
 use clustermesh_api::identity_split::NumberingError;
@@ -141,8 +142,17 @@ pub struct PeerConfig {
 pub struct LimitsConfig {
     /// Connections on the client port.
     pub max_connections: usize,
+    /// Connections on a port that have not finished TLS and begun with HTTP; past it the oldest of them ends.
+    pub max_unfinished_connections: usize,
     /// HTTP/2 streams of one connection.
     pub max_streams_per_connection: u32,
+    /// A client must have finished its TLS handshake by then, and then have begun with HTTP, in milliseconds.
+    pub handshake_timeout_ms: u64,
+    /// A connection on which no frame ends for so long is asked for a sign of life, and closed when none comes within
+    /// the same time, in milliseconds.
+    pub keepalive_ms: u64,
+    /// A message must have arrived whole by then, in milliseconds.
+    pub request_timeout_ms: u64,
     /// Records that are copied of one peer; those past it are refused and shown in its status.
     pub max_records_per_peer: usize,
     /// Keys and values that are copied of one peer, bytes.
@@ -153,7 +163,11 @@ impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
             max_connections: 16_384,
+            max_unfinished_connections: 1_024,
             max_streams_per_connection: 1_024,
+            handshake_timeout_ms: 10_000,
+            keepalive_ms: 10_000,
+            request_timeout_ms: 30_000,
             max_records_per_peer: MAX_PEER_COPY_RECORDS,
             max_bytes_per_peer: MAX_PEER_COPY_BYTES,
         }
@@ -433,6 +447,24 @@ impl Config {
 }
 
 impl LimitsConfig {
+    /// [`Self::handshake_timeout_ms`].
+    #[must_use]
+    pub const fn handshake_timeout(&self) -> Duration {
+        Duration::from_millis(self.handshake_timeout_ms)
+    }
+
+    /// [`Self::keepalive_ms`].
+    #[must_use]
+    pub const fn keepalive(&self) -> Duration {
+        Duration::from_millis(self.keepalive_ms)
+    }
+
+    /// [`Self::request_timeout_ms`].
+    #[must_use]
+    pub const fn request_timeout(&self) -> Duration {
+        Duration::from_millis(self.request_timeout_ms)
+    }
+
     fn check(&self) -> Result<(), (String, String)> {
         let inside = |key: &str, value: usize, low: usize, high: usize| {
             if (low..=high).contains(&value) {
@@ -442,6 +474,20 @@ impl LimitsConfig {
             }
         };
         inside("limits.max_connections", self.max_connections, 16, 1 << 20)?;
+        inside(
+            "limits.max_unfinished_connections",
+            self.max_unfinished_connections,
+            8,
+            1 << 20,
+        )?;
+        for (key, ms) in [
+            ("limits.handshake_timeout_ms", self.handshake_timeout_ms),
+            ("limits.keepalive_ms", self.keepalive_ms),
+            ("limits.request_timeout_ms", self.request_timeout_ms),
+        ] {
+            let ms = usize::try_from(ms).unwrap_or(usize::MAX);
+            inside(key, ms, 100, 600_000)?;
+        }
         inside(
             "limits.max_streams_per_connection",
             usize::try_from(self.max_streams_per_connection).unwrap_or(usize::MAX),

@@ -29,8 +29,6 @@ use crate::etcd::answers::{AnswerBudget, Reservation};
 pub const PREFIX: &str = "/v3/";
 /// JSON of one request: a gRPC request in base64, with room for its names.
 const MAX_REQUEST_JSON_BYTES: usize = 3 << 20;
-/// A request, or the first one of a stream, must have arrived by then.
-pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Messages of a stream made ahead of what the other side takes.
 const STREAM_QUEUE_MESSAGES: usize = 2;
 /// What an answer takes in memory, as a multiple of its protobuf: the decoded message and its JSON.
@@ -41,19 +39,22 @@ const ANSWER_BYTES_FACTOR: usize = 6;
 pub struct Gateway {
     methods: Arc<Methods>,
     answers: AnswerBudget,
+    /// A request, or the first one of a stream, must have arrived by then.
+    request_timeout: Duration,
 }
 
 type RequestFrames = mpsc::Sender<Result<Frame<Bytes>, std::convert::Infallible>>;
 
 impl Gateway {
-    /// Reads the contract; requests and answers live on `answers`.
+    /// Reads the contract; requests and answers live on `answers`. A request must have arrived within `request_timeout`.
     ///
     /// # Errors
     /// When the contract lacks a method.
-    pub fn new(answers: AnswerBudget) -> anyhow::Result<Self> {
+    pub fn new(answers: AnswerBudget, request_timeout: Duration) -> anyhow::Result<Self> {
         Ok(Self {
             methods: Arc::new(Methods::load()?),
             answers,
+            request_timeout,
         })
     }
 
@@ -88,10 +89,11 @@ impl Gateway {
         let (head, body) = request.into_parts();
         let (reservation, body) = if method.descriptor.is_client_streaming() {
             let reservation = self.answers.reserve(MAX_REQUEST_JSON_BYTES)?;
-            (reservation, streamed(&method, body).await?)
+            let streamed = streamed(&method, body, self.request_timeout).await?;
+            (reservation, streamed)
         } else {
             let reservation = self.answers.reserve(expected_bytes(&head.headers))?;
-            let json = whole(body).await?;
+            let json = whole(body, self.request_timeout).await?;
             let message = method.request(&json)?;
             (reservation, Body::new(Full::new(frames::frame(&message))))
         };
@@ -226,9 +228,9 @@ fn expected_bytes(headers: &HeaderMap) -> usize {
         })
 }
 
-async fn whole(body: Incoming) -> Result<Bytes, Status> {
+async fn whole(body: Incoming, within: Duration) -> Result<Bytes, Status> {
     let limited = http_body_util::Limited::new(body, MAX_REQUEST_JSON_BYTES).collect();
-    match tokio::time::timeout(REQUEST_TIMEOUT, limited).await {
+    match tokio::time::timeout(within, limited).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
             Err(Status::resource_exhausted(format!(
@@ -236,24 +238,27 @@ async fn whole(body: Incoming) -> Result<Bytes, Status> {
             )))
         }
         Ok(Err(error)) => Err(Status::cancelled(error.to_string())),
-        Err(_) => Err(late()),
+        Err(_) => Err(late(within)),
     }
 }
 
-fn late() -> Status {
+fn late(within: Duration) -> Status {
     Status::deadline_exceeded(format!(
-        "clustermesh: the request did not arrive within {} s",
-        REQUEST_TIMEOUT.as_secs()
+        "clustermesh: the request did not arrive within {within:?}"
     ))
 }
 
 /// The requests of a stream, as they come. The first must be right; a wrong one later ends them.
-async fn streamed(method: &methods::Method, mut body: Incoming) -> Result<Body, Status> {
+async fn streamed(
+    method: &methods::Method,
+    mut body: Incoming,
+    within: Duration,
+) -> Result<Body, Status> {
     let input = method.descriptor.input();
     let mut objects = Objects::default();
-    let first = tokio::time::timeout(REQUEST_TIMEOUT, next_object(&mut objects, &mut body))
+    let first = tokio::time::timeout(within, next_object(&mut objects, &mut body))
         .await
-        .map_err(|_| late())??;
+        .map_err(|_| late(within))??;
     let (messages, stream): (RequestFrames, _) = mpsc::channel(STREAM_QUEUE_MESSAGES);
     let mut next = match first {
         Some(object) => json::to_protobuf(&input, &object)?,

@@ -10,6 +10,7 @@ pub mod gateway;
 pub mod mesh_api;
 pub mod metrics;
 pub mod news;
+pub mod openings;
 pub mod pages;
 pub mod peering;
 pub mod planner;

@@ -25,6 +25,8 @@ const PREFIX: &str = "clustermesh_server";
 pub struct Metrics {
     /// The client port.
     pub serve: ServeMetrics,
+    /// The replicas' port.
+    pub peer_port: PeerPortMetrics,
     /// Answers that clients have not taken yet.
     pub answers: AnswerMetrics,
     /// Watches and agents' streams.
@@ -44,10 +46,27 @@ pub struct ServeMetrics {
     pub connections: Gauge,
     /// Connections closed at once because of the limit.
     pub connections_refused: Counter,
-    /// TLS handshakes that failed.
+    /// TLS handshakes that failed or took too long, and connections that did not begin with HTTP.
     pub handshakes_failed: Counter,
+    /// Connections that ended unfinished, to make room for others.
+    pub unfinished_evicted: Counter,
+    /// Connections closed because a frame did not end, or the client took nothing.
+    pub stuck_closed: Counter,
+    /// Requests given up because they did not arrive whole in time.
+    pub requests_late: Counter,
     /// gRPC calls by method and outcome.
     pub handled: HandledCounters,
+}
+
+/// The replicas' port.
+#[derive(Debug, Clone, Default)]
+pub struct PeerPortMetrics {
+    /// Connections that failed or took too long to prove whose they are.
+    pub handshakes_failed: Counter,
+    /// Connections that ended unfinished, to make room for others.
+    pub unfinished_evicted: Counter,
+    /// Connections closed because of the limit.
+    pub connections_refused: Counter,
 }
 
 /// Watches and agents' streams.
@@ -144,6 +163,9 @@ impl Metrics {
         metrics
             .serve
             .register(registry.sub_registry_with_prefix("client_port"));
+        metrics
+            .peer_port
+            .register(registry.sub_registry_with_prefix("peer_port"));
         metrics
             .answers
             .register(registry.sub_registry_with_prefix("answers"));
@@ -277,6 +299,41 @@ impl ServeMetrics {
             "tls_handshakes_failed",
             "Failed TLS handshakes",
             self.handshakes_failed.clone(),
+        );
+        registry.register(
+            "unfinished_connections_evicted",
+            "Connections that ended before they had begun with HTTP, to make room for others",
+            self.unfinished_evicted.clone(),
+        );
+        registry.register(
+            "stuck_connections_closed",
+            "Connections closed because a frame did not end, or the client took nothing",
+            self.stuck_closed.clone(),
+        );
+        registry.register(
+            "requests_late",
+            "Requests given up because they did not arrive whole in time",
+            self.requests_late.clone(),
+        );
+    }
+}
+
+impl PeerPortMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "handshakes_failed",
+            "Connections that failed or took too long to prove whose they are",
+            self.handshakes_failed.clone(),
+        );
+        registry.register(
+            "unfinished_connections_evicted",
+            "Connections that ended before they had proved whose they are, to make room for others",
+            self.unfinished_evicted.clone(),
+        );
+        registry.register(
+            "connections_refused",
+            "Connections closed because of the limit",
+            self.connections_refused.clone(),
         );
     }
 }

@@ -2,7 +2,7 @@
 
 mod arrival;
 pub mod handled;
-mod preface;
+mod progress;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -27,24 +27,19 @@ use tonic::service::Routes;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
+use self::arrival::Arrivals;
 use self::handled::{Call, Handled};
+use self::progress::Stuck;
 use crate::auth::Caller;
 use crate::config::LimitsConfig;
 use crate::etcd::answers::hold_until_sent;
 use crate::etcd::needs_leader;
 use crate::gateway::{self, Gateway};
 use crate::metrics::ServeMetrics;
+use crate::openings::{Evicted, Opening, Openings};
 use crate::pages::Pages;
 use crate::store::Store;
 
-/// A client must have finished its TLS handshake by then.
-pub const TLS_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// After the TLS handshake the first bytes of HTTP must have come by then; a client may be quiet after them.
-pub const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A quiet connection is pinged this often.
-pub const HTTP2_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// A ping must be answered by then, or the connection is closed.
-pub const HTTP2_KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Receive window of one stream.
 const HTTP2_STREAM_WINDOW_BYTES: u32 = 1 << 20;
 /// Receive window of one connection.
@@ -72,6 +67,8 @@ struct Shared {
     limits: LimitsConfig,
     metrics: ServeMetrics,
     handled: Handled,
+    openings: Openings,
+    arrivals: Arrivals,
 }
 
 /// What a [`ClientPort`] is made of.
@@ -118,6 +115,14 @@ impl ClientPort {
             },
             shared: Arc::new(Shared {
                 handled: Handled::new(&parts.metrics.handled)?,
+                openings: Openings::new(
+                    parts.limits.max_unfinished_connections,
+                    parts.metrics.unfinished_evicted.clone(),
+                ),
+                arrivals: Arrivals {
+                    within: parts.limits.request_timeout(),
+                    late: parts.metrics.requests_late.clone(),
+                },
                 tls: parts.tls,
                 routes: parts.routes.prepare(),
                 gateway: parts.gateway,
@@ -202,11 +207,12 @@ impl Acceptor {
             let drain = self.drain.clone();
             tokio::spawn(async move {
                 shared.metrics.connections.inc();
+                let begun = shared.openings.begin();
                 match security {
-                    Security::Tls => serve_tls(&shared, stream, remote, &drain).await,
+                    Security::Tls => serve_tls(&shared, stream, remote, begun, &drain).await,
                     Security::Clear => {
                         let caller = Arc::new(Caller::local());
-                        serve_http(&shared, stream, remote, caller, security, &drain).await;
+                        serve_http(&shared, stream, remote, caller, security, begun, &drain).await;
                     }
                 }
                 shared.metrics.connections.dec();
@@ -216,9 +222,20 @@ impl Acceptor {
     }
 }
 
-async fn serve_tls(shared: &Arc<Shared>, stream: TcpStream, remote: SocketAddr, drain: &Drain) {
+async fn serve_tls(
+    shared: &Arc<Shared>,
+    stream: TcpStream,
+    remote: SocketAddr,
+    (opening, mut evicted): (Opening, Evicted),
+    drain: &Drain,
+) {
     let handshake = TlsAcceptor::from(shared.tls.config()).accept(stream);
-    let tls = match tokio::time::timeout(TLS_HANDSHAKE_TIMEOUT, handshake).await {
+    let handshake = tokio::time::timeout(shared.limits.handshake_timeout(), handshake);
+    let shaken = tokio::select! {
+        shaken = handshake => shaken,
+        () = evicted.told() => return,
+    };
+    let tls = match shaken {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
             shared.metrics.handshakes_failed.inc();
@@ -232,7 +249,8 @@ async fn serve_tls(shared: &Arc<Shared>, stream: TcpStream, remote: SocketAddr, 
         }
     };
     let caller = Arc::new(caller(shared, &tls, remote));
-    serve_http(shared, tls, remote, caller, Security::Tls, drain).await;
+    let begun = (opening, evicted);
+    serve_http(shared, tls, remote, caller, Security::Tls, begun, drain).await;
 }
 
 async fn serve_http<S>(
@@ -241,6 +259,7 @@ async fn serve_http<S>(
     remote: SocketAddr,
     caller: Arc<Caller>,
     security: Security,
+    (opening, mut evicted): (Opening, Evicted),
     drain: &Drain,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -256,22 +275,21 @@ async fn serve_http<S>(
         }
     });
     let builder = builder(&shared.limits);
-    let (stream, preface) = preface::counted(stream);
+    let (stream, progress) = progress::followed(stream, opening);
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
-    let late = async {
-        tokio::time::sleep(PREFACE_TIMEOUT).await;
-        if preface.is_complete() {
-            std::future::pending::<()>().await;
-        }
-    };
+    let limits = &shared.limits;
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
-        () = late => {
-            shared.metrics.handshakes_failed.inc();
-            debug!(%remote, "no HTTP on the connection");
+        stuck = progress.stuck(limits.handshake_timeout(), limits.keepalive()) => {
+            match stuck {
+                Stuck::NoHttp => shared.metrics.handshakes_failed.inc(),
+                Stuck::InFrame | Stuck::Blocked => shared.metrics.stuck_closed.inc(),
+            };
+            debug!(%remote, ?stuck, "connection given up");
             return;
         }
+        () = evicted.told() => return,
         () = drain.draining() => {
             connection.as_mut().graceful_shutdown();
             tokio::select! {
@@ -299,15 +317,15 @@ fn builder(limits: &LimitsConfig) -> auto::Builder<TokioExecutor> {
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(TLS_HANDSHAKE_TIMEOUT);
+        .header_read_timeout(limits.handshake_timeout());
     builder
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.max_streams_per_connection)
         .initial_stream_window_size(HTTP2_STREAM_WINDOW_BYTES)
         .initial_connection_window_size(HTTP2_CONNECTION_WINDOW_BYTES)
-        .keep_alive_interval(HTTP2_KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(HTTP2_KEEPALIVE_TIMEOUT);
+        .keep_alive_interval(limits.keepalive())
+        .keep_alive_timeout(limits.keepalive());
     builder
 }
 
@@ -351,11 +369,8 @@ async fn answer(
     }
     let call = shared.handled.counted(request.uri().path());
     request.extensions_mut().insert(caller);
-    let request = if call.as_ref().is_some_and(Call::takes_one_message) {
-        request.map(arrival::in_time)
-    } else {
-        request.map(Body::new)
-    };
+    let one_message = call.as_ref().is_some_and(Call::takes_one_message);
+    let request = request.map(|body| shared.arrivals.body(body, one_message));
     let response = match shared.routes.clone().oneshot(request).await {
         Ok(response) => hold_until_sent(response),
         Err(never) => match never {},

@@ -27,7 +27,7 @@ use crate::etcd;
 use crate::etcd::answers::AnswerBudget;
 use crate::gateway::Gateway;
 use crate::mesh_api::MeshService;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, PeerPortMetrics};
 use crate::news::News;
 use crate::pages::Pages;
 use crate::peering::Peering;
@@ -84,7 +84,7 @@ impl Server {
         let mut tasks = JoinSet::new();
 
         let news = News::default();
-        let (replica, peer_port) = start_replica(config, &news).await?;
+        let (replica, peer_port) = start_replica(config, &news, metrics.peer_port.clone()).await?;
         let store = Store::new(replica, config.auth_token_ttl_seconds);
         drop(store_token);
         metrics.register_store(&mut registry, store.clone());
@@ -167,7 +167,7 @@ impl Server {
             ClientPortParts {
                 tls,
                 routes: routes.routes(),
-                gateway: Gateway::new(answers)?,
+                gateway: Gateway::new(answers, config.limits.request_timeout())?,
                 pages: Pages::new(store.clone(), pages),
                 store: store.clone(),
                 cluster: config.cluster.as_ref().map(|cluster| cluster.name.clone()),
@@ -301,6 +301,7 @@ pub async fn force_new_cluster(config: &Config) -> anyhow::Result<()> {
 async fn start_replica(
     config: &Config,
     news: &News,
+    metrics: PeerPortMetrics,
 ) -> anyhow::Result<(TokioReplica, Option<tokio::task::AbortHandle>)> {
     let cluster = config.cluster.as_ref().map(|cluster| cluster.name.clone());
     let name = cluster.as_deref().unwrap_or("");
@@ -324,9 +325,15 @@ async fn start_replica(
     let news = news.clone();
     handler.on_aside(move |from, message| news.take(from, message));
     let server_tls = ServerTls::load(paths.clone())?;
-    let port = PeerPort::bind(section.listen_peer, server_tls, cluster, handler.clone())
-        .await
-        .with_context(|| format!("replica.listen_peer {}", section.listen_peer))?;
+    let port = PeerPort::bind(
+        section.listen_peer,
+        server_tls,
+        cluster,
+        handler.clone(),
+        metrics,
+    )
+    .await
+    .with_context(|| format!("replica.listen_peer {}", section.listen_peer))?;
     info!(peers = %port.local_addr()?, name = section.name, "waiting for the group");
     let serving = tokio::spawn(port.serve()).abort_handle();
     let transport = Arc::new(GrpcTransport::new(ClientTls::load(paths)?));

@@ -17,6 +17,7 @@ use openraft_rt_tokio::TokioRuntime;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, warn};
@@ -26,9 +27,13 @@ use super::{
     CONNECTION_WINDOW_BYTES, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_PEER_MESSAGE_BYTES,
     STREAM_WINDOW_BYTES,
 };
+use crate::metrics::PeerPortMetrics;
+use crate::openings::Openings;
 
 /// Connections of other replicas.
 const MAX_CONNECTIONS: usize = 256;
+/// Connections that have not shown yet whose they are; past it the oldest ends.
+const MAX_UNFINISHED_CONNECTIONS: usize = 64;
 /// A replica must have finished its TLS handshake by then.
 const TLS_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// After a failed accept (no file descriptors, say) the loop rests so long.
@@ -42,6 +47,7 @@ pub struct PeerPort {
     /// Replicas of this cluster only; `None` for a plain store.
     cluster: Option<String>,
     routes: Routes,
+    metrics: PeerPortMetrics,
 }
 
 impl PeerPort {
@@ -54,6 +60,7 @@ impl PeerPort {
         tls: ServerTls,
         cluster: Option<String>,
         handler: PeerHandler<TokioRuntime>,
+        metrics: PeerPortMetrics,
     ) -> std::io::Result<Self> {
         let service = PeerServer::new(PeerService { handler })
             .max_decoding_message_size(MAX_PEER_MESSAGE_BYTES)
@@ -63,6 +70,7 @@ impl PeerPort {
             tls,
             cluster,
             routes: Routes::new(service).prepare(),
+            metrics,
         })
     }
 
@@ -77,6 +85,10 @@ impl PeerPort {
     /// Accepts until it is dropped.
     pub async fn serve(self) {
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let openings = Openings::new(
+            MAX_UNFINISHED_CONNECTIONS,
+            self.metrics.unfinished_evicted.clone(),
+        );
         let mut connections = tokio::task::JoinSet::new();
         loop {
             while connections.try_join_next().is_some() {}
@@ -88,30 +100,45 @@ impl PeerPort {
                     continue;
                 }
             };
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-                warn!(%remote, limit = MAX_CONNECTIONS, "too many connections on the peer port");
-                continue;
-            };
+            let (opening, mut evicted) = openings.begin();
             let (tls, cluster, routes) =
                 (self.tls.clone(), self.cluster.clone(), self.routes.clone());
+            let (metrics, places) = (self.metrics.clone(), Arc::clone(&places));
             connections.spawn(async move {
-                let served = serve_one(stream, remote, &tls, cluster.as_deref(), routes).await;
-                if let Err(reason) = served {
+                let opened = tokio::select! {
+                    opened = open(stream, remote, &tls, cluster.as_deref()) => opened,
+                    () = evicted.told() => return,
+                };
+                drop(opening);
+                let stream = match opened {
+                    Ok(stream) => stream,
+                    Err(reason) => {
+                        metrics.handshakes_failed.inc();
+                        debug!(%remote, reason, "not a connection of a replica");
+                        return;
+                    }
+                };
+                // Only replicas come so far.
+                let Ok(_place) = places.try_acquire_owned() else {
+                    metrics.connections_refused.inc();
+                    warn!(%remote, limit = MAX_CONNECTIONS, "too many connections on the peer port");
+                    return;
+                };
+                if let Err(reason) = serve_one(stream, routes).await {
                     debug!(%remote, reason, "connection of a replica ended");
                 }
-                drop(place);
             });
         }
     }
 }
 
-async fn serve_one(
+/// Shakes hands; the other end is a replica of the cluster.
+async fn open(
     stream: TcpStream,
     remote: SocketAddr,
     tls: &ServerTls,
     cluster: Option<&str>,
-    routes: Routes,
-) -> Result<(), String> {
+) -> Result<TlsStream<TcpStream>, String> {
     stream
         .set_nodelay(true)
         .map_err(|error| error.to_string())?;
@@ -130,6 +157,10 @@ async fn serve_one(
         .ok_or_else(|| "no certificate".to_owned())
         .and_then(|leaf| PeerIdentity::from_certificate(leaf).map_err(|error| error.to_string()));
     check(&identity?, cluster).inspect_err(|reason| warn!(reason, "refused on the peer port"))?;
+    Ok(stream)
+}
+
+async fn serve_one(stream: TlsStream<TcpStream>, routes: Routes) -> Result<(), String> {
     let mut builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())

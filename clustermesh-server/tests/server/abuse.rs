@@ -1,8 +1,4 @@
-//! Clients that are broken, slow or want too much: they get an answer or lose their connection, and nobody else notices.
-
-use std::io;
-use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+//! Clients that are broken or want too much: they get an answer or lose their connection, and nobody else notices.
 
 use clustermesh_api::etcd::rpc::lease_client::LeaseClient;
 use clustermesh_api::etcd::rpc::{
@@ -10,42 +6,12 @@ use clustermesh_api::etcd::rpc::{
 };
 use clustermesh_api::limits::MAX_WATCHES_PER_STREAM;
 use clustermesh_client::Client;
-use clustermesh_process::TlsPaths;
-use clustermesh_server::serve::{PREFACE_TIMEOUT, TLS_HANDSHAKE_TIMEOUT};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use tokio_rustls::client::TlsStream;
 use tonic::Code;
 
+use crate::http2::{HTTP2_ACK, HTTP2_PING, closed, frame, http2};
 use crate::support::{Cluster, Pki, put, soon, tls_stream};
-
-const HTTP2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
-const HTTP2_PING: u8 = 6;
-const ACK: u8 = 1;
-
-async fn http2(address: SocketAddr, tls: &TlsPaths) -> TlsStream<TcpStream> {
-    let mut stream = tls_stream(address, tls, b"h2").await;
-    stream.write_all(HTTP2_PREFACE).await.unwrap();
-    stream.write_all(&EMPTY_SETTINGS).await.unwrap();
-    stream
-}
-
-/// One HTTP/2 frame: type, flags, payload.
-async fn frame(stream: &mut TlsStream<TcpStream>) -> io::Result<(u8, u8, Vec<u8>)> {
-    let mut head = [0; 9];
-    stream.read_exact(&mut head).await?;
-    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-    let mut payload = vec![0; usize::try_from(length).unwrap()];
-    stream.read_exact(&mut payload).await?;
-    Ok((head[3], head[4], payload))
-}
-
-/// Reads until the server closes.
-async fn closed(mut stream: impl tokio::io::AsyncRead + Unpin) {
-    let mut buffer = [0; 4096];
-    while let Ok(1..) = stream.read(&mut buffer).await {}
-}
 
 async fn assert_serves(client: &Client) {
     soon("a put beside it", client.put(put("beside", "x")))
@@ -116,63 +82,12 @@ async fn pings_of_an_idle_client_are_answered_and_never_held_against_it() {
         while answered <= number {
             let (kind, flags, payload) = soon("a frame", frame(&mut stream)).await.unwrap();
             assert_ne!(kind, 7, "GOAWAY after {answered} pings: {payload:?}");
-            if kind == HTTP2_PING && flags == ACK {
+            if kind == HTTP2_PING && flags == HTTP2_ACK {
                 assert_eq!(payload[7], number);
                 answered += 1;
             }
         }
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn whoever_is_too_slow_to_ask_is_cut_off() {
-    const SLACK: Duration = Duration::from_secs(4);
-    let pki = Pki::new();
-    let cluster = Cluster::start(&pki, 1, &[]).await;
-    let client = cluster.operator(&pki);
-    let address = cluster.address();
-    let tls = pki.issue("operator", "c1", "admin-c1");
-    let begun = Instant::now();
-    let silent = TcpStream::connect(address).await.unwrap();
-    let mut half_hello = TcpStream::connect(address).await.unwrap();
-    half_hello
-        .write_all(&[0x16, 3, 1, 0, 200, 1])
-        .await
-        .unwrap();
-    let quiet = tls_stream(address, &tls, b"h2").await;
-    let mut half_preface = tls_stream(address, &tls, b"h2").await;
-    half_preface.write_all(&HTTP2_PREFACE[..10]).await.unwrap();
-    let mut half_head = tls_stream(address, &tls, b"http/1.1").await;
-    half_head
-        .write_all(b"GET /version HTTP/1.1\r\nHost: a\r\n")
-        .await
-        .unwrap();
-    // A byte now and then helps no one.
-    let mut drip = tls_stream(address, &tls, b"http/1.1").await;
-    drip.write_all(b"GET /version HTTP/1.1\r\nX: ")
-        .await
-        .unwrap();
-    let dripping = async {
-        while drip.write_all(b"x").await.is_ok() && drip.flush().await.is_ok() {
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
-    };
-    soon("the end of them all", async {
-        tokio::join!(
-            closed(silent),
-            closed(half_hello),
-            closed(quiet),
-            closed(half_preface),
-            closed(half_head),
-            dripping,
-            assert_serves(&client),
-        )
-    })
-    .await;
-    let took = begun.elapsed();
-    let limit = TLS_HANDSHAKE_TIMEOUT.max(PREFACE_TIMEOUT);
-    assert!((limit..limit + SLACK).contains(&took), "{took:?}");
-    assert_serves(&client).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
