@@ -1,5 +1,7 @@
 //! Our WireGuard device against wireguard-go and boringtun's own: throughput, processor time, latency, many peers.
 
+mod latency;
+
 use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -10,7 +12,7 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
-use super::compare::{Figure, Named, Series, Target, against, alone, median};
+use super::compare::{Figure, Named, Series, Target, against, alone};
 use super::{cpu, real_time};
 use crate::encryption::device::{Device, Maker, Running};
 use crate::encryption::{Pair, Tunnel, Version};
@@ -18,7 +20,7 @@ use crate::lab::host::{command_in, run};
 use crate::lab::process::Process;
 
 /// Rows of this suite.
-pub const IDS: [&str; 9] = [
+pub const IDS: [&str; 11] = [
     "wg-boringtun",
     "wg-go",
     "wg-go-1core",
@@ -27,6 +29,8 @@ pub const IDS: [&str; 9] = [
     "wg-nooffload",
     "wg-4streams",
     "wg-latency",
+    "wg-latency-go",
+    "wg-latency-limit",
     "wg-peers",
 ];
 /// Seconds of one measurement.
@@ -39,8 +43,6 @@ const LISTEN_STEPS_MAX: usize = 1_000;
 const MEASURE_MAX: Duration = Duration::from_secs(20);
 /// Attempts at one measurement.
 const TRIES_MAX: usize = 3;
-/// Echo requests of one latency measurement.
-const ECHOES: &str = "1000";
 /// Peers of the row with many.
 const PEERS: usize = 1_000;
 
@@ -162,7 +164,7 @@ async fn throughput(
         &gbit(0),
         Target::RatioAtLeast(1.0),
     ));
-    figures.push(latency(pair, &tunnels[0], rounds, progress).await?);
+    figures.extend(latency::rows(pair, &tunnels[0], &tunnels[1], rounds, progress).await?);
     for tunnel in tunnels {
         tunnel.stop().await?;
     }
@@ -289,56 +291,6 @@ async fn listening(pair: &Pair, port: &str) -> Result<()> {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     anyhow::bail!("iperf3 does not listen on port {port}")
-}
-
-/// 99th percentile of echo times through the tunnel, less that of the bare underlay.
-async fn latency(
-    pair: &Pair,
-    tunnel: &Tunnel,
-    rounds: usize,
-    progress: &dyn Fn(&str),
-) -> Result<Figure> {
-    let (mut added, mut bare) = (Series::new(), Series::new());
-    for round in 0..rounds {
-        progress(&format!("latency: round {} of {rounds}", round + 1));
-        let plain = echo_p99(pair, &pair.underlay(1, Version::V4)).await?;
-        let ours = echo_p99(pair, &tunnel.address(1, Version::V4)).await?;
-        added.push(ours - plain);
-        bare.push(plain);
-    }
-    let mut figure = alone(
-        Named {
-            id: "wg-latency",
-            row: "99th percentile of echo times, above plain veth",
-            unit: "us",
-        },
-        &added,
-        Target::AtMost(60.0),
-    );
-    figure.peer = Some(median(&bare));
-    "plain veth".clone_into(&mut figure.peer_name);
-    Ok(figure)
-}
-
-async fn echo_p99(pair: &Pair, to: &str) -> Result<f64> {
-    let mut command = real_time(&pair.netns(0), None, Path::new("ping"));
-    let output = run(command.args(["-n", "-c", ECHOES, "-i", "0.002", to])).await?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let mut micros: Vec<f64> = text
-        .lines()
-        .filter_map(|line| {
-            line.split_once("time=")?
-                .1
-                .split(' ')
-                .next()?
-                .parse::<f64>()
-                .ok()
-        })
-        .map(|millis| millis * 1e3)
-        .collect();
-    anyhow::ensure!(!micros.is_empty(), "ping {to}: {text}");
-    micros.sort_by(f64::total_cmp);
-    Ok(micros[micros.len() * 99 / 100])
 }
 
 /// Memory for each of many peers, and the time until all are there, from nothing.

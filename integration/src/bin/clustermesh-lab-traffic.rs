@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use clustermesh_integration::traffic::{forge, probe, serve, spin, stream, udp};
+use clustermesh_integration::traffic::{forge, forward, probe, serve, spin, stream, udp};
 use serde::Serialize;
 
 #[derive(Parser)]
@@ -72,6 +72,15 @@ enum Tool {
         #[arg(long)]
         millis: u64,
     },
+    /// A tunnel without encryption, until it is killed
+    Forward {
+        #[arg(long)]
+        device: String,
+        #[arg(long)]
+        from: SocketAddr,
+        #[arg(long)]
+        to: SocketAddr,
+    },
     /// Tunnel packets that lie
     Forge {
         #[arg(long)]
@@ -121,6 +130,7 @@ async fn main() -> Result<()> {
         Tool::SpinConnect { to, cpu, millis } => {
             report(&spin::connect_for(&to, cpu, Duration::from_millis(millis))?)
         }
+        Tool::Forward { device, from, to } => forward::forward(&device, from, to),
         Tool::Forge {
             from,
             device,

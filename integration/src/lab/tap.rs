@@ -1,4 +1,4 @@
-//! TAP devices: the system calls behind the lab's wide-area link.
+//! TAP and TUN devices: the system calls behind the lab's wide-area link and the forwarder of benchmarks.
 #![expect(
     unsafe_code,
     reason = "TUNSETIFF has no safe wrapper, nor has registering a descriptor with the runtime"
@@ -26,6 +26,18 @@ struct IfReq {
 /// # Errors
 /// When `/dev/net/tun` is missing or the name is too long or taken.
 pub fn open_tap(name: &str) -> Result<File> {
+    open(name, libc::IFF_TAP)
+}
+
+/// Opens a TUN device likewise: packets without a link header.
+///
+/// # Errors
+/// As [`open_tap`].
+pub fn open_tun(name: &str) -> Result<File> {
+    open(name, libc::IFF_TUN)
+}
+
+fn open(name: &str, layer: libc::c_int) -> Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -34,7 +46,7 @@ pub fn open_tap(name: &str) -> Result<File> {
         .context("/dev/net/tun")?;
     let mut request = IfReq {
         name: [0; libc::IFNAMSIZ],
-        flags: libc::c_short::try_from(libc::IFF_TAP | libc::IFF_NO_PI)?,
+        flags: libc::c_short::try_from(layer | libc::IFF_NO_PI)?,
         padding: [0; 22],
     };
     anyhow::ensure!(

@@ -4,6 +4,7 @@
 //! SIGTERM print one line of JSON with what they counted.
 
 pub mod forge;
+pub mod forward;
 pub mod probe;
 pub mod serve;
 pub mod spin;
