@@ -247,6 +247,7 @@ fn node_table(nodes: &[NodeStatus], targets: &BTreeMap<&str, (u64, i64)>) -> Tab
         "APPLIED",
         "REPORT",
         "POD CIDRS",
+        "ENCRYPTION",
         "REFUSED",
         "VERSION",
     ]);
@@ -265,11 +266,34 @@ fn node_table(nodes: &[NodeStatus], targets: &BTreeMap<&str, (u64, i64)>) -> Tab
             cells.join(" "),
             age(node.last_report_age_ms),
             node.pod_cidrs.join(","),
+            encryption(node),
             reasons(&node.refused_records),
             node.agent_version.clone(),
         ]);
     }
     table
+}
+
+/// Who runs the node's device, and to how many others its packets travel in which way.
+fn encryption(node: &NodeStatus) -> String {
+    let Some(report) = &node.encryption else {
+        return String::new();
+    };
+    let ways = [
+        (report.encrypted, "encrypted"),
+        (report.clear, "clear"),
+        (report.withheld, "withheld"),
+    ];
+    let mut parts: Vec<String> = ways
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, way)| format!("{count} {way}"))
+        .collect();
+    parts.extend(report.fault.then(|| "fault".to_owned()));
+    match (report.backend.as_str(), parts.join(", ")) {
+        (backend, parts) if parts.is_empty() => backend.to_owned(),
+        (backend, parts) => format!("{backend}: {parts}"),
+    }
 }
 
 fn age(ms: i64) -> String {
@@ -341,6 +365,13 @@ fn to_json(status: &MeshStatusResponse) -> Value {
             "podCIDRs": node.pod_cidrs,
             "underlayAddresses": node.underlay_addresses,
             "refusedRecords": node.refused_records,
+            "encryption": node.encryption.as_ref().map(|report| json!({
+                "backend": report.backend,
+                "encrypted": report.encrypted,
+                "clear": report.clear,
+                "withheld": report.withheld,
+                "fault": report.fault,
+            })),
         })
     };
     json!({

@@ -1,4 +1,4 @@
-use clustermesh_api::v1::{Laggard, SourceRevision};
+use clustermesh_api::v1::{EncryptionReport, Laggard, SourceRevision};
 
 use super::*;
 
@@ -20,6 +20,17 @@ fn status() -> MeshStatusResponse {
         pod_cidrs: vec!["10.1.0.0/24".to_owned()],
         ..NodeStatus::default()
     };
+    let mut first = node(
+        "w1",
+        node_status::State::Connected,
+        vec![source("c1", 0xab, 120), source("c2", 0xcd, 77)],
+    );
+    first.encryption = Some(EncryptionReport {
+        backend: "userspace".to_owned(),
+        encrypted: 3,
+        fault: true,
+        ..EncryptionReport::default()
+    });
     MeshStatusResponse {
         cluster: "c1".to_owned(),
         cluster_id: 1,
@@ -37,11 +48,7 @@ fn status() -> MeshStatusResponse {
             ..PeerStatus::default()
         }],
         nodes: vec![
-            node(
-                "w1",
-                node_status::State::Connected,
-                vec![source("c1", 0xab, 120), source("c2", 0xcd, 77)],
-            ),
+            first,
             node(
                 "w2",
                 node_status::State::Stale,
@@ -63,9 +70,9 @@ Peers
   c2       2   synced  77        2      0          0           0         cluster-id:3  -
 
 Nodes: everything applied on 1 of 2
-  NAME  STATE      APPLIED                  REPORT     POD CIDRS    REFUSED  VERSION
-  w1    connected  c1=120 c2=77             40 ms ago  10.1.0.0/24  -        0.1.0
-  w2    stale      c1=110 (10 behind) c2=-  40 ms ago  10.1.0.0/24  -        0.1.0
+  NAME  STATE      APPLIED                  REPORT     POD CIDRS    ENCRYPTION                     REFUSED  VERSION
+  w1    connected  c1=120 c2=77             40 ms ago  10.1.0.0/24  userspace: 3 encrypted, fault  -        0.1.0
+  w2    stale      c1=110 (10 behind) c2=-  40 ms ago  10.1.0.0/24  -                              -        0.1.0
 "
     );
 }

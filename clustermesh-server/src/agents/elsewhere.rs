@@ -117,6 +117,7 @@ fn session_from_wire(open: wire::OpenSession) -> (String, Session) {
         applied: open.applied,
         reported: age.and_then(|age| Instant::now().checked_sub(Duration::from_millis(age))),
         refused_records: open.refused_records.into_iter().collect(),
+        encryption: open.encryption,
     };
     let session = Session {
         instance_id: open.instance_id,
@@ -138,6 +139,7 @@ pub(super) fn session_to_wire(node: &str, instance_id: &str, report: &Report) ->
             .and_then(|age| i64::try_from(age.as_millis()).ok())
             .unwrap_or(-1),
         refused_records: report.refused_records.clone().into_iter().collect(),
+        encryption: report.encryption.clone(),
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clustermesh_api::limits::{MAX_PEERS, MAX_SESSIONS};
-use clustermesh_api::v1::SourceRevision;
+use clustermesh_api::v1::ReportApplied;
 use clustermesh_raft::ReplicaId;
 use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
@@ -275,7 +275,12 @@ impl Registry {
 
 impl OpenSession {
     /// Takes a report.
-    pub fn applied(&self, sources: Vec<SourceRevision>, refused_records: BTreeMap<String, u64>) {
+    pub fn applied(&self, told: ReportApplied) {
+        let ReportApplied {
+            sources,
+            refused_records,
+            encryption,
+        } = told;
         // An honest agent has no more to say; another one shall not fill this server's memory.
         let sources = sources.into_iter().take(MAX_PEERS + 1).collect();
         let refused_records = refused_records
@@ -283,6 +288,7 @@ impl OpenSession {
             .filter(|(reason, _)| reason.len() <= MAX_REASON_BYTES)
             .take(MAX_REASONS)
             .collect();
+        let encryption = encryption.filter(|told| told.backend.len() <= MAX_REASON_BYTES);
         let mut nodes = self.registry.inner.nodes.lock();
         let version = nodes.next_version();
         if let Some(entry) = nodes
@@ -293,6 +299,7 @@ impl OpenSession {
             entry.version = version;
             entry.report.applied = sources;
             entry.report.refused_records = refused_records;
+            entry.report.encryption = encryption;
             entry.report.reported = Some(Instant::now());
         }
         drop(nodes);
@@ -326,7 +333,16 @@ impl Drop for Entry {
 
 #[cfg(test)]
 mod tests {
+    use clustermesh_api::v1::SourceRevision;
+
     use super::*;
+
+    fn report(sources: Vec<SourceRevision>) -> ReportApplied {
+        ReportApplied {
+            sources,
+            ..ReportApplied::default()
+        }
+    }
 
     #[test]
     fn a_second_instance_is_refused_while_the_first_lives() {
@@ -344,7 +360,7 @@ mod tests {
         let mut old = registry.open("w1", "a", Report::default()).unwrap();
         let mut new = registry.open("w1", "a", Report::default()).unwrap();
         assert!(old.replaced.try_recv().is_ok() && new.replaced.try_recv().is_err());
-        old.applied(vec![SourceRevision::default()], BTreeMap::new());
+        old.applied(report(vec![SourceRevision::default()]));
         drop(old);
         assert!(registry.report("w1").unwrap().applied.is_empty());
         drop(new);
@@ -360,7 +376,7 @@ mod tests {
             store_id,
             revision,
         };
-        session.applied(vec![source(1, 10)], BTreeMap::new());
+        session.applied(report(vec![source(1, 10)]));
         let report = registry.report("w1").unwrap();
         assert!(report.has_applied(&source(1, 10)));
         assert!(!report.has_applied(&source(1, 11)));

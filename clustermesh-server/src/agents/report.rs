@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use clustermesh_api::v1::SourceRevision;
+use clustermesh_api::v1::{EncryptionReport, SourceRevision};
 
 /// What is known of one connected node.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +20,8 @@ pub struct Report {
     pub reported: Option<Instant>,
     /// Records that the agent could not take, by reason.
     pub refused_records: BTreeMap<String, u64>,
+    /// How its packets to others travel; `None`: it does not encrypt.
+    pub encryption: Option<EncryptionReport>,
 }
 
 impl Report {

@@ -124,6 +124,7 @@ fn node(shared: &Shared, recorded: RecordedNode) -> NodeStatus {
             .map(|address| address.to_string())
             .collect(),
         refused_records: report.refused_records.into_iter().collect(),
+        encryption: report.encryption,
         node: record.name,
     }
 }

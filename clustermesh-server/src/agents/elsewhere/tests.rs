@@ -1,6 +1,6 @@
 use super::super::registry::Registry;
 use super::*;
-use clustermesh_api::v1::SourceRevision;
+use clustermesh_api::v1::{EncryptionReport, ReportApplied, SourceRevision};
 
 /// Passes on what `from` has since `taken`; the version that it then has.
 fn pass(from: &Registry, to: &Registry, mut taken: u64) -> Result<u64, String> {
@@ -29,12 +29,22 @@ fn another_replica_knows_sessions_reports_and_ends() {
     let taken = pass(&here, &there, 0).unwrap();
     assert!(there.is_open("w1"));
     assert_eq!(there.report("w1").unwrap().age(), None);
-    session.applied(vec![revision(5)], BTreeMap::from([("too_long".into(), 2)]));
+    let encryption = EncryptionReport {
+        backend: "kernel".into(),
+        encrypted: 7,
+        ..Default::default()
+    };
+    session.applied(ReportApplied {
+        sources: vec![revision(5)],
+        refused_records: BTreeMap::from([("too_long".into(), 2)]),
+        encryption: Some(encryption.clone()),
+    });
     let second = here.open("w2", "b", Report::default()).unwrap();
     let taken = pass(&here, &there, taken).unwrap();
     let report = there.report("w1").unwrap();
     assert!(report.has_applied(&revision(5)) && report.age().is_some());
     assert_eq!(report.refused_records["too_long"], 2);
+    assert_eq!(report.encryption, Some(encryption));
     assert!(there.is_open("w2"));
     drop(session);
     let taken = pass(&here, &there, taken).unwrap();

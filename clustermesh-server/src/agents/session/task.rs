@@ -1,6 +1,5 @@
 //! One session: introduction, claims answered in order, and what its loss means.
 
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
@@ -338,8 +337,7 @@ impl SessionTask {
                 Some(Box::pin(async move { Ok(vec![refusal]) }))
             }
             Some(Asked::ReportApplied(report)) => {
-                let refused: BTreeMap<String, u64> = report.refused_records.into_iter().collect();
-                open.session.applied(report.sources, refused);
+                open.session.applied(report);
                 None
             }
             Some(Asked::UpsertEndpoint(claim)) => {
