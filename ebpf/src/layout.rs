@@ -3,9 +3,9 @@
 use clustermesh_ebpf_abi::{
     Address, BACKENDS_MAX, BackendKey, BackendValue, DROP_REASONS_MAX, EndpointValue,
     FLOW_RING_BYTES, FRONTENDS_MAX, FrontendKey, FrontendValue, IPCACHE_ENTRIES_MAX,
-    InterfaceValue, IpcacheKey, IpcacheValue, LOCAL_ENDPOINTS_MAX, NODES_MAX, NodeAddressValue,
-    NodeConfig, NodeValue, SocketChoice, TCP_CHOICES_MAX, TRAFFIC_PATHS_MAX, TrafficValue,
-    UdpSocketChoices,
+    InterfaceValue, IpcacheKey, IpcacheValue, LOCAL_ENDPOINTS_MAX, MESH_PREFIXES_MAX, MeshKey,
+    MeshValue, NODES_MAX, NodeAddressValue, NodeConfig, NodeValue, SocketChoice, TCP_CHOICES_MAX,
+    TRAFFIC_PATHS_MAX, TrafficValue, UdpSocketChoices,
 };
 
 use crate::Error;
@@ -102,6 +102,8 @@ pub(crate) const NODE_ADDRESSES: Spec = Spec::of::<Address, NodeAddressValue>(
 );
 pub(crate) const IPCACHE: Spec =
     Spec::of::<IpcacheKey, IpcacheValue>("ipcache", "IPCACHE", Kind::Trie, IPCACHE_ENTRIES_MAX);
+pub(crate) const MESH: Spec =
+    Spec::of::<MeshKey, MeshValue>("mesh", "MESH", Kind::Trie, MESH_PREFIXES_MAX);
 pub(crate) const ENDPOINTS: Spec =
     Spec::of::<Address, EndpointValue>("endpoints", "ENDPOINTS", Kind::Hash, LOCAL_ENDPOINTS_MAX);
 pub(crate) const INTERFACES: Spec =
@@ -123,11 +125,12 @@ pub(crate) const UDP_CHOICES: Spec =
     Spec::of::<u32, UdpSocketChoices>("udp_choices", "UDP_CHOICES", Kind::SocketStorage, 0);
 
 /// All maps that are pinned.
-pub(crate) const SPECS: [Spec; 14] = [
+pub(crate) const SPECS: [Spec; 15] = [
     CONFIG,
     NODES,
     NODE_ADDRESSES,
     IPCACHE,
+    MESH,
     ENDPOINTS,
     INTERFACES,
     FRONTENDS,

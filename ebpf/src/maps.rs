@@ -8,13 +8,13 @@ use std::sync::Arc;
 use aya::maps::MapData;
 use clustermesh_ebpf_abi::{
     Address, BackendKey, BackendValue, DropReason, EndpointValue, FrontendKey, FrontendValue,
-    InterfaceValue, IpcacheKey, IpcacheValue, NodeAddressValue, NodeConfig, NodeValue,
-    SocketChoice, TrafficPath, TrafficValue, WireTraffic,
+    InterfaceValue, IpcacheKey, IpcacheValue, MeshKey, MeshValue, NodeAddressValue, NodeConfig,
+    NodeValue, SocketChoice, TrafficPath, TrafficValue, WireTraffic,
 };
 
 use crate::layout::{
-    BACKENDS, CONFIG, DROPS, ENDPOINTS, FLOWS, FRONTENDS, INTERFACES, IPCACHE, NODE_ADDRESSES,
-    NODES, Spec, TCP_CHOICES, TRAFFIC,
+    BACKENDS, CONFIG, DROPS, ENDPOINTS, FLOWS, FRONTENDS, INTERFACES, IPCACHE, MESH,
+    NODE_ADDRESSES, NODES, Spec, TCP_CHOICES, TRAFFIC,
 };
 use crate::pins::Pins;
 use crate::sys::bpf;
@@ -33,6 +33,8 @@ pub struct Maps {
     pub node_addresses: Table<Address, NodeAddressValue>,
     /// Address prefix to identity and node.
     pub ipcache: Table<IpcacheKey, IpcacheValue>,
+    /// Prefixes of the mesh.
+    pub mesh: Table<MeshKey, MeshValue>,
     /// Local endpoints by address.
     pub endpoints: Table<Address, EndpointValue>,
     /// What may be sent from an interface, by its index.
@@ -73,6 +75,7 @@ impl Maps {
             nodes: array(pins, &NODES)?,
             node_addresses: table(pins, &NODE_ADDRESSES)?,
             ipcache: table(pins, &IPCACHE)?,
+            mesh: table(pins, &MESH)?,
             endpoints: table(pins, &ENDPOINTS)?,
             interfaces: table(pins, &INTERFACES)?,
             frontends: table(pins, &FRONTENDS)?,

@@ -397,3 +397,95 @@ async fn keys_change_on_every_node_without_losing_a_packet() {
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
+
+/// Tries every way to a pod of another node, from a pod and from the host. None may lead there.
+async fn nobody_is_reached(node: &Node, pod: &Pod, others: &[Pod]) {
+    for to in others {
+        for v6 in [false, true] {
+            let address = to.address(v6).unwrap();
+            for mut ping in [
+                pod.command(Path::new("ping")),
+                node.command(Path::new("ping")),
+            ] {
+                ping.args(["-n", "-c", "3", "-i", "0.05", "-W", "1", address]);
+                let reached = run(&mut ping).await;
+                assert!(reached.is_err(), "{} is reached", to.name());
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_boots_while_its_server_is_away_sends_nothing_in_clear() {
+    let mut lab = lab_with("mode = \"all\"\nstrict = true", false).await;
+    for cluster in lab.clusters() {
+        for node in cluster.nodes() {
+            until_traffic(node, "encrypted", 3).await;
+        }
+    }
+    let (mut pods, mut servers) = pods(&lab).await;
+    all_reach_all(&pods).await;
+    let node = lab.cluster(0).node(0);
+    until("three nodes and the own range", || async {
+        let status = node.agent_status().await?;
+        let prefixes = status["map_entries"]["mesh"].as_u64().unwrap_or(0);
+        Ok((prefixes >= 14).then_some(()))
+    })
+    .await
+    .unwrap();
+    // A boot, and no server: nothing is left but the state folder.
+    lab.cluster_mut(0)
+        .stop_server(Signal::SIGKILL)
+        .await
+        .unwrap();
+    let node = lab.cluster_mut(0).node_mut(0);
+    node.stop_agent(Signal::SIGKILL).await.unwrap();
+    drop(servers.remove(0));
+    let pod = pods.remove(0);
+    let name = pod.name().to_owned();
+    pod.delete().await.unwrap();
+    node.uninstall().await.unwrap();
+    assert!(!node.bpffs().join("clustermesh").exists(), "pins are left");
+    node.start_agent().await.unwrap();
+    let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
+    let node = lab.cluster(0).node(0);
+    let pod = node.add_pod(NAMESPACE, &name).await.unwrap();
+    nobody_is_reached(node, &pod, &pods).await;
+    // Three echoes to each of three pods, in both families, from pod and host: the host has no route for some of them.
+    let dropped = node.drops("mesh-unknown").await.unwrap();
+    assert!(dropped >= 18, "{dropped}");
+    nothing_in_clear(taps).await;
+    // The world is reached, and so is the own pod.
+    let (router, own) = (
+        format!("172.30.{}.1", lab.cluster(0).id()),
+        pod.address(false).unwrap().to_owned(),
+    );
+    let mut ping = node.command(Path::new("ping"));
+    run(ping.args(["-n", "-c", "1", "-W", "5", &router]))
+        .await
+        .unwrap();
+    let mut ping = node.command(Path::new("ping"));
+    run(ping.args(["-n", "-c", "1", "-W", "5", &own]))
+        .await
+        .unwrap();
+    let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
+    lab.cluster_mut(0).restart_server().await.unwrap();
+    until_traffic(lab.cluster(0).node(0), "encrypted", 3).await;
+    pods.insert(0, pod);
+    let port = PORT.to_string();
+    let arguments = ["serve", "--name", &name, "--tcp", &port];
+    servers.push(pods[0].start("serve-again", &arguments).await.unwrap());
+    until("every pod answers again", || async {
+        for to in &pods[1..] {
+            pods[0].ping(to.address(false)?).await?;
+            to.ping(pods[0].address(true)?).await?;
+        }
+        Ok(Some(()))
+    })
+    .await
+    .unwrap();
+    all_reach_all(&pods).await;
+    nothing_in_clear(taps).await;
+    drop(servers);
+    assert_eq!(lab.remove().await, Vec::<String>::new());
+}

@@ -1,5 +1,6 @@
 //! The agent: start over what the kernel holds, tasks, drain.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use clustermesh_process::{
     AdminPages, AdminServer, Drain, DrainEnd, HealthCheck, Heartbeats, Readiness, ReadyToken,
     drain, install_crypto_provider, notify_ready, notify_stopping, shutdown_signal,
 };
+use ipnetwork::IpNetwork;
 use prometheus_client::registry::Registry;
 use rtnetlink::Handle;
 use tracing::{error, info, warn};
@@ -24,13 +26,14 @@ use crate::endpoint::Endpoints;
 use crate::flows::Flows;
 use crate::host::{self, HostPair, Underlay};
 use crate::local_api::{LocalApi, work_off_queue};
+use crate::mesh::{self, MeshGuard};
 use crate::metrics::Metrics;
 use crate::reconcile::{RETRY_AFTER, read_tables};
 use crate::session;
 use crate::shared::{Parts, Shared};
 use crate::state::{NodeFacts, StateFiles};
 use crate::stream::Follower;
-use crate::{netlink, privileges, probe};
+use crate::{netlink, path_probe, privileges, probe};
 
 /// The underlay is compared with what the kernel's state is made for this often; a change that two looks in a row
 /// have found is followed.
@@ -72,6 +75,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Arc::clone(&datapath),
         handle.clone(),
     )?;
+    let mesh = MeshGuard::open(&config, &files, &maps)?;
     let cached_facts = files.facts()?;
     let cached_workloads = files.workloads()?;
     let client = Client::new(&config.client())?;
@@ -88,6 +92,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             attach_mode,
             underlay: underlay.clone(),
             encryption: encryption.clone(),
+            mesh: mesh.clone(),
         },
         cached_workloads,
     ));
@@ -124,6 +129,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         sync_token: Some(readiness.token("first complete listing in the kernel")),
         left_over: Vec::new(),
         left_over_until: None,
+        routes_written: BTreeMap::new(),
     };
     if shared.encryption.is_none() {
         node.left_over = encryption::left_over(&node.handle).await?;
@@ -139,6 +145,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(admin.serve(DrainEnd::of(&view)));
     tokio::spawn(api.serve(Arc::clone(&shared), flows, view.clone()));
     tokio::spawn(probe::run(Arc::clone(&shared), view.clone()));
+    tokio::spawn(path_probe::run(Arc::clone(&shared), view.clone()));
     if let Some(encryption) = encryption {
         tokio::spawn(encryption::run(
             Arc::clone(&shared),
@@ -146,6 +153,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             node.handle.clone(),
             view.clone(),
         ));
+    }
+    if let Some(mesh) = mesh {
+        tokio::spawn(mesh::run(Arc::clone(&shared), mesh, view.clone()));
     }
     let identity = session::Identity {
         boot_id: boot_id(),
@@ -199,6 +209,8 @@ struct Node {
     /// WireGuard devices of a run that encrypted, where this one does not.
     left_over: Vec<u32>,
     left_over_until: Option<Instant>,
+    /// Routes to pods as they were last written, with their MTUs.
+    routes_written: BTreeMap<IpNetwork, u32>,
 }
 
 impl Node {
@@ -244,7 +256,7 @@ impl Node {
                 }
                 Ok(()) = cidrs.changed() => {
                     cidrs.mark_unchanged();
-                    if let Err(error) = self.ensure_routes(false).await {
+                    if let Err(error) = self.ensure_routes().await {
                         warn!(error = %format!("{error:#}"), "routes to other nodes' pods not brought up to date");
                     }
                 }
@@ -291,7 +303,12 @@ impl Node {
         let split = split_of(&facts);
         tokio::task::block_in_place(|| self.shared.files.store_facts(&facts))?;
         self.facts = Some(facts.clone());
-        self.ensure_routes(true).await?;
+        self.routes_written.clear();
+        self.ensure_routes().await?;
+        // Before the programs and the settings that ask for them.
+        if let Some(mesh) = &self.shared.mesh {
+            mesh.fill(&self.shared, &facts)?;
+        }
         self.shared.maps.set_config(&self.node_config(&facts))?;
         self.shared.endpoints.restore(&facts, self.pair).await?;
         if first {
@@ -304,6 +321,10 @@ impl Node {
             *self.shared.model() = Some(model);
             if !self.layout_changed {
                 self.activate().await?;
+            }
+            // With another layout the programs of before guard the node until the new maps are full.
+            if let Some(mesh) = &self.shared.mesh {
+                mesh.set_attached();
             }
             let decoder = Decoder::new(self.shared.config.cluster.as_str().into(), split);
             let follower = Follower::new(
@@ -336,6 +357,9 @@ impl Node {
             encryption: self.shared.config.encryption.for_model(),
         };
         let mut model = Model::new(settings, read_tables(&self.shared.maps)?);
+        if self.shared.config.path_probe_seconds == 0 {
+            model.forget_measured();
+        }
         // Before the first listing: what is encrypted stays so.
         if let Some(encryption) = &self.shared.encryption {
             model.set_wireguard(encryption.state());
@@ -390,7 +414,8 @@ impl Node {
             if !self.layout_changed {
                 self.activate().await?;
             }
-            self.ensure_routes(true).await?;
+            self.routes_written.clear();
+            self.ensure_routes().await?;
         }
         if let Some(model) = self.shared.model().as_mut() {
             let Underlay {
@@ -402,6 +427,9 @@ impl Node {
             model.change_underlay(addresses.clone(), *path_v4, *path_v6);
         }
         self.shared.underlay.send_replace(self.underlay.clone());
+        if let (Some(mesh), Some(facts)) = (&self.shared.mesh, &self.facts) {
+            mesh.fill(&self.shared, facts)?;
+        }
         Ok(())
     }
 
@@ -483,7 +511,7 @@ impl Node {
         Ok(())
     }
 
-    async fn ensure_routes(&self, renew: bool) -> anyhow::Result<()> {
+    async fn ensure_routes(&mut self) -> anyhow::Result<()> {
         let Some(facts) = &self.facts else {
             return Ok(());
         };
@@ -494,7 +522,7 @@ impl Node {
             facts,
             &self.underlay,
             &remote,
-            renew,
+            &mut self.routes_written,
         )
         .await
     }

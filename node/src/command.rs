@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::config::Config;
 use crate::encryption;
 use crate::encryption::keys::{KEY_FILE, NEXT_KEY_FILE};
-use crate::state::StateFiles;
+use crate::state::{MESH_FILE, StateFiles};
 use crate::{host, netlink, privileges};
 
 /// How the status is printed.
@@ -99,6 +99,20 @@ fn status_text(status: &AgentStatusResponse) -> String {
             ),
         );
     }
+    for path in status.paths.iter().filter(|path| path.black_hole) {
+        line(
+            "Black hole:",
+            format!(
+                "{}/{} to {}/{}: packets over {} bytes vanish, the devices take {}",
+                status.cluster,
+                status.node,
+                path.cluster,
+                path.node,
+                path.mtu_bytes,
+                path.device_mtu_bytes
+            ),
+        );
+    }
     for (reason, count) in status.drops.iter().filter(|(_, count)| **count > 0) {
         line("Dropped:", format!("{count} packets: {reason}"));
     }
@@ -140,6 +154,16 @@ fn status_json(status: &AgentStatusResponse) -> Value {
             )
         })
         .collect();
+    let paths: Vec<Value> = status
+        .paths
+        .iter()
+        .map(|path| {
+            json!({
+                "cluster": path.cluster, "node": path.node, "address": path.address, "mtu_bytes": path.mtu_bytes,
+                "device_mtu_bytes": path.device_mtu_bytes, "black_hole": path.black_hole, "answers": path.answers,
+            })
+        })
+        .collect();
     json!({
         "node": status.node,
         "cluster": status.cluster,
@@ -155,6 +179,7 @@ fn status_json(status: &AgentStatusResponse) -> Value {
         "refused_records": status.refused_records,
         "pod_cidrs": status.pod_cidrs,
         "underlay_addresses": status.underlay_addresses,
+        "paths": paths,
     })
 }
 
@@ -216,6 +241,7 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
         "endpoints.json",
         "workloads.json",
         "store.json",
+        MESH_FILE,
         KEY_FILE,
         NEXT_KEY_FILE,
     ] {

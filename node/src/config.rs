@@ -41,6 +41,7 @@ Settings that may stand above [server], with their defaults:
   mtu = 0                      # of pods, bytes; 0: the underlay's less the tunnel's headers
   admin = "127.0.0.1:9964"     # metrics and health
   probe_interval_ms = 1000
+  path_probe_seconds = 15      # paths to other nodes are probed for their MTU; 0 = never
   session_ttl_seconds = 15     # silent for so long, the node is stale
   log_format = "text"          # or "json"
 
@@ -57,6 +58,7 @@ Settings that may stand above [server], with their defaults:
   program = ""                 # of the device in user space; "" = beside this one
   socket_dir = "/var/run/wireguard" # of that device, for `wg`
   control_ports = [2379, 2380] # of servers: nodes reach them without encryption
+  strict_cidrs = []            # where only pods and nodes of the mesh live, known or not
 
   [encryption.clusters]        # single clusters, "on" or "off"; none; not with mode "off"
 
@@ -118,6 +120,9 @@ pub struct Config {
     /// Time between two readiness probes of a port, milliseconds.
     #[serde(default = "default_probe_interval")]
     pub probe_interval_ms: u64,
+    /// What the path to each other node takes is probed for this often, seconds; 0 = never.
+    #[serde(default = "default_path_probe")]
+    pub path_probe_seconds: u32,
     /// The server calls this node stale after so long without a message, seconds.
     #[serde(default = "default_session_ttl")]
     pub session_ttl_seconds: u32,
@@ -212,6 +217,9 @@ fn default_admin() -> SocketAddr {
 }
 const fn default_probe_interval() -> u64 {
     INTERVAL_MS_DEFAULT
+}
+const fn default_path_probe() -> u32 {
+    15
 }
 const fn default_session_ttl() -> u32 {
     SESSION_TTL_DEFAULT_SECONDS
@@ -345,6 +353,14 @@ mod tests {
             (
                 "encryption = { strict = true }\nnode = \"w1\"",
                 "encryption.mode",
+            ),
+            (
+                "encryption = { mode = \"all\", strict_cidrs = [\"10.0.0.0/8\"] }\nnode = \"w1\"",
+                "encryption.strict_cidrs",
+            ),
+            (
+                "encryption = { mode = \"all\", strict = true, strict_cidrs = [\"0.0.0.0/0\"] }\nnode = \"w1\"",
+                "encryption.strict_cidrs",
             ),
             (
                 "encryption = { clusters = { west = \"on\" } }\nnode = \"w1\"",

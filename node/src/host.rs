@@ -1,5 +1,6 @@
 //! The host's side of the pods' network: the pair `cm_host` and `cm_net`, its addresses and routes, settings.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use anyhow::{Context, bail, ensure};
@@ -36,6 +37,8 @@ const WIREGUARD_V4_BYTES: u32 = 60;
 const WIREGUARD_V6_BYTES: u32 = 80;
 /// WireGuard fills packets up to a multiple of this before it seals them.
 const WIREGUARD_PADDING_BYTES: u32 = 16;
+/// Least packet that every link of IPv6 takes, bytes (RFC 8200, 5).
+const IPV6_LINK_BYTES: u32 = 1_280;
 /// Largest MTU of the pair itself: routes carry the real ones.
 const PAIR_MTU_BYTES: u32 = 65_535;
 
@@ -296,8 +299,8 @@ pub async fn ensure_pair(handle: &Handle) -> anyhow::Result<HostPair> {
     }
 }
 
-/// Gives the pair its addresses and routes: the cluster's pod CIDRs and those of other nodes. Routes that are
-/// there are written again only to `renew` them: their source and MTU may be of an earlier run.
+/// Gives the pair its addresses and routes: the cluster's pod CIDRs and those of other nodes. `written` are the routes
+/// with their MTUs that need not be written again; others that are there may be of an earlier run.
 ///
 /// # Errors
 /// The kernel refused something.
@@ -307,7 +310,7 @@ pub async fn ensure_addresses_and_routes(
     facts: &NodeFacts,
     underlay: &Underlay,
     remote: &RemoteCidrs,
-    renew: bool,
+    written: &mut BTreeMap<IpNetwork, u32>,
 ) -> anyhow::Result<()> {
     let mut ipam = clustermesh_node_core::ipam::Ipam::default();
     ipam.set_ranges(facts.pod_cidr_v4, facts.pod_cidr_v6);
@@ -319,44 +322,61 @@ pub async fn ensure_addresses_and_routes(
         }
     }
     let own = [facts.pod_cidr_v4, facts.pod_cidr_v6];
-    let mut wanted: Vec<IpNetwork> = facts
-        .cluster_pod_cidrs
-        .iter()
-        .chain(&remote.cidrs)
-        .copied()
-        .chain(own.into_iter().flatten())
-        .collect();
-    wanted.sort_unstable();
-    wanted.dedup();
+    let pod_mtu = |destination: &IpNetwork, path_bytes: u16| {
+        let of_family = if destination.is_ipv4() {
+            underlay.pod_mtu
+        } else {
+            underlay.pod_mtu_v6
+        };
+        match u32::from(path_bytes) {
+            0 => of_family,
+            // What the other family has less, it has less on a narrow path too. IPv6 knows no links below its least size.
+            bytes => {
+                let narrower = underlay.pod_mtu.saturating_sub(bytes);
+                let least = if destination.is_ipv4() {
+                    0
+                } else {
+                    IPV6_LINK_BYTES
+                };
+                of_family.saturating_sub(narrower).max(least.min(of_family))
+            }
+        }
+    };
+    let mut wanted: BTreeMap<IpNetwork, u32> = BTreeMap::new();
+    let ranges = facts.cluster_pod_cidrs.iter().map(|cidr| (*cidr, 0));
+    let own = own.into_iter().flatten().map(|cidr| (cidr, 0));
+    for (cidr, path_bytes) in ranges.chain(remote.cidrs.iter().copied()).chain(own) {
+        let mtu = pod_mtu(&cidr, path_bytes);
+        let held = wanted.entry(cidr).or_insert(mtu);
+        *held = mtu.min(*held);
+    }
     let held = netlink::routes_of(handle, pair.host_ifindex).await?;
-    for destination in &wanted {
+    for (destination, mtu) in &wanted {
         let Some(source) = routers
             .iter()
             .find(|ip| ip.is_ipv4() == destination.is_ipv4())
         else {
             continue;
         };
-        if held.contains(destination) && !renew {
+        if held.contains(destination) && written.get(destination) == Some(mtu) {
             continue;
         }
         let route = Route {
             destination: *destination,
             gateway: None,
             source: Some(*source),
-            mtu: if destination.is_ipv4() {
-                underlay.pod_mtu
-            } else {
-                underlay.pod_mtu_v6
-            },
+            mtu: *mtu,
         };
         netlink::put_route(handle, pair.host_ifindex, &route).await?;
+        written.insert(*destination, *mtu);
     }
     // A restarted agent does not know the peers' ranges before the first listing: losing control removes no route.
     let gone = held
         .iter()
-        .filter(|held| remote.complete && !wanted.contains(held));
+        .filter(|held| remote.complete && !wanted.contains_key(held));
     for gone in gone {
         netlink::delete_route(handle, pair.host_ifindex, *gone).await?;
+        written.remove(gone);
     }
     Ok(())
 }

@@ -41,6 +41,10 @@ pub struct Metrics {
     pub cni_calls: Family<Labels, Counter>,
     /// 1 while the WireGuard devices are not as the records want them.
     pub encryption_fault: Gauge,
+    /// Largest packet that the path to each node takes, bytes.
+    pub path_mtu: Family<Labels, Gauge>,
+    /// 1 for each node on the path to which larger packets vanish though the devices take them.
+    pub path_black_hole: Family<Labels, Gauge>,
     /// Of the WireGuard devices.
     pub encryption: EncryptionMetrics,
 }
@@ -124,6 +128,8 @@ impl Metrics {
             reconnects: Family::default(),
             cni_calls: Family::default(),
             encryption_fault: Gauge::default(),
+            path_mtu: Family::default(),
+            path_black_hole: Family::default(),
             encryption: EncryptionMetrics::default(),
         };
         let registry = registry.sub_registry_with_prefix("clustermesh_node");
@@ -161,6 +167,16 @@ impl Metrics {
             "takeover_pending",
             "1 while programs and maps of an earlier layout are in use",
             metrics.takeover_pending.clone(),
+        );
+        registry.register(
+            "path_mtu_bytes",
+            "Largest packet of pods that the path to each node takes",
+            metrics.path_mtu.clone(),
+        );
+        registry.register(
+            "path_black_hole",
+            "1 for each node on the path to which packets vanish that the devices take; see the log",
+            metrics.path_black_hole.clone(),
         );
         registry.register(
             "apply_seconds",

@@ -61,6 +61,7 @@ pub fn round(shared: &Shared) -> bool {
     let services = model.take_services_changed();
     let workloads = model.take_workloads_changed();
     let peers = model.take_peers_changed();
+    let mesh = model.has_mesh_changed();
     drop(guard);
     if !plan.is_empty() {
         shared
@@ -79,6 +80,9 @@ pub fn round(shared: &Shared) -> bool {
             *held = new;
             changed
         });
+    }
+    if mesh && listed {
+        shared.mesh_changes.send_modify(|n| *n = n.wrapping_add(1));
     }
     if peers && listed {
         shared.peer_changes.send_modify(|n| *n = n.wrapping_add(1));

@@ -17,7 +17,9 @@ use crate::encryption::Encryption;
 use crate::endpoint::Endpoints;
 use crate::host::Underlay;
 use crate::local_api::DelQueue;
+use crate::mesh::MeshGuard;
 use crate::metrics::Metrics;
+use crate::path_probe::Paths;
 use crate::probe::Prober;
 use crate::state::{NodeFacts, StateFiles, StoredWorkload};
 
@@ -36,8 +38,8 @@ pub struct Applied {
 /// What the host must route to other nodes' pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RemoteCidrs {
-    /// Pod CIDRs of other nodes, sorted.
-    pub cidrs: Vec<IpNetwork>,
+    /// Pod CIDRs of other nodes, sorted, each with the largest packet that its node's path takes, bytes; 0 = not known.
+    pub cidrs: Vec<(IpNetwork, u16)>,
     /// Nothing else is: until the records have been listed in full, routes of before stay.
     pub complete: bool,
 }
@@ -54,6 +56,8 @@ pub struct Shared {
     pub endpoints: Endpoints,
     /// Readiness of local ports.
     pub prober: Prober,
+    /// What is known of the paths to other nodes.
+    pub paths: Paths,
     /// Counters.
     pub metrics: Metrics,
     /// How programs are attached.
@@ -76,6 +80,8 @@ pub struct Shared {
     pub remote_cidrs: watch::Sender<RemoteCidrs>,
     /// Counts changes of workloads.
     pub workload_changes: watch::Sender<u64>,
+    /// Counts changes of the mesh's prefixes.
+    pub mesh_changes: watch::Sender<u64>,
     /// Counts changes of what the WireGuard devices should know.
     pub peer_changes: watch::Sender<u64>,
     /// Counts changes of the WireGuard devices themselves.
@@ -84,6 +90,8 @@ pub struct Shared {
     pub announcements: watch::Sender<u64>,
     /// Keys and devices; `None` where nothing is encrypted.
     pub encryption: Option<Arc<Encryption>>,
+    /// Prefixes of the mesh; `None` without strict mode.
+    pub mesh: Option<Arc<MeshGuard>>,
     /// Endpoints that the server has stored.
     pub registered: Mutex<HashSet<Attachment>>,
     model: Mutex<Option<Model>>,
@@ -108,6 +116,7 @@ impl Shared {
             files: parts.files,
             maps: parts.maps,
             endpoints: parts.endpoints,
+            paths: Paths::default(),
             metrics: parts.metrics,
             attach_mode: parts.attach_mode,
             underlay: watch::Sender::new(parts.underlay),
@@ -118,10 +127,12 @@ impl Shared {
             trusted: watch::Sender::new(false),
             remote_cidrs: watch::Sender::new(RemoteCidrs::default()),
             workload_changes: watch::Sender::new(0),
+            mesh_changes: watch::Sender::new(0),
             peer_changes: watch::Sender::new(0),
             wireguard_changes: watch::Sender::new(0),
             announcements: watch::Sender::new(0),
             encryption: parts.encryption,
+            mesh: parts.mesh,
             registered: Mutex::default(),
             model: Mutex::new(None),
             cached_workloads: Mutex::new(cached.collect()),
@@ -208,4 +219,6 @@ pub struct Parts {
     pub underlay: Underlay,
     /// Keys and devices.
     pub encryption: Option<Arc<Encryption>>,
+    /// Prefixes of the mesh.
+    pub mesh: Option<Arc<MeshGuard>>,
 }

@@ -8,10 +8,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use clustermesh_node_core::ipam::{Attachment, Ipam};
+use clustermesh_node_core::mesh::MeshPrefix;
 use ipnetwork::IpNetwork;
 use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+/// Prefixes of the mesh, for strict mode.
+pub const MESH_FILE: &str = "mesh.json";
 
 /// What the server said of this node when it last welcomed it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,7 +109,9 @@ pub enum StateError {
     )]
     Locked(PathBuf),
     /// The file is damaged.
-    #[error("{path} cannot be read ({source}): move it away, endpoints are then attached anew")]
+    #[error(
+        "{path} cannot be read ({source}): move it away, what it held is then learnt anew, and endpoints are attached anew"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -213,6 +219,22 @@ impl StateFiles {
     /// [`StateError::Io`].
     pub fn store_store_id(&self, store_id: u64) -> Result<(), StateError> {
         self.write("store.json", &store_id)
+    }
+
+    /// Prefixes of the mesh that were learnt; `None` if none ever were.
+    ///
+    /// # Errors
+    /// [`StateError::Damaged`] or [`StateError::Io`].
+    pub fn mesh_prefixes(&self) -> Result<Option<Vec<MeshPrefix>>, StateError> {
+        self.read(MESH_FILE)
+    }
+
+    /// Stores the prefixes of the mesh.
+    ///
+    /// # Errors
+    /// [`StateError::Io`].
+    pub fn store_mesh_prefixes(&self, prefixes: &[MeshPrefix]) -> Result<(), StateError> {
+        self.write(MESH_FILE, &prefixes)
     }
 
     fn read<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StateError> {

@@ -263,6 +263,8 @@ impl Follower {
                         .map(|peer| peer.as_str().into())
                         .collect()
                 });
+                let peers = self.peers.as_ref();
+                model.set_configured_peers(peers.map(|peers| peers.iter().cloned().collect()));
                 if start.full_listing {
                     model.begin_listing();
                     if self.over_entries && self.held_store != Some(start.store_id) {

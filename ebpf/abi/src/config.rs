@@ -22,6 +22,10 @@ pub const CONFIG_STRICT: u32 = 1 << 2;
 /// [`NodeConfig::flags`]: what the host itself sends to the address of such a node is encrypted too.
 pub const CONFIG_ENCRYPT_NODES: u32 = 1 << 3;
 
+/// `SO_MARK` of the host's probes of paths: they are sent whatever size is known to pass. Marks of pods do not leave
+/// their namespaces.
+pub const PROBE_MARK: u32 = 0xe01;
+
 /// WireGuard devices of a node: the present one, and while keys change a second one.
 pub const WIREGUARD_DEVICES_MAX: usize = 2;
 /// Ports of the control plane in [`NodeConfig::control_ports_be`].

@@ -10,6 +10,7 @@ mod endpoint;
 mod flow;
 mod ipcache;
 mod lb;
+mod mesh;
 mod metrics;
 mod node;
 
@@ -18,15 +19,16 @@ pub use endpoint::*;
 pub use flow::*;
 pub use ipcache::*;
 pub use lb::*;
+pub use mesh::*;
 pub use metrics::*;
 pub use node::*;
 
 /// Version of every layout in this crate. Pinned names carry it.
 #[cfg(not(feature = "layout-next"))]
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 /// Version of the layout that tests of an upgrade build beside the present one.
 #[cfg(feature = "layout-next")]
-pub const LAYOUT_VERSION: u32 = 1_000_003;
+pub const LAYOUT_VERSION: u32 = 1_000_004;
 
 /// A 16-byte address; IPv4 is mapped as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
 pub type Address = [u8; 16];

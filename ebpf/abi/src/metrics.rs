@@ -46,11 +46,15 @@ pub enum DropReason {
     ClearReceived = 19,
     /// Would have left in clear for a node that is to be sent to encrypted only.
     ClearWouldLeave = 20,
+    /// In clear, to or from an address of the mesh of which no record says who has it.
+    MeshUnknown = 21,
+    /// Came out of WireGuard for an address that is not this node's: peers may not use it as a router.
+    NotForHere = 22,
 }
 
 impl DropReason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::Malformed,
         Self::VlanTagged,
         Self::UnknownEthertype,
@@ -72,6 +76,8 @@ impl DropReason {
         Self::AwaitingKey,
         Self::ClearReceived,
         Self::ClearWouldLeave,
+        Self::MeshUnknown,
+        Self::NotForHere,
     ];
 
     /// Label of the metric.
@@ -99,6 +105,8 @@ impl DropReason {
             Self::AwaitingKey => "awaiting-key",
             Self::ClearReceived => "clear-received",
             Self::ClearWouldLeave => "clear-would-leave",
+            Self::MeshUnknown => "mesh-unknown",
+            Self::NotForHere => "not-for-here",
         }
     }
 }

@@ -23,6 +23,10 @@ pub const NODE_CLEAR_REFUSED: u16 = 1 << 3;
 /// [`NodeValue::flags`]: packets to the node must be encrypted, but no key is there yet: they are dropped.
 pub const NODE_WITHHELD: u16 = 1 << 4;
 
+/// [`NodeValue::flags`]: [`NodeValue::path_mtu_bytes`] was measured to be less than what the devices take: TCP connections
+/// of pods are told when they begin.
+pub const NODE_NARROW: u16 = 1 << 5;
+
 /// A node, by its index (array map).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -12,16 +12,21 @@ use crate::deliver::{check_key, route_outer, send, to_endpoint, to_host};
 use crate::encap::{
     ECN_MASK, TUNNEL_BYTES, UDP_BYTES, VXLAN_FLAGS, decapsulate, source_port, write_outer,
 };
+use crate::fib;
 use crate::frame::{
     ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES, IPV6_BYTES,
 };
 use crate::maps::{NODE_ADDRESSES, NODES};
+use crate::mesh;
 use crate::parse::{self, Family, PROTOCOL_UDP, Packet, Words};
 use crate::route::{endpoint, in_pod_cidr, ipcache};
 use crate::verdict::{Action, Seen, count_wire};
 
 /// Longest IP header of the outside without options, UDP and all inside up to the inner IP header.
 const TUNNEL_FRAME_BYTES: usize = ETHERNET_BYTES + IPV6_BYTES + TUNNEL_BYTES + IPV6_BYTES;
+
+/// Where the type stands in an Ethernet header.
+const ETHERTYPE_OFFSET: u32 = 12;
 
 /// How packets came to this machine. A constant at every entry point, so that each program holds its own half only.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -94,8 +99,37 @@ pub fn handle(
         Kind::Tunnel => tunnel(frame, config, wire, &outer, seen),
         Kind::Direct => direct(frame, config, wire, seen),
         Kind::Host => to_stack(frame, config, wire, &outer, seen),
-        Kind::Other => Ok(Action::Pass),
+        Kind::Other => match wire {
+            Wire::Clear => Ok(Action::Pass),
+            Wire::Encrypted => to_other_address(frame, seen),
+        },
     }
+}
+
+/// Out of WireGuard, for an address that is neither a pod's nor the tunnel's end: one of the host's others, or nothing
+/// of ours. The host's routes know; what it would hand on is refused, or a peer could use it as a router.
+#[inline(always)]
+fn to_other_address(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
+    let mut ethertype = 0_u16;
+    frame.load(ETHERTYPE_OFFSET, &mut ethertype)?;
+    let packet = &mut seen.packet;
+    if ethertype == ETHERTYPE_IPV4 {
+        let mut ends = [0_u32; 2];
+        frame.load(ETHERNET_BYTES as u32 + 12, &mut ends)?;
+        packet.source = Words::mapped(ends[0]);
+        packet.destination = Words::mapped(ends[1]);
+    } else {
+        let mut ends = [0_u32; 8];
+        frame.load(ETHERNET_BYTES as u32 + 8, &mut ends)?;
+        packet.family = Family::V6;
+        packet.source = Words([ends[0], ends[1], ends[2], ends[3]]);
+        packet.destination = Words([ends[4], ends[5], ends[6], ends[7]]);
+    }
+    if fib::would_forward(frame, &seen.packet) {
+        return Err(DropReason::NotForHere);
+    }
+    clear::count_opened(frame);
+    Ok(Action::Pass)
 }
 
 /// A packet for the host itself. Only where something is encrypted, its sender is looked at.
@@ -494,6 +528,7 @@ fn from_world(frame: Frame, config: &NodeConfig, seen: &mut Seen) -> Result<Acti
     if packet.source.equals(&own) || in_pod_cidr(config, packet.family, &packet.source) {
         return Err(DropReason::DirectForgedSource);
     }
+    mesh::refuse(config, &packet.source)?;
     seen.identity = IDENTITY_WORLD;
     match endpoint(&packet.destination) {
         Some(endpoint) if endpoint.flags & ENDPOINT_HOST != 0 => Ok(Action::Pass),

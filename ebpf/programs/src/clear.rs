@@ -8,14 +8,16 @@
 //! connection *from* it, so a program that binds itself to it does not get out in clear.
 
 use clustermesh_ebpf_abi::{
-    CONFIG_ENCRYPT_NODES, CONFIG_STRICT, DropReason, NODE_CLEAR_REFUSED, NODE_ENCRYPTED,
-    NODE_INDEX_LOCAL, NODE_WITHHELD, NodeConfig, NodeValue, TrafficPath, WireTraffic,
+    CONFIG_ENCRYPT_NODES, CONFIG_STRICT, DropReason, MESH_LISTED, NODE_CLEAR_REFUSED,
+    NODE_ENCRYPTED, NODE_INDEX_LOCAL, NODE_PRESENT, NODE_WITHHELD, NodeConfig, NodeValue,
+    TrafficPath, WireTraffic,
 };
 
 use crate::deliver::{check_key, into_wireguard};
 use crate::encap::forget_segments;
 use crate::frame::{ETHERNET_BYTES, Frame, IPV6_BYTES};
 use crate::maps::{NODE_ADDRESSES, NODES};
+use crate::mesh;
 use crate::mss;
 use crate::parse::{Family, PROTOCOL_ICMPV6, PROTOCOL_TCP, PROTOCOL_UDP, Packet, Words};
 use crate::route::{in_pod_cidr, ipcache};
@@ -69,7 +71,7 @@ pub fn is_guarded(config: &NodeConfig) -> bool {
 /// Judges a packet from `seen.packet.source` to the host's own address that came in clear and in no tunnel.
 ///
 /// # Errors
-/// `ClearReceived`.
+/// `ClearReceived`, `MeshUnknown`.
 #[inline(always)]
 pub fn received(
     frame: Frame,
@@ -82,8 +84,10 @@ pub fn received(
         return Ok(());
     }
     let source = &seen.packet.source;
-    let Some(node) = node_of(source) else {
-        return Ok(());
+    let node = match place_of(source) {
+        Place::Here => return Ok(()),
+        Place::Node(node) => node,
+        Place::Unknown => return received_from_unknown(config, source, carried),
     };
     if !is_node(source) {
         return if node.flags & NODE_CLEAR_REFUSED == 0 {
@@ -107,12 +111,14 @@ pub fn received(
 /// Judges a packet that leaves by the underlay and is none of WireGuard's. Its addresses are in `seen.packet`.
 ///
 /// # Errors
-/// `ClearWouldLeave`, `AwaitingKey`.
+/// `ClearWouldLeave`, `AwaitingKey`, `MeshUnknown`.
 #[inline(always)]
 pub fn leaving(frame: Frame, config: &NodeConfig, seen: &Seen) -> Result<Action, DropReason> {
     let packet = &seen.packet;
-    let Some(node) = node_of(&packet.destination) else {
-        return Ok(Action::Pass);
+    let node = match place_of(&packet.destination) {
+        Place::Here => return Ok(Action::Pass),
+        Place::Node(node) => node,
+        Place::Unknown => return leaving_to_unknown(frame, config, packet),
     };
     let nodes_too = config.flags & CONFIG_ENCRYPT_NODES != 0;
     if !is_node(&packet.destination) {
@@ -163,14 +169,78 @@ pub fn count_opened(frame: Frame) {
     count_wire(WireTraffic::EncryptedIn, payload_bytes(frame));
 }
 
-/// Another node that has the address, or on which it lives.
+/// Who has an address.
+enum Place {
+    /// This node, or a pod of its.
+    Here,
+    /// Another node that has it, or on which it lives.
+    Node(&'static NodeValue),
+    /// No record says it.
+    Unknown,
+}
+
 #[inline(always)]
-fn node_of(address: &Words) -> Option<&'static NodeValue> {
-    let value = ipcache(address)?;
+fn place_of(address: &Words) -> Place {
+    let Some(value) = ipcache(address) else {
+        return Place::Unknown;
+    };
     if value.node_index == NODE_INDEX_LOCAL {
-        return None;
+        return Place::Here;
     }
-    NODES.get(value.node_index)
+    match NODES.get(value.node_index) {
+        Some(node) if node.flags & NODE_PRESENT != 0 => Place::Node(node),
+        Some(_) | None => Place::Unknown,
+    }
+}
+
+/// A packet to the host in clear from an address of which nobody says who has it.
+#[inline(always)]
+fn received_from_unknown(
+    config: &NodeConfig,
+    source: &Words,
+    carried: Carried,
+) -> Result<(), DropReason> {
+    let mesh = mesh::unknown(config, source);
+    if mesh == 0 || (!mesh::is_pods(mesh) && !judges_nodes(config, mesh)) {
+        return Ok(());
+    }
+    // A node that is not known yet, or a server: see above, what of theirs stays in clear.
+    if !mesh::is_pods(mesh) && matches!(carried, Carried::Control | Carried::LaterDatagram) {
+        return Ok(());
+    }
+    Err(DropReason::MeshUnknown)
+}
+
+/// A packet that would leave in clear to such an address.
+#[inline(always)]
+fn leaving_to_unknown(
+    frame: Frame,
+    config: &NodeConfig,
+    packet: &Packet,
+) -> Result<Action, DropReason> {
+    let mesh = mesh::unknown(config, &packet.destination);
+    if mesh == 0 || !is_strict(config, frame, packet) {
+        return Ok(Action::Pass);
+    }
+    if mesh::is_pods(mesh) {
+        return Err(DropReason::MeshUnknown);
+    }
+    let from_pod = in_pod_cidr(config, packet.family, &packet.source);
+    if !from_pod && !judges_nodes(config, mesh) {
+        return Ok(Action::Pass);
+    }
+    match carried(frame, config, packet.family) {
+        Carried::Neighbours => Ok(Action::Pass),
+        Carried::FromWireguard if config.wireguard_mark == 0 => Ok(Action::Pass),
+        Carried::Control if frame.came_in_on() == 0 && !from_pod => Ok(Action::Pass),
+        _ => Err(DropReason::MeshUnknown),
+    }
+}
+
+/// Whether what hosts say to an address that is no pod's is judged.
+#[inline(always)]
+const fn judges_nodes(config: &NodeConfig, mesh: u32) -> bool {
+    mesh & MESH_LISTED != 0 || config.flags & CONFIG_ENCRYPT_NODES != 0
 }
 
 /// True for an address of a node itself; routers, health addresses and pods have no part in node to node.

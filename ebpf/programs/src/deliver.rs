@@ -9,18 +9,18 @@ use aya_ebpf::helpers::generated::{
     bpf_skb_change_type,
 };
 use clustermesh_ebpf_abi::{
-    DropReason, EndpointValue, NODE_DIRECT, NODE_ENCRYPTED, NODE_PRESENT, NODE_WITHHELD,
-    NodeConfig, NodeValue, TUNNEL_MAC_SOURCE, TrafficPath, WireTraffic,
+    DropReason, EndpointValue, NODE_DIRECT, NODE_ENCRYPTED, NODE_NARROW, NODE_PRESENT,
+    NODE_WITHHELD, NodeConfig, NodeValue, PROBE_MARK, TUNNEL_MAC_SOURCE, TrafficPath, WireTraffic,
 };
 
 use crate::encap::{TUNNEL_BYTES, UDP_BYTES, encapsulate, forget_segments};
+use crate::fib::{AF_INET, AF_INET6};
 use crate::frame::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES};
 use crate::maps::NODES;
+use crate::mss;
 use crate::parse::{Family, PROTOCOL_UDP, Packet, Words};
 use crate::verdict::{Action, count_wire};
 
-const AF_INET: u32 = 2;
-const AF_INET6: u32 = 10;
 /// `PACKET_HOST`.
 const PACKET_HOST: u32 = 0;
 
@@ -159,8 +159,11 @@ pub fn to_node(
         // What is said of a node with direct routing leaves no room for a tunnel.
         mtu_bytes = mtu_bytes.saturating_sub((IPV4_BYTES + TUNNEL_BYTES) as u32);
     }
-    if exceeds(frame, packet, mtu_bytes) {
+    if exceeds(frame, packet, mtu_bytes) && frame.mark() != PROBE_MARK {
         return Ok(ToNode::TooBig);
+    }
+    if node.flags & NODE_NARROW != 0 {
+        mss::clamp_inside(frame, packet, mtu_bytes);
     }
     send(frame, config, packet, node, identity).map(ToNode::Sent)
 }

@@ -8,6 +8,7 @@ use crate::answer;
 use crate::deliver::{back_to_pod, to_host};
 use crate::frame::{ETHERNET_BYTES, Frame};
 use crate::maps::INTERFACES;
+use crate::mesh;
 use crate::own_device::{self, Inside};
 use crate::parse::{self, Family, Packet, Words};
 use crate::route::{Next, forward};
@@ -42,8 +43,13 @@ fn handle(frame: Frame, seen: &mut Seen) -> Result<Action, DropReason> {
     }
     match forward(frame, config, &seen.packet, interface.identity)? {
         Next::Done(action) => Ok(action),
-        // The kernel routes to the world, and tells the sender of a packet that is too big.
-        Next::Host | Next::Elsewhere | Next::TooBig => to_host(frame, config, seen.packet.family),
+        // The kernel routes to the world.
+        Next::Elsewhere => {
+            mesh::refuse(config, &seen.packet.destination)?;
+            to_host(frame, config, seen.packet.family)
+        }
+        // And it tells the sender of a packet that is too big.
+        Next::Host | Next::TooBig => to_host(frame, config, seen.packet.family),
         Next::UnknownPod => {
             let mut reply = Packet::EMPTY;
             answer::make(frame, &seen.packet, ETHERNET_BYTES, &mut reply)?;

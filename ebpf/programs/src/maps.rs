@@ -11,8 +11,9 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf};
 use clustermesh_ebpf_abi::{
     Address, BACKENDS_MAX, BackendKey, BackendValue, DROP_REASONS_MAX, EndpointValue,
     FLOW_RING_BYTES, FRONTENDS_MAX, FrontendKey, FrontendValue, IPCACHE_ENTRIES_MAX,
-    InterfaceValue, IpcacheValue, LOCAL_ENDPOINTS_MAX, NODES_MAX, NodeAddressValue, NodeConfig,
-    NodeValue, SocketChoice, TCP_CHOICES_MAX, TRAFFIC_PATHS_MAX, TrafficValue, UdpSocketChoices,
+    InterfaceValue, IpcacheValue, LOCAL_ENDPOINTS_MAX, MESH_PREFIXES_MAX, MeshValue, NODES_MAX,
+    NodeAddressValue, NodeConfig, NodeValue, SocketChoice, TCP_CHOICES_MAX, TRAFFIC_PATHS_MAX,
+    TrafficValue, UdpSocketChoices,
 };
 
 /// An `IpcacheKey` without the prefix length, as the trie's key type wants it:
@@ -46,6 +47,11 @@ pub static INTERFACES: HashMap<u32, InterfaceValue> =
 #[map]
 pub static IPCACHE: LpmTrie<IpcacheData, IpcacheValue> =
     LpmTrie::with_max_entries(IPCACHE_ENTRIES_MAX, BPF_F_NO_PREALLOC);
+
+/// Prefixes of the mesh; the key in user space is `MeshKey`.
+#[map]
+pub static MESH: LpmTrie<Address, MeshValue> =
+    LpmTrie::with_max_entries(MESH_PREFIXES_MAX, BPF_F_NO_PREALLOC);
 
 /// Nodes by index.
 #[map]

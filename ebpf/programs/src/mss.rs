@@ -1,4 +1,5 @@
-//! Segments that fit: TCP connections of the host that go through WireGuard are told of its smaller packets.
+//! Segments that fit: TCP connections are told of smaller packets when they begin. Those of the host that go through
+//! WireGuard, and those of pods to nodes to which the path takes less than the devices.
 //!
 //! The host sends by a route of the underlay, whose packets may be larger. WireGuard would carry them, each in two
 //! pieces of the underlay. What is written into SYN is what the other side keeps to; it does the same for ours.
@@ -29,17 +30,31 @@ const FIELD_BYTES: u64 = 2;
 #[inline(always)]
 pub fn clamp(frame: Frame, packet: &Packet, node: &NodeValue) {
     let path_bytes = u32::from(node.path_mtu_bytes);
-    let Some(transport) = transport(frame, packet) else {
-        return;
-    };
-    if path_bytes == 0 || !is_syn(frame, transport) {
+    if path_bytes != 0
+        && let Some(transport) = transport(frame, packet)
+    {
+        lower(frame, packet, transport, device_bytes(node, path_bytes));
+    }
+}
+
+/// The same for a packet of a pod, which `mtu_bytes` is the most for.
+#[inline(always)]
+pub fn clamp_inside(frame: Frame, packet: &Packet, mtu_bytes: u32) {
+    if mtu_bytes != 0 && packet.protocol == PROTOCOL_TCP && !packet.later_fragment {
+        lower(frame, packet, packet.transport_offset, mtu_bytes);
+    }
+}
+
+#[inline(always)]
+fn lower(frame: Frame, packet: &Packet, transport: u32, mtu_bytes: u32) {
+    if !is_syn(frame, transport) {
         return;
     }
     let ip_bytes = match packet.family {
         Family::V4 => IPV4_BYTES,
         Family::V6 => IPV6_BYTES,
     };
-    let most = device_bytes(node, path_bytes).saturating_sub(ip_bytes as u32 + TCP_BYTES) as u16;
+    let most = mtu_bytes.saturating_sub(ip_bytes as u32 + TCP_BYTES) as u16;
     let Some(place) = segment_size(frame, transport) else {
         return;
     };

@@ -6,8 +6,8 @@
 
 use clustermesh_ebpf_abi::{
     Address, BackendKey, BackendValue, EndpointValue, FlowRecord, FrontendKey, FrontendValue,
-    InterfaceValue, IpcacheKey, IpcacheValue, NodeAddressValue, NodeConfig, NodeValue,
-    SocketChoice, TrafficValue,
+    InterfaceValue, IpcacheKey, IpcacheValue, MeshKey, MeshValue, NodeAddressValue, NodeConfig,
+    NodeValue, SocketChoice, TrafficValue,
 };
 
 /// Plain data: what a map key or value of ours may be.
@@ -38,6 +38,8 @@ plain!(
     InterfaceValue,
     IpcacheKey,
     IpcacheValue,
+    MeshKey,
+    MeshValue,
     NodeAddressValue,
     NodeConfig,
     NodeValue,

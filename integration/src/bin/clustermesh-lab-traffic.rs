@@ -47,6 +47,9 @@ enum Tool {
         to: SocketAddr,
         #[arg(long, default_value_t = 5)]
         every_ms: u64,
+        /// Bytes of each message and its echo
+        #[arg(long, default_value_t = 64)]
+        bytes: usize,
     },
     /// Numbered datagrams
     Udp {
@@ -122,9 +125,11 @@ async fn main() -> Result<()> {
             );
             report(&probe::probe(to, until, every, timeout).await?)
         }
-        Tool::Stream { to, every_ms } => {
-            report(&stream::stream(to, Duration::from_millis(every_ms)).await?)
-        }
+        Tool::Stream {
+            to,
+            every_ms,
+            bytes,
+        } => report(&stream::stream(to, Duration::from_millis(every_ms), bytes).await?),
         Tool::Udp { to, every_ms } => report(&udp::udp(to, Duration::from_millis(every_ms)).await?),
         Tool::SpinServe { listen, cpu } => spin::serve(listen, cpu),
         Tool::SpinConnect { to, cpu, millis } => {

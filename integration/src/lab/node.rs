@@ -150,6 +150,19 @@ key = "{pki}/{cluster}/{name}.key"
         Ok(())
     }
 
+    /// Takes away what the agent has put into the kernel, as a boot does; its state folder stays.
+    ///
+    /// # Errors
+    /// When an agent runs, or something cannot be removed.
+    pub async fn uninstall(&self) -> Result<()> {
+        let mut command = command_in(&self.netns, None, &self.binaries.join("clustermesh-node"));
+        command
+            .arg("--config")
+            .arg(self.config_path())
+            .arg("uninstall");
+        run(&mut command).await.map(drop)
+    }
+
     /// The agent's process.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -17,6 +17,8 @@ use super::tap::poll_tap;
 
 /// Largest frame that crosses, bytes.
 const FRAME_BYTES_MAX: usize = 9_216;
+/// Bytes of an Ethernet header.
+const ETHERNET_BYTES: usize = 14;
 /// Frames under way in one direction; more are dropped as a full router queue would.
 const FRAMES_IN_FLIGHT_MAX: usize = 65_536;
 
@@ -30,6 +32,8 @@ pub struct Wan {
 struct Shared {
     delay_us: AtomicU64,
     cut: AtomicBool,
+    /// 0: as large as the devices send.
+    frame_bytes_max: AtomicUsize,
     dropped_frames: AtomicU64,
 }
 
@@ -48,6 +52,12 @@ impl Wan {
     /// Frames pass again.
     pub fn heal(&self) {
         self.shared.cut.store(false, Ordering::Relaxed);
+    }
+
+    /// Packets of more than so many bytes vanish, and nobody is told: a provider's tunnel without ICMP. `None`: no more.
+    pub fn swallow_over(&self, packet_bytes: Option<usize>) {
+        let frame = packet_bytes.map_or(0, |bytes| bytes + ETHERNET_BYTES);
+        self.shared.frame_bytes_max.store(frame, Ordering::Relaxed);
     }
 
     /// Frames lost to cuts and full queues so far.
@@ -82,7 +92,9 @@ async fn pump(shared: Arc<Shared>, from: Arc<AsyncFd<File>>, to: Arc<AsyncFd<Fil
                 loop {
                     match from.get_ref().read(&mut buffer) {
                         Ok(length) => {
+                            let most = shared.frame_bytes_max.load(Ordering::Relaxed);
                             if shared.cut.load(Ordering::Relaxed)
+                                || (most != 0 && length > most)
                                 || under_way.len() >= FRAMES_IN_FLIGHT_MAX
                             {
                                 shared.dropped_frames.fetch_add(1, Ordering::Relaxed);

@@ -11,8 +11,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::end_signal;
 
-/// Bytes of one message.
-const MESSAGE_BYTES: usize = 64;
+/// Least bytes of one message: its number.
+const MESSAGE_BYTES_MIN: usize = 8;
 
 /// What became of the connection.
 #[derive(Debug, Serialize)]
@@ -27,11 +27,12 @@ pub struct StreamReport {
     pub echo_ms_max: f64,
 }
 
-/// Opens one connection, exchanges a message every `every`, and reports on SIGTERM or when it breaks.
+/// Opens one connection, exchanges a message of `message_bytes` every `every`, and reports on SIGTERM or when it breaks.
 ///
 /// # Errors
 /// When the connection cannot be opened.
-pub async fn stream(to: SocketAddr, every: Duration) -> Result<StreamReport> {
+pub async fn stream(to: SocketAddr, every: Duration, message_bytes: usize) -> Result<StreamReport> {
+    let message_bytes = message_bytes.max(MESSAGE_BYTES_MIN);
     let mut end = end_signal()?;
     let connection = TcpStream::connect(to)
         .await
@@ -53,7 +54,7 @@ pub async fn stream(to: SocketAddr, every: Duration) -> Result<StreamReport> {
         let exchange = async {
             ticks.tick().await;
             let begun = Instant::now();
-            exchange_one(&mut connection, report.echoed).await?;
+            exchange_one(&mut connection, report.echoed, message_bytes).await?;
             std::io::Result::Ok(begun.elapsed())
         };
         tokio::select! {
@@ -74,11 +75,15 @@ pub async fn stream(to: SocketAddr, every: Duration) -> Result<StreamReport> {
     }
 }
 
-async fn exchange_one(connection: &mut BufReader<TcpStream>, number: u64) -> std::io::Result<()> {
-    let mut message = [0; MESSAGE_BYTES];
+async fn exchange_one(
+    connection: &mut BufReader<TcpStream>,
+    number: u64,
+    message_bytes: usize,
+) -> std::io::Result<()> {
+    let mut message = vec![0; message_bytes];
     message[..8].copy_from_slice(&number.to_be_bytes());
     connection.write_all(&message).await?;
-    let mut answer = [0; MESSAGE_BYTES];
+    let mut answer = vec![0; message_bytes];
     connection.read_exact(&mut answer).await?;
     if answer == message {
         Ok(())

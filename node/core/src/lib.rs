@@ -9,7 +9,9 @@ pub mod change;
 pub mod cni;
 pub mod decode;
 pub mod ipam;
+pub mod mesh;
 pub mod model;
+pub mod path_mtu;
 pub mod plan;
 pub mod probes;
 pub mod progress;
@@ -20,5 +22,6 @@ pub mod tables;
 
 pub use model::{
     ABSENCE_GRACE_MS, EMPTY_NODE, EncryptionMode, EncryptionSettings, IPCACHE_WANTED_MAX, Model,
-    PeerState, Protection, ProvableNode, Settings, UnderlayPath, WireguardPeer, WireguardState,
+    PathTarget, PeerState, Protection, ProvableNode, Settings, UnderlayPath, WireguardPeer,
+    WireguardState,
 };

@@ -9,13 +9,14 @@ mod addresses;
 mod claims;
 mod encryption;
 mod gate;
+mod mesh;
 mod nodes;
 mod paths;
 mod places;
 mod services;
 mod sources;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use clustermesh_ebpf_abi::IdentitySplit;
@@ -40,7 +41,7 @@ pub use encryption::{
     WireguardState,
 };
 pub use nodes::NODE_ADDRESSES_WANTED_MAX;
-pub use paths::EMPTY_NODE;
+pub use paths::{EMPTY_NODE, PathTarget};
 pub use services::{BACKENDS_WANTED_MAX, FRONTENDS_WANTED_MAX};
 use sources::Sources;
 
@@ -98,6 +99,12 @@ pub struct Model {
     services_changed: bool,
     workloads_changed: bool,
     pod_cidrs_changed: bool,
+    /// What probes have found of paths, bytes, by cluster and node.
+    measured: HashMap<Box<str>, HashMap<Box<str>, u16>>,
+    /// What an earlier run has measured, as the kernel has it, is taken for true.
+    keeps_measured: bool,
+    mesh_changed: bool,
+    configured_peers: Option<BTreeSet<ClusterName>>,
     wireguard: WireguardState,
     peers_changed: bool,
     handled: Vector,
@@ -125,6 +132,10 @@ impl Model {
             services_changed: false,
             workloads_changed: false,
             pod_cidrs_changed: false,
+            measured: HashMap::new(),
+            keeps_measured: true,
+            mesh_changed: false,
+            configured_peers: None,
             wireguard: WireguardState::default(),
             peers_changed: false,
             handled: Vector::default(),
@@ -157,6 +168,7 @@ impl Model {
         self.services_changed = true;
         self.workloads_changed = true;
         self.pod_cidrs_changed = true;
+        self.mesh_changed = true;
         self.peers_changed = true;
     }
 
@@ -187,6 +199,7 @@ impl Model {
                 name,
                 node,
             } => {
+                self.mesh_changed = true;
                 if let Some(source) = self.source(&cluster) {
                     self.apply_node(source, name, node);
                 }
@@ -218,7 +231,10 @@ impl Model {
                     self.apply_legacy_backends(source, service, groups);
                 }
             }
-            Change::Cluster { name, config } => self.apply_cluster(&name, config),
+            Change::Cluster { name, config } => {
+                self.mesh_changed = true;
+                self.apply_cluster(&name, config);
+            }
             Change::Service {
                 service,
                 declaration,
@@ -241,6 +257,7 @@ impl Model {
     pub fn progress(&mut self, cluster: &ClusterName, position: Position) {
         self.handled.advance(cluster, position);
         if self.sources.mark_synced(cluster) {
+            self.mesh_changed = true;
             if let Some(cluster_id) = self.sources.id_of(cluster) {
                 self.give_up(cluster_id);
             }

@@ -10,10 +10,16 @@ use clustermesh_ebpf::abi::CONTROL_PORTS_MAX;
 use clustermesh_encryption::process::PROGRAM;
 use clustermesh_encryption::userspace::control_socket::SOCKET_DIR;
 use clustermesh_node_core::{EncryptionMode, EncryptionSettings};
+use ipnetwork::IpNetwork;
 use serde::Deserialize;
 
 /// Ports of a server for its clients and for other replicas.
 const CONTROL_PORTS_DEFAULT: [u16; 2] = [2_379, 2_380];
+
+/// Prefixes in `strict_cidrs` at most.
+const STRICT_CIDRS_MAX: usize = 1_024;
+/// Shortest prefixes there, IPv4 and IPv6: a slip must not cut the node off from half the world.
+const STRICT_CIDR_BITS_MIN: (u8, u8) = (8, 7);
 
 /// All settings.
 #[derive(Clone, Debug, Deserialize)]
@@ -39,6 +45,8 @@ pub struct Encryption {
     pub socket_dir: PathBuf,
     /// TCP ports of servers, which nodes reach without encryption of theirs: keys are learnt through them.
     pub control_ports: Vec<u16>,
+    /// Ranges in which nothing but pods and nodes of the mesh lives: strict mode guards them whatever the records say.
+    pub strict_cidrs: Vec<IpNetwork>,
     /// Single clusters, whatever `mode` says, unless it is off.
     pub clusters: BTreeMap<String, Switch>,
 }
@@ -56,6 +64,7 @@ impl Default for Encryption {
             program: PathBuf::new(),
             socket_dir: SOCKET_DIR.into(),
             control_ports: CONTROL_PORTS_DEFAULT.to_vec(),
+            strict_cidrs: Vec::new(),
             clusters: BTreeMap::new(),
         }
     }
@@ -125,6 +134,7 @@ impl Encryption {
                 "encryption.strict and encryption.nodes need encryption.mode \"inter-cluster\" or \"all\""
             );
         }
+        self.check_strict_cidrs()?;
         let mut on = self
             .clusters
             .iter()
@@ -135,6 +145,27 @@ impl Encryption {
             bail!(
                 "encryption.clusters has {cluster} = \"on\", which needs encryption.mode \"inter-cluster\" or \"all\"; \
                  clusters that are not to be encrypted are named there with \"off\""
+            );
+        }
+        Ok(())
+    }
+
+    fn check_strict_cidrs(&self) -> anyhow::Result<()> {
+        if !self.strict && !self.strict_cidrs.is_empty() {
+            bail!("encryption.strict_cidrs needs encryption.strict");
+        }
+        if self.strict_cidrs.len() > STRICT_CIDRS_MAX {
+            bail!("encryption.strict_cidrs has more than {STRICT_CIDRS_MAX} prefixes");
+        }
+        let (v4_min, v6_min) = STRICT_CIDR_BITS_MIN;
+        let is_short = |cidr: &&IpNetwork| {
+            let least = if cidr.is_ipv4() { v4_min } else { v6_min };
+            cidr.prefix() < least
+        };
+        if let Some(cidr) = self.strict_cidrs.iter().find(is_short) {
+            bail!(
+                "encryption.strict_cidrs has {cidr}, which is shorter than /{v4_min} (IPv6: /{v6_min}): \
+                 all that lives there and is not of the mesh would not be reached"
             );
         }
         Ok(())

@@ -67,6 +67,7 @@ impl Agent for AgentService {
             ("nodes", maps.nodes.len()),
             ("node_addresses", maps.node_addresses.len()),
             ("ipcache", maps.ipcache.len()),
+            ("mesh", maps.mesh.len()),
             ("endpoints", maps.endpoints.len()),
             ("interfaces", maps.interfaces.len()),
             ("frontends", maps.frontends.len()),
@@ -131,6 +132,7 @@ impl Agent for AgentService {
                 .flatten()
                 .map(|cidr| cidr.to_string())
                 .collect(),
+            paths: shared.paths.statuses(),
             underlay_addresses: shared.underlay.borrow().address_texts(),
             refused_records: applied
                 .refused

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clustermesh_api::v1::cni_server::Cni;
 use clustermesh_api::v1::{
@@ -21,6 +22,9 @@ use tracing::{info, warn};
 use crate::endpoint::{AddRequest, EndpointError};
 use crate::shared::{Shared, WORKLOAD_WAIT};
 use crate::state::{NodeFacts, StoredEndpoint};
+
+/// ADD waits so long for strict mode.
+const GUARD_WAIT: Duration = Duration::from_secs(5);
 
 pub(super) struct CniService {
     shared: Arc<Shared>,
@@ -105,6 +109,16 @@ impl CniService {
                 ),
             ));
         };
+        if let Some(mesh) = &self.shared.mesh
+            && !mesh.wait_ready(GUARD_WAIT).await
+        {
+            return Err(CniError::new(
+                code::TRY_AGAIN_LATER,
+                "strict mode is not in force yet: the node does not know the mesh's addresses",
+                "it learns them from the first complete list of records, or has them from an earlier run; \
+                 see `clustermesh-node status`",
+            ));
+        }
         let underlay = self.shared.underlay.borrow().clone();
         // Packets that are redirected into the device of user space should fit one call there.
         let mtu = usize::try_from(underlay.wireguard_mtu).unwrap_or(usize::MAX);

@@ -1,8 +1,10 @@
 //! What WireGuard opened: that a peer is who it is does not make true what it says.
 
-use clustermesh_ebpf_abi::{CONFIG_DIRECT, DropReason, IDENTITY_HOST, IDENTITY_REMOTE_NODE};
+use clustermesh_ebpf_abi::{
+    CONFIG_DIRECT, DropReason, IDENTITY_HOST, IDENTITY_REMOTE_NODE, WireTraffic,
+};
 
-use crate::support::net::Namespaces;
+use crate::support::net::{Namespaces, ip, sysctl};
 use crate::support::node::{Node, pod_identity, router};
 use crate::support::packet::{
     FRAGMENT, UDP, datagram, fix_v4, inner_frame, packet, tunnelled, udp, vxlan_with,
@@ -148,6 +150,65 @@ fn what_a_peer_may_not_say_is_dropped_and_counted() {
         );
     }
     assert_eq!(wireguard.waiting(), None, "nothing is answered");
+}
+
+#[test]
+fn a_peer_may_not_use_the_node_as_a_router() {
+    let (_namespaces, node, wireguard) = node();
+    for (setting, value) in [
+        ("net/ipv4/ip_forward", "1"),
+        ("net/ipv6/conf/all/forwarding", "1"),
+        ("net/ipv4/conf/wg0/rp_filter", "0"),
+        ("net/ipv4/conf/all/rp_filter", "0"),
+    ] {
+        sysctl(&node.host, setting, value);
+    }
+    // Addresses of the host that are not the tunnel's ends: they are this node's all the same.
+    let host = &node.host;
+    ip(&format!("-n {host} link set lo up"));
+    ip(&format!("-n {host} addr add 203.0.113.5/32 dev lo"));
+    ip(&format!("-n {host} addr add 192.168.1.9/24 dev eth0"));
+    ip(&format!("-n {host} addr add 2001:db8::5/128 dev lo"));
+    let taken = || node.datapath.wire(WireTraffic::EncryptedIn).packets;
+    let refused = || node.datapath.drops(DropReason::NotForHere);
+    let (two, three) = ("192.168.2.1", "fd00:0:0:3::1");
+    for (source, target) in [
+        // By the default route, to a neighbour, to another node, to a pod of another node.
+        (two, "8.8.8.8"),
+        (two, "192.168.1.254"),
+        (two, "192.168.5.1"),
+        (two, "10.5.0.4"),
+        // What a NAT in front of the node would translate.
+        (two, "198.51.100.7"),
+        (three, "2001:db8:1::1"),
+        (three, "fd00:0:0:1::fe"),
+        (three, "fd10:0:0:5::4"),
+    ] {
+        let before = (taken(), refused());
+        wireguard.receive(&datagram(source, target));
+        assert_eq!(
+            (taken(), refused()),
+            (before.0, before.1 + 1),
+            "{target}: {:?}",
+            node.datapath.all_drops()
+        );
+    }
+    for (source, target) in [
+        (two, END),
+        (two, "192.168.1.9"),
+        (two, "203.0.113.5"),
+        (three, END_V6),
+        (three, "2001:db8::5"),
+    ] {
+        let before = (taken(), refused());
+        wireguard.receive(&datagram(source, target));
+        assert_eq!(
+            (taken(), refused()),
+            (before.0 + 1, before.1),
+            "{target}: {:?}",
+            node.datapath.all_drops()
+        );
+    }
 }
 
 #[test]

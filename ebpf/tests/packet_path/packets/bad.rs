@@ -460,6 +460,8 @@ fn bad_packets_are_dropped_and_counted_each_for_its_reason() {
         DropReason::AwaitingKey,
         DropReason::ClearReceived,
         DropReason::ClearWouldLeave,
+        DropReason::MeshUnknown,
+        DropReason::NotForHere,
     ];
     for reason in DropReason::ALL {
         let covered = elsewhere.contains(&reason) || cases.iter().any(|case| case.reason == reason);

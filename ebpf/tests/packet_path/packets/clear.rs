@@ -1,6 +1,8 @@
 //! Clear text that comes in or would leave though it is to be encrypted, and what may stay in clear.
 
 mod leaving;
+mod narrow;
+mod unknown;
 
 use clustermesh_ebpf_abi::{
     CONFIG_DIRECT, CONFIG_ENCRYPT_NODES, CONFIG_STRICT, DropReason, IDENTITY_REMOTE_NODE,

@@ -10,8 +10,8 @@ use aya::{Ebpf, EbpfLoader};
 use clustermesh_ebpf::Features;
 use clustermesh_ebpf_abi::{
     Address, DropReason, EndpointValue, IPCACHE_PREFIX_BASE_BITS, InterfaceValue, IpcacheKey,
-    IpcacheValue, NodeAddressValue, NodeConfig, NodeValue, TrafficPath, TrafficValue, WireTraffic,
-    v4_mapped,
+    IpcacheValue, MeshKey, MeshValue, NodeAddressValue, NodeConfig, NodeValue, TrafficPath,
+    TrafficValue, WireTraffic, v4_mapped,
 };
 
 const OBJECT: &[u8] = include_bytes!(env!("CLUSTERMESH_BPF_OBJECT"));
@@ -180,6 +180,15 @@ impl Datapath {
                 node_index,
             },
         );
+    }
+
+    /// A prefix of the mesh.
+    pub fn set_mesh(&self, address: Address, prefix_len_bits: u32, flags: u32) {
+        let key = MeshKey {
+            prefix_len_bits,
+            address,
+        };
+        self.update("MESH", &key, &MeshValue { flags });
     }
 
     /// A node and the address from which it sends.

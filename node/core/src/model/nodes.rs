@@ -122,17 +122,20 @@ impl Nodes {
 impl Model {
     /// Pod CIDRs of other nodes with the node's cluster, sorted: what the host must route into the mesh.
     #[must_use]
-    pub fn remote_pod_cidrs(&self) -> Vec<IpNetwork> {
-        let mut cidrs: Vec<IpNetwork> = self
-            .nodes
-            .by_name
-            .values()
-            .filter(|node| node.index.is_some_and(|index| index != NODE_INDEX_LOCAL))
-            .flat_map(|node| node.record.pod_cidrs.iter().copied())
-            .filter(routable)
-            .collect();
+    pub fn remote_pod_cidrs(&self) -> Vec<(IpNetwork, u16)> {
+        let mut cidrs: Vec<(IpNetwork, u16)> = Vec::new();
+        for node in self.nodes.by_name.values() {
+            let Some(index) = node.index.filter(|index| *index != NODE_INDEX_LOCAL) else {
+                continue;
+            };
+            let value = self.wanted.nodes.get(&index);
+            let mtu_bytes = value.map_or(0, |value| value.path_mtu_bytes);
+            let ranges = node.record.pod_cidrs.iter().filter(|cidr| routable(cidr));
+            cidrs.extend(ranges.map(|cidr| (*cidr, mtu_bytes)));
+        }
+        // Of one that two nodes claim, the smaller size.
         cidrs.sort_unstable();
-        cidrs.dedup();
+        cidrs.dedup_by_key(|(cidr, _)| *cidr);
         cidrs
     }
 
@@ -525,7 +528,7 @@ impl Model {
 }
 
 /// A pod CIDR larger than any cluster needs would draw traffic that is not the mesh's.
-fn routable(cidr: &IpNetwork) -> bool {
+pub(super) fn routable(cidr: &IpNetwork) -> bool {
     match cidr {
         IpNetwork::V4(v4) => v4.prefix() >= POD_CIDR_V4_BITS_MIN,
         IpNetwork::V6(v6) => v6.prefix() >= POD_CIDR_V6_BITS_MIN,

@@ -3,14 +3,14 @@
 use std::net::IpAddr;
 
 use clustermesh_ebpf_abi::{
-    NODE_CLEAR_REFUSED, NODE_DIRECT, NODE_ENCRYPTED, NODE_INDEX_LOCAL, NODE_PRESENT, NODE_WITHHELD,
-    NodeValue,
+    NODE_CLEAR_REFUSED, NODE_DIRECT, NODE_ENCRYPTED, NODE_INDEX_LOCAL, NODE_NARROW, NODE_PRESENT,
+    NODE_WITHHELD, NodeValue,
 };
 
 use super::encryption::Protection;
 use super::sources::SourceId;
 use super::{Model, UnderlayPath};
-use crate::change::NodeRecord;
+use crate::change::{ClusterName, NodeRecord};
 use crate::tables;
 
 /// A slot that is not in use.
@@ -26,7 +26,107 @@ pub const EMPTY_NODE: NodeValue = NodeValue {
     next_layout: 0,
 };
 
+/// A path that can be probed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathTarget {
+    /// Cluster of the other node.
+    pub cluster: ClusterName,
+    /// The other node.
+    pub node: Box<str>,
+    /// An address of it that packets of pods would be sent to in the same way.
+    pub address: IpAddr,
+    /// Largest packet that the devices take, bytes.
+    pub most_bytes: u16,
+    /// Largest packet that is sent now, bytes.
+    pub usable_bytes: u16,
+}
+
 impl Model {
+    /// The paths to all other nodes that packets may be sent to.
+    #[must_use]
+    pub fn path_targets(&self) -> Vec<PathTarget> {
+        let mut targets = Vec::new();
+        for ((source, name), node) in &self.nodes.by_name {
+            let Some(index) = node.index.filter(|index| *index != NODE_INDEX_LOCAL) else {
+                continue;
+            };
+            let (Some(value), Some((endpoint, _))) =
+                (self.wanted.nodes.get(&index), self.path_to(&node.record))
+            else {
+                continue;
+            };
+            let most_bytes = self.device_mtu(*source, name, &node.record);
+            // What is routed directly is so in the family of the underlay; a tunnel takes both alike.
+            let fits =
+                |ip: &&IpAddr| value.flags & NODE_DIRECT == 0 || ip.is_ipv4() == endpoint.is_ipv4();
+            let mut addresses = node.record.health.iter().chain(&node.record.routers);
+            if let Some(address) = addresses.find(fits)
+                && let Some(most_bytes) = most_bytes.filter(|most| *most != 0)
+            {
+                targets.push(PathTarget {
+                    cluster: self.sources.name(*source).into(),
+                    node: name.clone(),
+                    address: *address,
+                    most_bytes,
+                    usable_bytes: value.path_mtu_bytes,
+                });
+            }
+        }
+        targets
+    }
+
+    /// Probes have found what the path to a node takes.
+    pub fn set_path_mtu(&mut self, cluster: &str, node: &str, bytes: u16) {
+        let of_cluster = self.measured.entry(cluster.into()).or_default();
+        if of_cluster.insert(node.into(), bytes) == Some(bytes) {
+            return;
+        }
+        if let Some(source) = self.sources.find(cluster) {
+            self.renew_nodes(|(of, name)| *of == source && **name == *node);
+        }
+    }
+
+    /// Nobody probes: what an earlier run has found is not known to hold.
+    pub fn forget_measured(&mut self) {
+        self.measured.clear();
+        self.keeps_measured = false;
+    }
+
+    /// The node is gone, and what was found of its path with it.
+    pub fn forget_path_mtu(&mut self, cluster: &str, node: &str) {
+        if let Some(of_cluster) = self.measured.get_mut(cluster) {
+            of_cluster.remove(node);
+            if of_cluster.is_empty() {
+                self.measured.remove(cluster);
+            }
+        }
+    }
+
+    /// What probes have found, or those of an earlier run as the kernel has it.
+    fn measured(&self, source: SourceId, name: &str, endpoint: IpAddr) -> Option<u16> {
+        let of_cluster = self.measured.get(self.sources.name(source));
+        if let Some(bytes) = of_cluster.and_then(|nodes| nodes.get(name)) {
+            return Some(*bytes);
+        }
+        if !self.keeps_measured {
+            return None;
+        }
+        let endpoint = tables::address(endpoint);
+        let place = self.actual.node_addresses.get(&endpoint)?;
+        let held = self.actual.nodes.get(&place.node_index)?;
+        (held.endpoint == endpoint && held.flags & NODE_NARROW != 0).then_some(held.path_mtu_bytes)
+    }
+
+    /// What the devices towards a node take; `None` if nothing is sent there.
+    fn device_mtu(&self, source: SourceId, name: &str, record: &NodeRecord) -> Option<u16> {
+        let (_, path) = self.path_to(record)?;
+        match self.protection(source, name, record) {
+            Protection::Clear => Some(path.mtu_bytes),
+            Protection::Withheld => None,
+            Protection::Encrypted { .. } => Some(path.encrypted_mtu_bytes),
+        }
+    }
+
     /// The node's own place on the underlay is another one now: paths to all other nodes follow.
     pub fn change_underlay(
         &mut self,
@@ -94,6 +194,11 @@ impl Model {
                 }
                 (path_mtu_bytes, egress_ifindex) = (path.encrypted_mtu_bytes, ifindex);
             }
+        }
+        let measured = self.measured(source, name, endpoint);
+        if let Some(measured) = measured.filter(|bytes| *bytes < path_mtu_bytes) {
+            path_mtu_bytes = measured;
+            flags |= NODE_NARROW;
         }
         Some(NodeValue {
             endpoint: tables::address(endpoint),

@@ -130,6 +130,19 @@ impl Sources {
             .is_some_and(|entry| !std::mem::replace(&mut entry.synced, true))
     }
 
+    /// The number of a cluster that is known.
+    pub(super) fn find(&self, name: &str) -> Option<SourceId> {
+        self.by_name.get(name).copied()
+    }
+
+    /// True for the own cluster, and for a peer of which a complete copy has been seen.
+    pub(super) fn is_synced(&self, name: &str) -> bool {
+        let source = self.by_name.get(name);
+        source
+            .and_then(|id| self.list.get(usize::from(*id)))
+            .is_some_and(|source| source.synced)
+    }
+
     /// Peers that are known but of which no complete copy has been seen yet.
     pub(super) fn unsynced(&self) -> impl Iterator<Item = u16> + '_ {
         self.list

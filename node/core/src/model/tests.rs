@@ -15,7 +15,9 @@ mod absence;
 mod encryption;
 mod frontends;
 mod listing;
+mod mesh;
 mod nodes;
+mod paths;
 mod peers;
 mod properties;
 

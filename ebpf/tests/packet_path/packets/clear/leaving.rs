@@ -246,7 +246,7 @@ fn the_hosts_own_packets_to_nodes_go_into_wireguard() {
 }
 
 /// A SYN of the host with these options, its checksum right.
-fn syn(source: &str, target: &str, options: &[u8]) -> Vec<u8> {
+pub(super) fn syn(source: &str, target: &str, options: &[u8]) -> Vec<u8> {
     let mut segment = segment(1000, 22, SYN);
     segment[12] = (((20 + options.len()) / 4) << 4) as u8;
     segment.extend(options);

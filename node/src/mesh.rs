@@ -1,0 +1,232 @@
+//! The mesh's prefixes in the kernel and in the state folder: what strict mode guards before any record is read.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clustermesh_ebpf::Maps;
+use clustermesh_ebpf::abi::{MeshKey, MeshValue};
+use clustermesh_node_core::mesh::{FixedPrefixes, MESH_PREFIXES_LEARNT_MAX, MeshPrefixes};
+use clustermesh_process::Drain;
+use tokio::sync::watch;
+use tracing::{error, info, warn};
+
+use crate::config::Config;
+use crate::metrics::label;
+use crate::reconcile::RETRY_AFTER;
+use crate::shared::Shared;
+use crate::state::{NodeFacts, StateFiles};
+
+/// Changes of records are carried out together, at most this often.
+const GATHER: Duration = Duration::from_millis(200);
+/// Prefixes that wait for their end are looked at so often.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// What this node knows of the mesh's prefixes; only where strict mode is on.
+pub struct MeshGuard {
+    inner: Mutex<Inner>,
+    /// True as soon as pods may come up: programs are attached, and prefixes have been learnt, now or in an earlier run.
+    ready: watch::Sender<bool>,
+}
+
+struct Inner {
+    prefixes: MeshPrefixes,
+    /// What has been learnt stands in the state folder.
+    is_stored: bool,
+    /// Something has been learnt, now or in an earlier run.
+    has_learnt: bool,
+    /// The programs are attached.
+    is_attached: bool,
+    /// As the map has it.
+    written: HashMap<MeshKey, MeshValue>,
+    left_out: usize,
+}
+
+impl MeshGuard {
+    /// Reads what earlier runs have learnt. `None` where strict mode is off.
+    ///
+    /// # Errors
+    /// The file or the map cannot be read.
+    pub fn open(
+        config: &Config,
+        files: &StateFiles,
+        maps: &Maps,
+    ) -> anyhow::Result<Option<Arc<Self>>> {
+        if !config.encryption.strict {
+            return Ok(None);
+        }
+        let stored = files.mesh_prefixes()?;
+        let inner = Inner {
+            has_learnt: stored.is_some(),
+            // Empty is to be stored too: it is known then.
+            is_stored: stored.is_some(),
+            prefixes: MeshPrefixes::restored(stored.unwrap_or_default()),
+            is_attached: false,
+            written: maps.mesh.entries()?.into_iter().collect(),
+            left_out: 0,
+        };
+        Ok(Some(Arc::new(Self {
+            inner: Mutex::new(inner),
+            ready: watch::Sender::new(false),
+        })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until pods may come up, at most so long; false if they may not.
+    pub async fn wait_ready(&self, limit: Duration) -> bool {
+        let mut ready = self.ready.subscribe();
+        let wait = ready.wait_for(|ready| *ready);
+        matches!(tokio::time::timeout(limit, wait).await, Ok(Ok(_)))
+    }
+
+    /// The programs that ask for the prefixes are attached.
+    pub fn set_attached(&self) {
+        self.lock().is_attached = true;
+        self.publish_ready();
+    }
+
+    fn publish_ready(&self) {
+        let is_ready = {
+            let inner = self.lock();
+            inner.is_attached && inner.has_learnt
+        };
+        self.ready
+            .send_if_modified(|held| std::mem::replace(held, is_ready) != is_ready);
+    }
+
+    /// Makes the map say what is known. What is new goes in before anything goes out.
+    ///
+    /// # Errors
+    /// The kernel refused it.
+    pub fn fill(&self, shared: &Shared, facts: &NodeFacts) -> Result<(), clustermesh_ebpf::Error> {
+        let settings = &shared.config.encryption;
+        let underlay = shared.underlay.borrow().addresses.clone();
+        let mut inner = self.lock();
+        let fixed = FixedPrefixes {
+            cluster: &shared.config.cluster,
+            ranges: &facts.cluster_pod_cidrs,
+            listed: &settings.strict_cidrs,
+            addresses: &underlay,
+        };
+        let wanted = inner.prefixes.entries(&settings.for_model(), &fixed);
+        let mut upserts: Vec<_> = wanted
+            .iter()
+            .filter(|(key, value)| inner.written.get(*key) != Some(*value))
+            .map(|(key, value)| (*key, *value))
+            .collect();
+        upserts.sort_unstable();
+        let mut deletes: Vec<_> = inner
+            .written
+            .keys()
+            .filter(|key| !wanted.contains_key(key))
+            .copied()
+            .collect();
+        deletes.sort_unstable();
+        shared.maps.mesh.upsert(&upserts)?;
+        inner.written.extend(upserts);
+        shared.maps.mesh.delete(&deletes)?;
+        inner.written = wanted;
+        Ok(())
+    }
+
+    /// Takes what the records name now; true if the kernel and the state folder are to follow.
+    fn learn(&self, shared: &Shared, now_ms: u64) -> bool {
+        let mut guard = shared.model();
+        let Some(model) = guard.as_mut() else {
+            return false;
+        };
+        let mut inner = self.lock();
+        let has_news = model.take_mesh_changed();
+        if !model.is_listed() {
+            return false;
+        }
+        if !has_news && !inner.prefixes.has_absent() {
+            // There may be something left to do of the last time.
+            return !inner.is_stored;
+        }
+        let named = model.mesh_prefixes();
+        let is_complete = |cluster: &str| model.is_complete(cluster);
+        if inner.prefixes.learn(named, is_complete, now_ms) {
+            inner.is_stored = false;
+        }
+        let left_out = inner.prefixes.left_out();
+        if left_out > 0 && inner.left_out == 0 {
+            error!(
+                prefixes = left_out,
+                "strict mode does not guard all of the mesh's prefixes: it holds {MESH_PREFIXES_LEARNT_MAX}; list ranges \
+                 in encryption.strict_cidrs that cover the rest"
+            );
+        }
+        inner.left_out = left_out;
+        !inner.is_stored
+    }
+
+    fn store(&self, files: &StateFiles) -> Result<(), crate::state::StateError> {
+        let prefixes: Vec<_> = self.lock().prefixes.iter().cloned().collect();
+        files.store_mesh_prefixes(&prefixes)?;
+        let mut inner = self.lock();
+        inner.is_stored = true;
+        inner.has_learnt = true;
+        Ok(())
+    }
+
+    fn follow(&self, shared: &Shared, now_ms: u64) -> anyhow::Result<()> {
+        let facts = shared.facts.borrow().clone();
+        if let Some(facts) = facts
+            && self.learn(shared, now_ms)
+        {
+            self.fill(shared, &facts)
+                .context("prefixes of the mesh in the kernel")?;
+            self.store(&shared.files)
+                .context("prefixes of the mesh in the state folder")?;
+            self.publish_ready();
+        }
+        Ok(())
+    }
+}
+
+/// Keeps the prefixes as the records name them, until the drain.
+pub async fn run(shared: Arc<Shared>, guard: Arc<MeshGuard>, drain: Drain) {
+    let started = Instant::now();
+    let mut changes = shared.mesh_changes.subscribe();
+    let mut looks = tokio::time::interval(LOOK_EVERY);
+    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut last_fault = String::new();
+    loop {
+        tokio::select! {
+            _ = looks.tick() => {}
+            Ok(()) = changes.changed() => tokio::time::sleep(GATHER).await,
+            () = drain.draining() => return,
+        }
+        changes.mark_unchanged();
+        let now_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        match tokio::task::block_in_place(|| guard.follow(&shared, now_ms)) {
+            Ok(()) => {
+                if !std::mem::take(&mut last_fault).is_empty() {
+                    info!("the prefixes of the mesh are kept again");
+                }
+            }
+            Err(fault) => {
+                let text = format!("{fault:#}");
+                if text != last_fault {
+                    warn!(
+                        fault = text,
+                        "the prefixes of the mesh are not kept, trying again"
+                    );
+                }
+                last_fault = text;
+                shared
+                    .metrics
+                    .map_failures
+                    .get_or_create(&label("map", "mesh"))
+                    .inc();
+                tokio::time::sleep(RETRY_AFTER).await;
+                shared.mesh_changes.send_modify(|n| *n = n.wrapping_add(1));
+            }
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! Probes of the paths to other nodes: echo requests that go the way of pods' packets, through tunnel and WireGuard.
+
+mod echo;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use clustermesh_api::v1::PathStatus;
+use clustermesh_ebpf::abi::PROBE_MARK;
+use clustermesh_node_core::path_mtu::PathMtu;
+use clustermesh_process::Drain;
+use tracing::{info, warn};
+
+use crate::metrics::Labels;
+use crate::reconcile;
+use crate::shared::Shared;
+use echo::{Asker, EchoSocket};
+
+/// What is due is sent this often.
+const TICK: Duration = Duration::from_millis(50);
+/// Probes of one tick: 400 a second.
+const PROBES_PER_TICK_MAX: usize = 20;
+/// The nodes are asked for again this often, whatever is said of changes.
+const REFRESH_EVERY: Duration = Duration::from_secs(5);
+/// The first probe of a node is sent within this time.
+const FIRST_WITHIN_MS: u64 = 3_000;
+
+/// Cluster and node.
+type Name = (Box<str>, Box<str>);
+
+/// The paths to all other nodes, as far as they are known.
+#[derive(Debug, Default)]
+pub struct Paths(Mutex<BTreeMap<Name, Path>>);
+
+#[derive(Debug)]
+struct Path {
+    address: IpAddr,
+    mtu: PathMtu,
+    /// Sequence number and size of the last probe.
+    sent: Option<(u16, u16)>,
+    /// What the kernel was told.
+    told_bytes: u16,
+    /// What was shown last: usable size, and whether it is a black hole.
+    shown: Option<(u16, bool)>,
+}
+
+impl Paths {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Name, Path>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For the local API, by cluster and node.
+    #[must_use]
+    pub fn statuses(&self) -> Vec<PathStatus> {
+        let paths = self.lock();
+        paths
+            .iter()
+            .map(|((cluster, node), path)| PathStatus {
+                cluster: cluster.to_string(),
+                node: node.to_string(),
+                address: path.address.to_string(),
+                mtu_bytes: path.mtu.usable_bytes().into(),
+                device_mtu_bytes: path.mtu.most_bytes().into(),
+                black_hole: path.mtu.is_black_hole(),
+                answers: path.mtu.has_answered(),
+            })
+            .collect()
+    }
+}
+
+/// Probes until the drain.
+pub async fn run(shared: Arc<Shared>, drain: Drain) {
+    let seconds = shared.config.path_probe_seconds;
+    if seconds == 0 {
+        return;
+    }
+    let open = |v6| match EchoSocket::open(v6, PROBE_MARK) {
+        Ok(socket) => Some(socket),
+        Err(error) => {
+            warn!(%error, v6, "paths to other nodes are not probed over this family");
+            None
+        }
+    };
+    let (v4, v6) = (open(false), open(true));
+    let mut prober = Prober {
+        shared: Arc::clone(&shared),
+        asker: Asker {
+            id: rand::random(),
+            token: rand::random(),
+        },
+        next_sequence: rand::random(),
+        waiting: HashMap::new(),
+        started: Instant::now(),
+        confirm_every_ms: u64::from(seconds) * 1_000,
+    };
+    let asker = prober.asker;
+    let mut changes = shared.peer_changes.subscribe();
+    let mut refreshes = tokio::time::interval(REFRESH_EVERY);
+    let mut ticks = tokio::time::interval(TICK);
+    for interval in [&mut refreshes, &mut ticks] {
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    }
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => prober.send_due(v4.as_ref(), v6.as_ref()),
+            Some(sequence) = answer(v4.as_ref(), asker) => prober.take(sequence),
+            Some(sequence) = answer(v6.as_ref(), asker) => prober.take(sequence),
+            Ok(()) = changes.changed() => prober.refresh(),
+            _ = refreshes.tick() => prober.refresh(),
+            () = drain.draining() => return,
+        }
+        prober.publish();
+    }
+}
+
+async fn answer(socket: Option<&EchoSocket>, asker: Asker) -> Option<u16> {
+    // A socket that fails once may work the next time; without it nothing is concluded.
+    socket?.answer(asker).await.ok()
+}
+
+struct Prober {
+    shared: Arc<Shared>,
+    asker: Asker,
+    next_sequence: u16,
+    /// By sequence number; one for each path at most.
+    waiting: HashMap<u16, Name>,
+    started: Instant,
+    confirm_every_ms: u64,
+}
+
+impl Prober {
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Takes the nodes as they are now.
+    fn refresh(&mut self) {
+        let targets = match self.shared.model().as_ref() {
+            Some(model) if model.is_listed() => model.path_targets(),
+            _ => return,
+        };
+        let now_ms = self.now_ms();
+        let mut paths = self.shared.paths.lock();
+        let mut gone: BTreeMap<Name, Path> = std::mem::take(&mut *paths);
+        for target in targets {
+            let name: Name = (Box::from(&*target.cluster), target.node.clone());
+            let path = gone.remove(&name).map_or_else(
+                || {
+                    let first_ms = now_ms + rand::random_range(0..FIRST_WITHIN_MS);
+                    let every_ms = self.confirm_every_ms;
+                    Path {
+                        address: target.address,
+                        mtu: PathMtu::new(target.most_bytes, every_ms, first_ms)
+                            .with_usable(target.usable_bytes),
+                        sent: None,
+                        told_bytes: target.usable_bytes,
+                        shown: None,
+                    }
+                },
+                |mut path| {
+                    path.mtu.set_most(target.most_bytes, now_ms);
+                    path.address = target.address;
+                    path
+                },
+            );
+            paths.insert(name, path);
+        }
+        drop(paths);
+        for ((cluster, node), path) in gone {
+            if let Some((sequence, _)) = path.sent {
+                self.waiting.remove(&sequence);
+            }
+            let labels = labels(&cluster, &node);
+            self.shared.metrics.path_mtu.remove(&labels);
+            self.shared.metrics.path_black_hole.remove(&labels);
+            if let Some(model) = self.shared.model().as_mut() {
+                model.forget_path_mtu(&cluster, &node);
+            }
+        }
+    }
+
+    /// Sends what is due, the longest waiting first.
+    ///
+    /// Nothing without a session: who is cut off from the records must fall silent, or changes of keys wait for it.
+    fn send_due(&mut self, v4: Option<&EchoSocket>, v6: Option<&EchoSocket>) {
+        if !*self.shared.connected.borrow() {
+            return;
+        }
+        let now_ms = self.now_ms();
+        let mut paths = self.shared.paths.lock();
+        let mut due: Vec<(u64, &Name, &mut Path)> = paths
+            .iter_mut()
+            .filter(|(_, path)| path.mtu.due_ms() <= now_ms)
+            .map(|(name, path)| (path.mtu.due_ms(), name, path))
+            .collect();
+        due.sort_unstable_by_key(|(due_ms, _, _)| *due_ms);
+        for (_, name, path) in due.into_iter().take(PROBES_PER_TICK_MAX) {
+            let Some(size_bytes) = path.mtu.poll(now_ms) else {
+                continue;
+            };
+            if let Some((sequence, _)) = path.sent.take() {
+                self.waiting.remove(&sequence);
+            }
+            let sequence = self.next_sequence;
+            self.next_sequence = sequence.wrapping_add(1);
+            // What cannot be sent is as good as lost: nobody answers, and nothing is concluded of it.
+            let socket = if path.address.is_ipv4() { v4 } else { v6 };
+            let sent = socket.map(|s| s.send(path.address, size_bytes, self.asker, sequence));
+            if matches!(sent, Some(Ok(()))) {
+                path.sent = Some((sequence, size_bytes));
+                self.waiting.insert(sequence, name.clone());
+            }
+        }
+    }
+
+    fn take(&mut self, sequence: u16) {
+        let now_ms = self.now_ms();
+        let Some(name) = self.waiting.remove(&sequence) else {
+            return;
+        };
+        let mut paths = self.shared.paths.lock();
+        if let Some(path) = paths.get_mut(&name)
+            && let Some((held, size_bytes)) = path.sent
+            && held == sequence
+        {
+            path.sent = None;
+            path.mtu.answered(size_bytes, now_ms);
+        }
+    }
+
+    /// Makes the kernel follow what has been found, and says what a person must know.
+    fn publish(&self) {
+        let mut news = Vec::new();
+        for ((cluster, node), path) in self.shared.paths.lock().iter_mut() {
+            let now = (path.mtu.usable_bytes(), path.mtu.is_black_hole());
+            if path.shown == Some(now) {
+                continue;
+            }
+            let was_black_hole = path.shown.is_some_and(|(_, hole)| hole);
+            path.shown = Some(now);
+            self.show(cluster, node, path, was_black_hole);
+            if path.told_bytes != now.0 {
+                path.told_bytes = now.0;
+                news.push((cluster.clone(), node.clone(), now.0));
+            }
+        }
+        if news.is_empty() {
+            return;
+        }
+        if let Some(model) = self.shared.model().as_mut() {
+            for (cluster, node, usable) in news {
+                model.set_path_mtu(&cluster, &node, usable);
+            }
+        }
+        // What fails is tried again by whoever follows the records.
+        tokio::task::block_in_place(|| reconcile::round(&self.shared));
+    }
+
+    fn show(&self, cluster: &str, node: &str, path: &Path, was_black_hole: bool) {
+        let metrics = &self.shared.metrics;
+        let labels = labels(cluster, node);
+        let (bytes, most) = (path.mtu.usable_bytes(), path.mtu.most_bytes());
+        let is_black_hole = path.mtu.is_black_hole();
+        metrics.path_mtu.get_or_create(&labels).set(bytes.into());
+        let hole = metrics.path_black_hole.get_or_create(&labels);
+        hole.set(is_black_hole.into());
+        if is_black_hole == was_black_hole {
+            return;
+        }
+        let config = &self.shared.config;
+        let from = format!("{}/{}", config.cluster, config.node);
+        let to = format!("{cluster}/{node}");
+        if is_black_hole {
+            warn!(
+                from,
+                to,
+                devices_take_bytes = most,
+                "black hole: packets that the devices take vanish on the way between these two nodes, and nobody says so; \
+                 smaller ones are sent until larger ones pass. Give the underlay's devices the MTU that the network has, \
+                 or set `mtu`; `clustermesh-node status` shows what passes"
+            );
+        } else {
+            info!(
+                from,
+                to, bytes, "what the devices take passes again between these two nodes"
+            );
+        }
+    }
+}
+
+fn labels(cluster: &str, node: &str) -> Labels {
+    vec![
+        ("cluster".to_owned(), cluster.to_owned()),
+        ("node".to_owned(), node.to_owned()),
+    ]
+}
