@@ -207,12 +207,14 @@ impl Generator {
             hash(middle),
             hash(middle.saturating_add(1)),
             hash(0),
-            // The shortest TTL is the server's to choose; such leases would not live through a seed.
+        ];
+        ops.extend(self.checked_ops());
+        // The shortest TTL is the server's to choose: nothing may come after such leases that shows whether they live.
+        ops.extend([
             Op::LeaseGrant(LeaseGrantRequest { ttl: 0, id: 9_001 }),
             Op::LeaseGrant(LeaseGrantRequest { ttl: 1, id: 9_002 }),
             Op::LeaseGrant(LeaseGrantRequest { ttl: -7, id: 9_003 }),
-        ];
-        ops.extend(self.checked_ops());
+        ]);
         ops
     }
 
