@@ -142,9 +142,13 @@ async fn connections_outlive_a_black_hole(encryption: &'static str, device_bytes
     }
     for (from, to) in [(&pod_a, &pod_b), (&pod_b, &pod_a)] {
         // As large as is said, and not to be cut; the pods remember the smaller size of the beginning for ten minutes.
+        let forget = ["-n", from.netns(), "route", "flush", "cache"];
+        clustermesh_integration::lab::host::sh("ip", &forget)
+            .await
+            .unwrap();
         let mut ping = from.command(std::path::Path::new("ping"));
         let bytes = (sizes[0].min(sizes[1]) - 28).to_string();
-        ping.args(["-n", "-c", "3", "-M", "probe", "-W", "5", "-s", &bytes]);
+        ping.args(["-n", "-c", "3", "-M", "do", "-W", "5", "-s", &bytes]);
         ping.arg(to.address(false).unwrap());
         clustermesh_integration::lab::host::run(&mut ping)
             .await
