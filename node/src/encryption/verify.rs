@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::Encryption;
-use crate::echo::{self, AT_ONCE_MAX};
+use crate::echo::ask::{AT_ONCE_MAX, PACKET_BYTES, ask_all};
 use crate::shared::Shared;
 
 /// Proofs that wait in one stream's socket.
@@ -45,10 +45,10 @@ pub fn begin(shared: &Shared, encryption: &Arc<Encryption>) -> Result<Proofs, St
     })?;
     let (sender, receiver) = mpsc::channel(PROOFS_WAITING_MAX);
     let encryption = Arc::clone(encryption);
-    tokio::task::spawn_blocking(move || {
+    tokio::spawn(async move {
         let _turn = turn;
         for batch in nodes.chunks(AT_ONCE_MAX) {
-            let proofs = prove(&encryption, batch);
+            let proofs = prove(&encryption, batch).await;
             let (proofs, error) = match proofs {
                 Ok(proofs) => (proofs, None),
                 Err(error) => (Vec::new(), Some(Status::unavailable(error.to_string()))),
@@ -57,7 +57,7 @@ pub fn begin(shared: &Shared, encryption: &Arc<Encryption>) -> Result<Proofs, St
             let all = proofs.into_iter().map(Ok).chain(error.map(Err));
             for proof in all {
                 // Whoever asked has gone.
-                if sender.blocking_send(proof).is_err() {
+                if sender.send(proof).await.is_err() {
                     return;
                 }
             }
@@ -76,10 +76,12 @@ enum ProveError {
     Device(#[from] DeviceError),
     #[error("cannot send echo requests: {0}")]
     Echo(std::io::Error),
+    #[error("the agent is ending")]
+    Ending,
 }
 
-fn prove(
-    encryption: &Encryption,
+async fn prove(
+    encryption: &Arc<Encryption>,
     nodes: &[ProvableNode],
 ) -> Result<Vec<EncryptionProof>, ProveError> {
     let is_asked = |node: &&ProvableNode| node.is_covered && !node.addresses.is_empty();
@@ -88,9 +90,9 @@ fn prove(
         .filter(is_asked)
         .filter_map(|node| node.addresses.first().copied())
         .collect();
-    let before = counters(encryption)?;
-    let answers = echo::ask_all(&addresses).map_err(ProveError::Echo)?;
-    let after = counters(encryption)?;
+    let before = counters(encryption).await?;
+    let answers = ask_all(&addresses).await.map_err(ProveError::Echo)?;
+    let after = counters(encryption).await?;
     let mut answers = addresses.into_iter().zip(answers);
     let proofs = nodes.iter().map(|node| {
         let asked = if is_asked(&node) {
@@ -113,19 +115,24 @@ struct Counted {
 
 type Counters = HashMap<PublicKey, Counted>;
 
-fn counters(encryption: &Encryption) -> Result<Counters, DeviceError> {
-    let mut counters = Counters::new();
-    for open in encryption.devices() {
-        for (key, status) in open.device.status()?.peers {
-            let counted = Counted {
-                sent: status.tx_bytes,
-                received: status.rx_bytes,
-                has_handshake: status.last_handshake.is_some(),
-            };
-            counters.insert(key, counted);
+async fn counters(encryption: &Arc<Encryption>) -> Result<Counters, ProveError> {
+    let encryption = Arc::clone(encryption);
+    // Devices are asked by blocking calls.
+    let asked = tokio::task::spawn_blocking(move || {
+        let mut counters = Counters::new();
+        for open in encryption.devices() {
+            for (key, status) in open.device.status()?.peers {
+                let counted = Counted {
+                    sent: status.tx_bytes,
+                    received: status.rx_bytes,
+                    has_handshake: status.last_handshake.is_some(),
+                };
+                counters.insert(key, counted);
+            }
         }
-    }
-    Ok(counters)
+        Ok(counters)
+    });
+    asked.await.unwrap_or(Err(ProveError::Ending))
 }
 
 /// By how much the counters of a node's peers grew; `None`: no device has any of its keys.
@@ -173,7 +180,7 @@ fn proof(node: &ProvableNode, asked: Option<Asked>, grown: Option<Counted>) -> E
 
 /// What is wrong with the way to a node, and what to do about it.
 fn problem(node: &ProvableNode, asked: Option<Asked>, grown: Option<Counted>) -> Option<String> {
-    let enough = |bytes: u64| bytes >= echo::PACKET_BYTES_MIN;
+    let enough = |bytes: u64| bytes >= u64::from(PACKET_BYTES);
     let name = format!("{}/{}", node.cluster, node.node);
     let ports: Vec<String> = node.keys.iter().map(|key| key.port.to_string()).collect();
     if node.keys.is_empty() {
@@ -265,7 +272,7 @@ mod tests {
 
     #[test]
     fn an_echo_is_a_proof_only_with_its_bytes_in_both_counters() {
-        let least = echo::PACKET_BYTES_MIN;
+        let least = u64::from(PACKET_BYTES);
         let good = of(&node(), true, Some(counted(least, least)));
         assert_eq!(
             (good.result.as_str(), good.problem.as_str()),
@@ -281,7 +288,7 @@ mod tests {
 
     #[test]
     fn every_failure_names_what_to_do() {
-        let least = echo::PACKET_BYTES_MIN;
+        let least = u64::from(PACKET_BYTES);
         let all = Some(counted(least, least));
         let keyless = ProvableNode {
             keys: Vec::new(),
