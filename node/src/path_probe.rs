@@ -1,7 +1,5 @@
 //! Probes of the paths to other nodes: echo requests that go the way of pods' packets, through tunnel and WireGuard.
 
-mod echo;
-
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use clustermesh_api::v1::PathStatus;
 use clustermesh_ebpf::abi::PROBE_MARK;
-use clustermesh_node_core::path_mtu::PathMtu;
+use clustermesh_node_core::path_mtu::{ATTEMPTS_MAX, PathMtu};
 use clustermesh_process::Drain;
 use tracing::{info, warn};
 
+use crate::echo::{Asker, EchoSocket};
 use crate::metrics::Labels;
 use crate::reconcile;
 use crate::shared::Shared;
-use echo::{Asker, EchoSocket};
 
 /// What is due is sent this often.
 const TICK: Duration = Duration::from_millis(50);
@@ -38,8 +36,10 @@ pub struct Paths(Mutex<BTreeMap<Name, Path>>);
 struct Path {
     address: IpAddr,
     mtu: PathMtu,
-    /// Sequence number and size of the last probe.
-    sent: Option<(u16, u16)>,
+    /// Sequence numbers of the probes of one size that may still be answered.
+    sent: Vec<u16>,
+    /// That size.
+    sent_bytes: u16,
     /// What the kernel was told.
     told_bytes: u16,
     /// What was shown last: usable size, and whether it is a black hole.
@@ -124,7 +124,7 @@ struct Prober {
     shared: Arc<Shared>,
     asker: Asker,
     next_sequence: u16,
-    /// By sequence number; one for each path at most.
+    /// By sequence number; [`ATTEMPTS_MAX`] for each path at most.
     waiting: HashMap<u16, Name>,
     started: Instant,
     confirm_every_ms: u64,
@@ -154,7 +154,8 @@ impl Prober {
                         address: target.address,
                         mtu: PathMtu::new(target.most_bytes, every_ms, first_ms)
                             .with_usable(target.usable_bytes),
-                        sent: None,
+                        sent: Vec::new(),
+                        sent_bytes: 0,
                         told_bytes: target.usable_bytes,
                         shown: None,
                     }
@@ -169,8 +170,8 @@ impl Prober {
         }
         drop(paths);
         for ((cluster, node), path) in gone {
-            if let Some((sequence, _)) = path.sent {
-                self.waiting.remove(&sequence);
+            for sequence in &path.sent {
+                self.waiting.remove(sequence);
             }
             let labels = labels(&cluster, &node);
             self.shared.metrics.path_mtu.remove(&labels);
@@ -200,8 +201,12 @@ impl Prober {
             let Some(size_bytes) = path.mtu.poll(now_ms) else {
                 continue;
             };
-            if let Some((sequence, _)) = path.sent.take() {
-                self.waiting.remove(&sequence);
+            // An answer that comes late counts as long as the same is asked.
+            if path.sent_bytes != size_bytes || path.sent.len() >= usize::from(ATTEMPTS_MAX) {
+                for sequence in path.sent.drain(..) {
+                    self.waiting.remove(&sequence);
+                }
+                path.sent_bytes = size_bytes;
             }
             let sequence = self.next_sequence;
             self.next_sequence = sequence.wrapping_add(1);
@@ -209,7 +214,7 @@ impl Prober {
             let socket = if path.address.is_ipv4() { v4 } else { v6 };
             let sent = socket.map(|s| s.send(path.address, size_bytes, self.asker, sequence));
             if matches!(sent, Some(Ok(()))) {
-                path.sent = Some((sequence, size_bytes));
+                path.sent.push(sequence);
                 self.waiting.insert(sequence, name.clone());
             }
         }
@@ -222,11 +227,12 @@ impl Prober {
         };
         let mut paths = self.shared.paths.lock();
         if let Some(path) = paths.get_mut(&name)
-            && let Some((held, size_bytes)) = path.sent
-            && held == sequence
+            && path.sent.contains(&sequence)
         {
-            path.sent = None;
-            path.mtu.answered(size_bytes, now_ms);
+            for other in path.sent.drain(..) {
+                self.waiting.remove(&other);
+            }
+            path.mtu.answered(path.sent_bytes, now_ms);
         }
     }
 

@@ -26,9 +26,19 @@ pub const RAISE_AFTER_CONFIRMATIONS_MAX: u64 = 40;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Question {
     /// Whether the path takes that size.
-    Size(u16),
+    Size { bytes: u16, turn: Turn },
     /// Whether anybody answers at all, after that size did not come back.
-    Anybody(u16),
+    Anybody { after_bytes: u16, turn: Turn },
+}
+
+/// An outage may end between the last probe of a size and the small one after it: what would narrow a path that was
+/// wide is asked for twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// Silence and an answer to a small probe are asked for once more.
+    First,
+    /// They are believed.
+    Last,
 }
 
 /// The state of one path.
@@ -162,7 +172,7 @@ impl PathMtu {
         self.has_answered = true;
         self.attempts = 0;
         match self.question.take() {
-            Some(Question::Size(size)) => {
+            Some(Question::Size { bytes: size, .. }) => {
                 self.proven_bytes = self.proven_bytes.max(size);
                 if size > self.usable_bytes {
                     self.usable_bytes = size;
@@ -172,7 +182,17 @@ impl PathMtu {
                     self.vanished_bytes = None;
                 }
             }
-            Some(Question::Anybody(size)) => self.note_vanished(size, now_ms),
+            Some(Question::Anybody { after_bytes, turn }) => match turn {
+                Turn::First => {
+                    self.question = Some(Question::Size {
+                        bytes: after_bytes,
+                        turn: Turn::Last,
+                    });
+                    self.due_ms = now_ms;
+                    return;
+                }
+                Turn::Last => self.note_vanished(after_bytes, now_ms),
+            },
             None => {}
         }
         self.due_ms = if self.next_size().is_some() {
@@ -189,8 +209,8 @@ impl PathMtu {
     /// The size that the answer must have.
     const fn asked_bytes(&self) -> Option<u16> {
         match self.question {
-            Some(Question::Size(size)) => Some(size),
-            Some(Question::Anybody(_)) => Some(SMALL_BYTES),
+            Some(Question::Size { bytes, .. }) => Some(bytes),
+            Some(Question::Anybody { .. }) => Some(SMALL_BYTES),
             None => None,
         }
     }
@@ -206,9 +226,17 @@ impl PathMtu {
         let size = self.next_size().unwrap_or(self.proven_bytes);
         self.attempts = 0;
         self.question = Some(if size == 0 {
-            Question::Anybody(LEAST_BYTES)
+            Question::Anybody {
+                after_bytes: LEAST_BYTES,
+                turn: Turn::Last,
+            }
         } else {
-            Question::Size(size)
+            // While a narrow path is measured nothing is lost by a size that is found too small.
+            let narrows = !self.is_black_hole() || size <= self.proven_bytes;
+            Question::Size {
+                bytes: size,
+                turn: if narrows { Turn::First } else { Turn::Last },
+            }
         });
     }
 
@@ -229,9 +257,14 @@ impl PathMtu {
     fn conclude_loss(&mut self, now_ms: u64) {
         self.attempts = 0;
         match self.question {
-            Some(Question::Size(size)) => self.question = Some(Question::Anybody(size)),
+            Some(Question::Size { bytes, turn }) => {
+                self.question = Some(Question::Anybody {
+                    after_bytes: bytes,
+                    turn,
+                });
+            }
             // The node or the whole path is away: that says nothing of sizes.
-            Some(Question::Anybody(_)) | None => {
+            Some(Question::Anybody { .. }) | None => {
                 self.question = None;
                 self.has_answered = false;
                 self.due_ms = now_ms.saturating_add(self.confirm_every_ms);

@@ -57,7 +57,7 @@ fn a_path_that_narrows_is_narrow_at_once_then_measured_and_forgiven_when_it_wide
     let mut path = Simulation::new(1_390, 1_500);
     path.run(60_000);
     path.limit = 1_333;
-    path.run(CONFIRM_MS + u64::from(ATTEMPTS_MAX) * ANSWER_WAIT_MS + 100);
+    path.run(CONFIRM_MS + 2 * u64::from(ATTEMPTS_MAX) * ANSWER_WAIT_MS + 200);
     assert!(path.path.is_black_hole());
     assert!((BASE_BYTES..=1_333).contains(&path.path.usable_bytes()));
     path.run(25_000);
@@ -148,6 +148,24 @@ proptest! {
         prop_assert!(path.sent.iter().all(|(_, size)| *size <= most));
         // One probe at a time, and the next one after its answer or its time.
         prop_assert!(path.sent.windows(2).all(|pair| pair[0].0 < pair[1].0));
+    }
+
+    #[test]
+    fn an_outage_is_no_black_hole_whenever_it_begins_and_ends(
+        most in BASE_BYTES..9_000,
+        begins_ms in 0..4 * CONFIRM_MS,
+        lasts_ms in 1..8 * CONFIRM_MS,
+    ) {
+        let mut path = Simulation::new(most, 9_000);
+        path.run(begins_ms);
+        path.limit = 0;
+        path.run(lasts_ms);
+        path.limit = 9_000;
+        for _ in 0..400 {
+            path.run(100);
+            prop_assert!(!path.path.is_black_hole());
+        }
+        prop_assert!(path.path.has_answered());
     }
 
     #[test]
