@@ -126,11 +126,14 @@ impl MeshGuard {
             .copied()
             .collect();
         deletes.sort_unstable();
-        shared.maps.mesh.upsert(&upserts)?;
-        inner.written.extend(upserts);
-        shared.maps.mesh.delete(&deletes)?;
-        inner.written = wanted;
-        Ok(())
+        let done = shared.maps.mesh.upsert(&upserts);
+        let done = done.and_then(|()| shared.maps.mesh.delete(&deletes));
+        inner.written = match done {
+            Ok(()) => wanted,
+            // Some may be there and some not.
+            Err(_) => shared.maps.mesh.entries()?.into_iter().collect(),
+        };
+        done
     }
 
     /// Takes what the records name now; true if the kernel and the state folder are to follow.
@@ -143,6 +146,10 @@ impl MeshGuard {
         let has_news = model.take_mesh_changed();
         if !model.is_listed() {
             return false;
+        }
+        // Whoever cuts the node off from the records must not make it forget.
+        if !*shared.connected.borrow() {
+            inner.prefixes.restart_grace(now_ms);
         }
         if !has_news && !inner.prefixes.has_absent() {
             // There may be something left to do of the last time.

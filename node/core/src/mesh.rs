@@ -109,6 +109,13 @@ impl MeshPrefixes {
         has_changed
     }
 
+    /// What is absent has been so from now on only: the records were out of reach, which says nothing.
+    pub fn restart_grace(&mut self, now_ms: u64) {
+        for since_ms in self.learnt.values_mut().flatten() {
+            *since_ms = now_ms;
+        }
+    }
+
     /// True if a prefix waits for its end: time alone changes something.
     #[must_use]
     pub fn has_absent(&self) -> bool {

@@ -47,6 +47,21 @@ fn what_complete_records_do_not_name_goes_after_a_grace_that_begins_anew_when_it
 }
 
 #[test]
+fn time_without_the_records_does_not_count() {
+    let west = pods("west", "10.2.0.0/24");
+    let mut prefixes = MeshPrefixes::restored([west.clone()]);
+    let complete = |_: &str| true;
+    assert!(!prefixes.learn(BTreeSet::new(), complete, 5));
+    let cut_until_ms = 3 * MESH_PREFIX_GRACE_MS;
+    prefixes.restart_grace(cut_until_ms);
+    assert!(prefixes.has_absent());
+    let nearly_ms = cut_until_ms + MESH_PREFIX_GRACE_MS - 1;
+    assert!(!prefixes.learn(BTreeSet::new(), complete, nearly_ms));
+    assert_eq!(held(&prefixes), [west]);
+    assert!(prefixes.learn(BTreeSet::new(), complete, nearly_ms + 1));
+}
+
+#[test]
 fn clusters_that_are_not_encrypted_are_exceptions_from_what_the_operator_lists() {
     let prefixes = MeshPrefixes::restored([
         pods("own", "10.1.0.0/24"),
