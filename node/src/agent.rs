@@ -257,7 +257,9 @@ impl Node {
                 Ok(()) = cidrs.changed() => {
                     cidrs.mark_unchanged();
                     if let Err(error) = self.ensure_routes().await {
-                        warn!(error = %format!("{error:#}"), "routes to other nodes' pods not brought up to date");
+                        warn!(error = %format!("{error:#}"), "routes to other nodes' pods not brought up to date, trying again");
+                        tokio::time::sleep(RETRY_AFTER).await;
+                        cidrs.mark_changed();
                     }
                 }
                 Ok(_) = synced.wait_for(|synced| *synced), if self.sync_token.is_some() => {
