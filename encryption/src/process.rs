@@ -199,7 +199,15 @@ impl Device for ProcessDevice {
     }
 
     fn status(&self) -> Result<DeviceStatus, DeviceError> {
-        self.read(GET_STATUS).map(DeviceStatus::from)
+        match self.read(GET_STATUS) {
+            // One of before this question: it outlives the agents that ask.
+            Err(DeviceError::Answer {
+                source: AnswerError::Refused(errno),
+                ..
+            }) if errno == Errno::EPROTO as i32 => self.describe(),
+            other => other,
+        }
+        .map(DeviceStatus::from)
     }
 
     fn remove(&self) -> Result<(), DeviceError> {
@@ -306,6 +314,28 @@ mod tests {
         let error = ProcessDevice::open(NAME, &options(dir.path())).unwrap_err();
         server.join().unwrap();
         assert!(matches!(error, DeviceError::Answer { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_device_of_before_the_question_for_its_status_is_adopted() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join(format!("{NAME}.sock"))).unwrap();
+        let server = std::thread::spawn(move || {
+            let errno = Errno::EPROTO as i32;
+            for (asked, answer) in [
+                (GET_STATUS, format!("errno={errno}\n\n")),
+                (GET, "listen_port=51871\nerrno=0\n\n".to_owned()),
+            ] {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = vec![0; asked.len()];
+                stream.read_exact(&mut request).unwrap();
+                assert_eq!(request, asked.as_bytes());
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        let (_, origin) = ProcessDevice::open(NAME, &options(dir.path())).unwrap();
+        server.join().unwrap();
+        assert_eq!(origin, Origin::Adopted);
     }
 
     #[test]
