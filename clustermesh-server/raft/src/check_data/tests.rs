@@ -146,7 +146,10 @@ async fn a_vote_behind_the_log_and_lost_entries_are_told() {
         log.save_committed(Some(LogId::new_term_index(4, 9)))
             .await
             .unwrap();
-        log.blocking_append((0..3).map(blank)).await.unwrap();
+        log.blocking_append((0..10).map(blank)).await.unwrap();
+        log.truncate_after(Some(LogId::new_term_index(4, 2)))
+            .await
+            .unwrap();
     })
     .await;
     let report = check(dir.path(), None).await;
@@ -160,4 +163,24 @@ async fn a_vote_behind_the_log_and_lost_entries_are_told() {
     told("vote", "given twice");
     told("log", "acknowledged writes are lost");
     assert_eq!(report.first_index, Some(0));
+}
+
+#[tokio::test]
+async fn entries_that_were_handed_over_and_not_written_are_no_loss() {
+    use clustermesh_store::{Entry, LogId, Vote};
+    use openraft::storage::RaftLogStorageExt;
+    let dir = tempfile::tempdir().unwrap();
+    with_log(dir.path(), async |log| {
+        let blank = |index| Entry::new(LogId::new_term_index(4, index), EntryPayload::Blank);
+        // The rest of what was committed was not written before the process ended.
+        log.save_committed(Some(LogId::new_term_index(4, 9)))
+            .await
+            .unwrap();
+        log.blocking_append((0..3).map(blank)).await.unwrap();
+        log.save_vote(&Vote::new(4, 1)).await.unwrap();
+    })
+    .await;
+    let report = check(dir.path(), None).await;
+    assert!(report.is_good(), "{report:?}");
+    assert_eq!(report.committed, Some(LogId::new_term_index(4, 2)));
 }

@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use super::{
     LogStats, MAX_ENTRY_BYTES, MAX_READ_BYTES,
     tail::{Tail, index_range},
-    writer::{Disk, Op, Queue, Writer},
+    writer::{Disk, Op, Queue, Saved, Writer},
 };
 use crate::{
     codec::entry_size_bytes,
@@ -106,6 +106,7 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
 
     fn start(path: &Path, (disk, tail): (Disk, Tail)) -> Result<Self, StoreError> {
         let disk = Arc::new(disk);
+        let saved = Saved::new(&tail);
         let tail = Arc::new(Mutex::new(tail));
         let queue = Arc::new(Queue::default());
         let writer = Writer {
@@ -115,7 +116,7 @@ impl<R: AsyncRuntime, A: Reply> SledLog<R, A> {
         };
         let writer = std::thread::Builder::new()
             .name("raft-log".into())
-            .spawn(move || writer.run())
+            .spawn(move || writer.run(saved))
             .map_err(StoreError::io("start the writer thread of", path))?;
         let shared = Shared {
             path: path.to_owned(),
@@ -311,7 +312,7 @@ impl<R: AsyncRuntime, A: Reply> RaftLogStorage<TypeConfig<R, A>> for SledLog<R, 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
         self.shared.tail.lock().truncate_after(last_log_id);
         self.durably(|done| Op::Truncate {
-            keep: last_log_id.map(|id| id.index),
+            keep: last_log_id,
             done,
         })
         .await

@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use openraft::{
     EntryPayload,
@@ -55,6 +55,19 @@ async fn all(log: &mut impl RaftLogReader<C>) -> Vec<Entry> {
 async fn state(log: &mut impl RaftLogStorage<C>) -> (Option<LogId>, Option<LogId>) {
     let state = log.get_log_state().await.unwrap();
     (state.last_purged_log_id, state.last_log_id)
+}
+
+/// What a process that is killed leaves, beside `path`: the files as they are.
+fn left_by_a_crash(path: &Path, name: &str) -> PathBuf {
+    let copy = path.with_file_name(name);
+    std::fs::create_dir(&copy).unwrap();
+    for file in std::fs::read_dir(path).unwrap() {
+        let file = file.unwrap().path();
+        if file.is_file() {
+            std::fs::copy(&file, copy.join(file.file_name().unwrap())).unwrap();
+        }
+    }
+    copy
 }
 
 /// Opens again as a new process would.
@@ -126,18 +139,7 @@ fn what_is_committed_is_known_after_a_crash_once_it_was_written_with_entries() {
                 .unwrap();
             append(&mut log, vec![entry(1, n, 10)]).await;
         }
-        // What a process that is killed leaves: the files as they are.
-        let crashed = |name: &str| {
-            let copy = dir.path().join(name);
-            std::fs::create_dir(&copy).unwrap();
-            for file in std::fs::read_dir(&path).unwrap() {
-                let file = file.unwrap().path();
-                if file.is_file() {
-                    std::fs::copy(&file, copy.join(file.file_name().unwrap())).unwrap();
-                }
-            }
-            Durable::open(&copy).unwrap()
-        };
+        let crashed = |name| Durable::open(&left_by_a_crash(&path, name)).unwrap();
         assert_eq!(crashed("a").recorded_committed(), Some(id(1, 6)));
         // The record that said so goes, what it said stays.
         RaftLogStorage::<C>::truncate_after(&mut log, Some(id(1, 6)))
@@ -146,6 +148,88 @@ fn what_is_committed_is_known_after_a_crash_once_it_was_written_with_entries() {
         let again = crashed("b");
         assert_eq!(again.recorded_committed(), Some(id(1, 6)));
         assert_eq!(again.stats().last_index, 6);
+    });
+}
+
+#[test]
+fn what_a_crash_in_the_middle_of_an_append_leaves_tells_of_no_loss() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = Durable::open(&path).unwrap();
+        append(&mut log, vec![entry(1, 0, 10)]).await;
+        // As openraft says it: what was handed over counts, written or not.
+        let handed_over = async |log: &mut Durable, last| {
+            RaftLogStorage::<C>::save_committed(log, Some(id(1, last)))
+                .await
+                .unwrap();
+        };
+        handed_over(&mut log, 20).await;
+        append(&mut log, (1..=20).map(|n| entry(1, n, 100 << 10)).collect()).await;
+        let copy = left_by_a_crash(&path, "a");
+        let database = sled::Config::new()
+            .path(&copy)
+            .segment_size(8 << 20)
+            .open()
+            .unwrap();
+        let tree = database.open_tree("log").unwrap();
+        for key in tree.range(9_u64.to_be_bytes()..).keys() {
+            tree.remove(key.unwrap()).unwrap();
+        }
+        drop((tree, database));
+        let mut crashed = Durable::open(&copy).unwrap();
+        assert_eq!(state(&mut crashed).await.1, Some(id(1, 8)));
+        assert_eq!(crashed.recorded_committed(), Some(id(1, 8)));
+        // What is written down apart from the records, before entries that wait behind it.
+        handed_over(&mut log, 40).await;
+        RaftLogStorage::<C>::save_vote(&mut log, &Vote::new(1, 1))
+            .await
+            .unwrap();
+        let crashed = |name| Durable::open(&left_by_a_crash(&path, name)).unwrap();
+        assert_eq!(crashed("b").recorded_committed(), Some(id(1, 20)));
+        append(&mut log, (21..=40).map(|n| entry(1, n, 10)).collect()).await;
+        assert_eq!(crashed("c").recorded_committed(), Some(id(1, 40)));
+        // After a truncation other entries follow, of a newer term.
+        RaftLogStorage::<C>::truncate_after(&mut log, Some(id(1, 40)))
+            .await
+            .unwrap();
+        append(&mut log, (41..=50).map(|n| entry(1, n, 10)).collect()).await;
+        RaftLogStorage::<C>::truncate_after(&mut log, Some(id(1, 41)))
+            .await
+            .unwrap();
+        RaftLogStorage::<C>::save_committed(&mut log, Some(id(2, 42)))
+            .await
+            .unwrap();
+        RaftLogStorage::<C>::save_vote(&mut log, &Vote::new(2, 2))
+            .await
+            .unwrap();
+        assert_eq!(crashed("d").recorded_committed(), Some(id(1, 41)));
+    });
+}
+
+#[test]
+fn a_loss_shows_again_after_a_start() {
+    run(async {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = Durable::open(dir.path()).unwrap();
+        append(&mut log, (0..9).map(|n| entry(1, n, 10)).collect()).await;
+        RaftLogStorage::<C>::save_committed(&mut log, Some(id(1, 8)))
+            .await
+            .unwrap();
+        RaftLogStorage::<C>::truncate_after(&mut log, Some(id(1, 3)))
+            .await
+            .unwrap();
+        for _ in 0..2 {
+            log = reopen(log, dir.path());
+            assert_eq!(log.recorded_committed(), Some(id(1, 8)));
+            // As openraft begins with what is there.
+            RaftLogStorage::<C>::save_committed(&mut log, Some(id(1, 3)))
+                .await
+                .unwrap();
+            RaftLogStorage::<C>::save_vote(&mut log, &Vote::new(2, 2))
+                .await
+                .unwrap();
+        }
     });
 }
 

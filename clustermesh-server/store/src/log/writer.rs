@@ -44,7 +44,7 @@ pub(super) enum Op<R: AsyncRuntime, A: Reply> {
         done: Done<R>,
     },
     Truncate {
-        keep: Option<u64>,
+        keep: Option<LogId>,
         done: Done<R>,
     },
     Purge {
@@ -54,10 +54,25 @@ pub(super) enum Op<R: AsyncRuntime, A: Reply> {
 }
 
 /// What was last written down as committed apart from the records, and how many groups of entries ago.
-#[derive(Default)]
-struct Saved {
+pub(super) struct Saved {
     committed: Option<LogId>,
     appends: u32,
+    /// What the files said when they were opened: it stays, so that a loss shows again.
+    recovered: Option<LogId>,
+    /// Last entry that was written. Those only handed over may be committed, but a crash loses them here.
+    written: Option<LogId>,
+}
+
+impl Saved {
+    /// Of a log that was just opened.
+    pub(super) fn new(tail: &Tail) -> Self {
+        Self {
+            committed: None,
+            appends: 0,
+            recovered: tail.committed,
+            written: tail.last,
+        }
+    }
 }
 
 enum Ack<R: AsyncRuntime, A: Reply> {
@@ -174,8 +189,7 @@ pub(super) struct Writer<R: AsyncRuntime, A: Reply> {
 }
 
 impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
-    pub(super) fn run(self) {
-        let mut saved = Saved::default();
+    pub(super) fn run(self, mut saved: Saved) {
         while let Some(ops) = self.queue.take() {
             let mut acks = Vec::with_capacity(ops.len());
             let result = self.write(ops, &mut acks, &mut saved);
@@ -210,14 +224,28 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
         }
     }
 
-    /// Writes down what is known to be committed apart from the records, where that is news.
+    /// Writes down which of the written entries are known to be committed apart from the records, where that is news.
     fn mark(&self, saved: &mut Saved) -> Result<(), StoreError> {
-        let committed = self.tail.lock().committed;
-        if committed != saved.committed {
+        let known = self.tail.lock().committed.min(saved.written);
+        if let Some(committed) = known.max(saved.recovered)
+            && saved.committed < Some(committed)
+        {
             self.disk.put_committed(committed)?;
-            saved.committed = committed;
+            saved.committed = Some(committed);
         }
         saved.appends = 0;
+        Ok(())
+    }
+
+    /// Writes entries that follow one another.
+    fn append(
+        &self,
+        entries: &[Entry],
+        committed: Option<LogId>,
+        saved: &mut Saved,
+    ) -> Result<(), StoreError> {
+        self.disk.append(entries, committed)?;
+        saved.written = entries.last().map(|entry| entry.log_id).or(saved.written);
         Ok(())
     }
 
@@ -237,8 +265,7 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
                 Op::Append { .. } => Ok(()),
                 // A record that says what is committed may go: before it does, this is durable apart from it.
                 _ => self
-                    .disk
-                    .append(&std::mem::take(&mut pending), None)
+                    .append(&std::mem::take(&mut pending), None, saved)
                     .and_then(|()| self.mark(saved)),
             };
             let step = step.and_then(|()| match &op {
@@ -246,11 +273,16 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
                 Op::Append { .. } => Ok(()),
                 Op::Vote { vote, .. } => self.disk.put_vote(vote),
                 Op::Truncate { keep, .. } => {
-                    durable_next = durable_next.min(Some(keep.map_or(0, |keep| keep + 1)));
+                    let keep_index = keep.map(|keep| keep.index);
+                    durable_next = durable_next.min(Some(keep_index.map_or(0, |keep| keep + 1)));
                     self.disk.sync()?;
-                    self.disk.truncate_after(*keep)
+                    saved.written = saved.written.min(*keep);
+                    self.disk.truncate_after(keep_index)
                 }
-                Op::Purge { upto, .. } => self.disk.purge(*upto),
+                Op::Purge { upto, .. } => {
+                    saved.written = saved.written.max(Some(*upto));
+                    self.disk.purge(*upto)
+                }
             });
             if let Err(error) = step {
                 failed.get_or_insert(error);
@@ -275,10 +307,10 @@ impl<R: AsyncRuntime, A: Reply> Writer<R, A> {
         }
         let committed = self.tail.lock().committed;
         saved.appends += 1;
+        self.append(&pending, committed, saved)?;
         if pending.is_empty() || saved.appends >= MAX_APPENDS_BETWEEN_MARKS {
             self.mark(saved)?;
         }
-        self.disk.append(&pending, committed)?;
         self.disk.sync()?;
         Ok(durable_next)
     }

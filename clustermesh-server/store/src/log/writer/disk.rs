@@ -304,7 +304,8 @@ impl Disk {
             .collect()
     }
 
-    /// Writes consecutive entries as few records, with what is known to be committed; not durable before `sync`.
+    /// Writes consecutive entries as few records; not durable before `sync`. Each says what is known to be committed up to
+    /// its own end: the next one may be lost.
     pub(super) fn append(
         &self,
         entries: &[Entry],
@@ -321,7 +322,8 @@ impl Disk {
                 })
                 .count();
             let (record, later) = rest.split_at(fits.max(1));
-            for (key, value) in self.parts(record, committed)? {
+            let record_end = record.last().map(|entry| entry.log_id);
+            for (key, value) in self.parts(record, committed.min(record_end))? {
                 self.log.insert(key, value).map_err(self.database())?;
                 self.changed()?;
             }
@@ -432,18 +434,9 @@ impl Disk {
         self.put_meta(VOTE, pb::meta::Value::Vote(codec::vote_to_pb(vote)))
     }
 
-    pub(super) fn put_committed(&self, committed: Option<LogId>) -> Result<(), StoreError> {
-        match committed {
-            Some(id) => self.put_meta(
-                COMMITTED,
-                pb::meta::Value::Committed(codec::log_id_to_pb(&id)),
-            ),
-            None => self
-                .meta
-                .remove(COMMITTED)
-                .map(drop)
-                .map_err(self.database()),
-        }
+    pub(super) fn put_committed(&self, committed: LogId) -> Result<(), StoreError> {
+        let committed = codec::log_id_to_pb(&committed);
+        self.put_meta(COMMITTED, pb::meta::Value::Committed(committed))
     }
 
     /// Makes all that was written durable.
