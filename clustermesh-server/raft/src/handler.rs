@@ -1,6 +1,9 @@
 //! The receiving end: checks who speaks, and hands messages to the replica.
 
-use std::sync::{Arc, Weak};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Weak},
+};
 
 use bytes::Bytes;
 use clustermesh_core::pb::Proposal;
@@ -38,6 +41,20 @@ use crate::{
     },
 };
 
+/// Refusals that are told: one for each sender and reason.
+const MAX_REFUSALS_TOLD: usize = 64;
+
+/// Whose messages were refused, and for which reason: senders try again many times a second.
+#[derive(Debug, Default)]
+pub(crate) struct Refused(Mutex<BTreeSet<(ReplicaId, i32)>>);
+
+impl Refused {
+    fn is_news(&self, from: ReplicaId, reason: i32) -> bool {
+        let mut told = self.0.lock();
+        told.len() < MAX_REFUSALS_TOLD && told.insert((from, reason))
+    }
+}
+
 /// What a running replica answers with.
 pub(crate) struct Bound<R: AsyncRuntime> {
     pub(crate) own: ReplicaId,
@@ -54,6 +71,7 @@ pub(crate) struct Bound<R: AsyncRuntime> {
     pub(crate) links: Arc<Links<R>>,
     pub(crate) members: Members<R>,
     pub(crate) incoming: Incoming,
+    pub(crate) refused: Refused,
 }
 
 /// Takes what the process of another replica says; an error is its answer.
@@ -187,6 +205,15 @@ impl<R: AsyncRuntime> PeerHandler<R> {
 impl<R: AsyncRuntime> Bound<R> {
     /// A message must be meant for this replica of this group, and come from one that was not removed.
     fn check(&self, header: Option<&Header>) -> Result<(), Refusal> {
+        self.judge(header).inspect_err(|refusal| {
+            let from = header.map_or(0, |header| header.from);
+            if self.refused.is_news(from, refusal.reason) {
+                tracing::warn!(from = %format_args!("{from:016x}"), reason = refusal.message, "messages of another replica are refused");
+            }
+        })
+    }
+
+    fn judge(&self, header: Option<&Header>) -> Result<(), Refusal> {
         let header = header.ok_or_else(|| invalid("no header"))?;
         if header.to != self.own {
             return Err(refuse(
@@ -438,5 +465,22 @@ impl<R: AsyncRuntime> Bound<R> {
         Ok(Answer::Snapshot(SnapshotAnswer {
             vote: Some(wire::vote_to_pb(&response.vote)),
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_told_once_for_each_sender_and_reason_and_not_without_end() {
+        let refused = Refused::default();
+        let (removed, wrong) = (Reason::Removed.into(), Reason::WrongReplica.into());
+        assert!(refused.is_news(1, removed));
+        assert!(!refused.is_news(1, removed));
+        assert!(refused.is_news(1, wrong));
+        assert!(refused.is_news(2, removed));
+        let told = (3..10_000).filter(|from| refused.is_news(*from, wrong));
+        assert_eq!(told.count(), MAX_REFUSALS_TOLD - 3);
     }
 }

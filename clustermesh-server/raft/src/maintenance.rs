@@ -136,13 +136,15 @@ pub(crate) async fn leave<R: AsyncRuntime>(
     }
 }
 
-/// Tells the lease keeper when this replica leads.
+/// Tells those who keep something of a leadership when this replica leads.
 pub(crate) async fn follow_leadership<R: AsyncRuntime>(
     raft: Raft<Types<R>, StateMachine<R>>,
     shared: Arc<Shared<R>>,
+    links: Arc<Links<R>>,
     stop: Stop<R>,
 ) {
     let mut metrics = raft.server_metrics();
+    let mut led = None;
     loop {
         let term = {
             let metrics = metrics.borrow_and_update();
@@ -151,6 +153,10 @@ pub(crate) async fn follow_leadership<R: AsyncRuntime>(
                 .is_leader()
                 .then_some(metrics.vote.leader_id.term)
         };
+        if term.is_some() && term != led {
+            led = term;
+            links.forget_outages();
+        }
         {
             let applied = shared.applied.read();
             shared.leases.lead(term, &applied.state);

@@ -36,8 +36,8 @@ use crate::{
         snapshot_to_wire, target, vote_answer_from_wire, vote_to_wire,
     },
     wire::{
-        AppendRequest, AppendResponse, SnapshotEnd, SnapshotPart, SnapshotStart, TransferLeader,
-        append_response, call_request::Call, call_response::Answer,
+        AppendAnswer, AppendRequest, AppendResponse, SnapshotEnd, SnapshotPart, SnapshotStart,
+        TransferLeader, append_response, call_request::Call, call_response::Answer,
     },
 };
 
@@ -139,58 +139,84 @@ impl<R: AsyncRuntime> Peer<R> {
         .await
         .map_err(|_| CallError::Timeout(APPEND_TIMEOUT))
         .and_then(|opened| opened.map_err(CallError::from));
-        links.note_reached(&reached, opened.as_ref().map(|_opened| ()));
-        let opened = opened.map_err(|error| rpc_error(&error))?;
-        let results = stream::unfold(Some((opened, links, unanswered)), |state| async move {
-            let (mut responses, links, unanswered) = state?;
-            let result = next_result(&mut responses, &links, &unanswered).await?;
+        let responses = opened
+            .inspect_err(|error| links.note_reached(&reached, Err(error)))
+            .map_err(|error| rpc_error(&error))?;
+        let answers = Answers {
+            responses,
+            links,
+            target: reached,
+            unanswered,
+            answered: false,
+        };
+        let results = stream::unfold(Some(answers), |answers| async move {
+            let mut answers = answers?;
+            let result = answers.next_result().await?;
             let more = matches!(result, Ok(Ok(_)));
-            Some((result, more.then_some((responses, links, unanswered))))
+            Some((result, more.then_some(answers)))
         });
         Ok(results.boxed())
     }
 }
 
-/// The next result; an answer that is owed for too long is an error.
-async fn next_result<R: AsyncRuntime>(
-    responses: &mut BoxStream<'static, Result<AppendResponse, TransportError>>,
-    links: &Links<R>,
-    unanswered: &AtomicUsize,
-) -> Option<Result<StreamAppendResult<Types<R>>, RPCError<Types<R>>>> {
-    let response = loop {
-        let owed = unanswered.load(Ordering::Relaxed) > 0;
-        match R::timeout(APPEND_TIMEOUT, responses.next()).await {
-            Ok(Some(response)) => break response,
-            // An end with answers owed is a broken connection: openraft must hear of it, or it keeps the log for ever.
-            Ok(None) if unanswered.load(Ordering::Relaxed) > 0 => {
-                return Some(Err(RPCError::Unreachable(Unreachable::from_string(
-                    "the other replica ended the stream",
-                ))));
+/// What comes back on a stream of entries.
+struct Answers<R: AsyncRuntime> {
+    responses: BoxStream<'static, Result<AppendResponse, TransportError>>,
+    links: Arc<Links<R>>,
+    target: Target,
+    unanswered: Arc<AtomicUsize>,
+    /// Some came. That a stream opens says nothing of what the other replica does with entries.
+    answered: bool,
+}
+
+impl<R: AsyncRuntime> Answers<R> {
+    async fn next_result(
+        &mut self,
+    ) -> Option<Result<StreamAppendResult<Types<R>>, RPCError<Types<R>>>> {
+        Some(match self.next_answer().await? {
+            Ok(answer) => {
+                if !std::mem::replace(&mut self.answered, true) {
+                    self.links.note_reached(&self.target, Ok(()));
+                }
+                append_result_from_wire(answer)
+                    .map_err(|error| RPCError::Network(NetworkError::from_string(error)))
             }
-            Ok(None) => return None,
-            Err(_) if owed => {
-                let error = CallError::Timeout(APPEND_TIMEOUT);
-                return Some(Err(rpc_error(&error)));
+            Err(error) => Err(rpc_error(&error)),
+        })
+    }
+
+    /// The next answer; one that is owed for too long is an error. `None` at an end with nothing owed.
+    async fn next_answer(&mut self) -> Option<Result<AppendAnswer, CallError>> {
+        let response = loop {
+            let owed = self.unanswered.load(Ordering::Relaxed) > 0;
+            match R::timeout(APPEND_TIMEOUT, self.responses.next()).await {
+                Ok(Some(response)) => break response.map_err(CallError::from),
+                // An end with answers owed is a broken connection: openraft must hear of it, or it keeps the log for ever.
+                Ok(None) if self.unanswered.load(Ordering::Relaxed) > 0 => {
+                    break Err(CallError::Ended);
+                }
+                Ok(None) => return None,
+                Err(_) if owed => break Err(CallError::Timeout(APPEND_TIMEOUT)),
+                Err(_) => {}
             }
-            Err(_) => {}
-        }
-    };
-    unanswered.fetch_sub(1, Ordering::Relaxed);
-    let answer = response
-        .map_err(CallError::from)
-        .and_then(|response| match response.answer {
+        };
+        let answer = response.and_then(|response| match response.answer {
             Some(append_response::Answer::Append(answer)) => Ok(answer),
             Some(append_response::Answer::Refusal(refusal)) => {
-                links.heed(&refusal);
+                self.links.heed(&refusal);
                 Err(CallError::Refused(refusal))
             }
             None => Err(CallError::Mismatch),
         });
-    Some(match answer {
-        Ok(answer) => append_result_from_wire(answer)
-            .map_err(|error| RPCError::Network(NetworkError::from_string(error))),
-        Err(error) => Err(rpc_error(&error)),
-    })
+        // A stream on which nothing was sent says nothing when it ends.
+        if self.unanswered.load(Ordering::Relaxed) > 0 {
+            self.unanswered.fetch_sub(1, Ordering::Relaxed);
+            if let Err(error) = &answer {
+                self.links.note_reached(&self.target, Err(error));
+            }
+        }
+        Some(answer)
+    }
 }
 
 impl<R: AsyncRuntime> RaftNetworkV2<Types<R>> for Peer<R> {
@@ -408,3 +434,6 @@ async fn send_snapshot<R: AsyncRuntime>(
         _ => Err(CallError::Mismatch),
     }
 }
+
+#[cfg(test)]
+mod tests;

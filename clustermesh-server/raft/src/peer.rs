@@ -98,6 +98,8 @@ pub(crate) enum CallError {
     Refused(Refusal),
     #[error("no answer within {0:?}")]
     Timeout(Duration),
+    #[error("the other replica ended the stream and owes answers")]
+    Ended,
     #[error("the answer is of another kind than the question; one of the replicas is too old")]
     Mismatch,
 }
@@ -111,9 +113,10 @@ impl CallError {
                 refusal.reason(),
                 Reason::UnknownOutcome | Reason::Unspecified
             ),
-            Self::Transport(TransportError::Broken { .. }) | Self::Timeout(_) | Self::Mismatch => {
-                false
-            }
+            Self::Transport(TransportError::Broken { .. })
+            | Self::Timeout(_)
+            | Self::Ended
+            | Self::Mismatch => false,
         }
     }
 }
@@ -132,7 +135,7 @@ pub enum AsideError {
     Failed(String),
 }
 
-/// Replicas that cannot be reached.
+/// Replicas that this one, as leader, cannot reach or that take no entries.
 #[derive(Debug, Default)]
 struct Outages(Mutex<BTreeSet<ReplicaId>>);
 
@@ -145,6 +148,10 @@ impl Outages {
         } else {
             lost.insert(replica)
         }
+    }
+
+    fn forget(&self) {
+        self.0.lock().clear();
     }
 }
 
@@ -204,7 +211,17 @@ impl<R: AsyncRuntime> Links<R> {
         self.removed_signal.lock().subscribe()
     }
 
-    /// Says once that a replica cannot be reached, or can be again: Raft tries many times a second.
+    /// A new leadership begins: what an earlier one found may have passed unseen since, and is news again.
+    pub(crate) fn forget_outages(&self) {
+        self.outages.forget();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_lost(&self, replica: ReplicaId) -> bool {
+        self.outages.0.lock().contains(&replica)
+    }
+
+    /// Says once that a replica takes no entries, or does again: Raft tries many times a second.
     pub(crate) fn note_reached(&self, target: &Target, reached: Result<(), &CallError>) {
         if !self.outages.is_news(target.id, reached.is_ok()) {
             return;
@@ -213,7 +230,7 @@ impl<R: AsyncRuntime> Links<R> {
         match reached {
             Ok(()) => tracing::info!(%replica, peer_url, "the replica is reached again"),
             Err(error) => {
-                tracing::warn!(%replica, peer_url, %error, "a replica cannot be reached");
+                tracing::warn!(%replica, peer_url, %error, "a replica cannot be reached or takes no entries");
             }
         }
     }
@@ -313,5 +330,14 @@ mod tests {
             outages.is_news(1, reached)
         });
         assert_eq!(told, [false, true, false, true, false, true]);
+    }
+
+    #[test]
+    fn an_outage_is_news_again_to_the_next_leadership() {
+        let outages = Outages::default();
+        assert!(outages.is_news(1, false));
+        assert!(!outages.is_news(1, false));
+        outages.forget();
+        assert!(outages.is_news(1, false));
     }
 }

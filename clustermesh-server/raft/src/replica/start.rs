@@ -25,7 +25,7 @@ use crate::{
     error::StartError,
     expiry,
     forward::Router,
-    handler::{Bound, PeerHandler},
+    handler::{Bound, PeerHandler, Refused},
     identity::{IdentityKeeper, Kept, random_id},
     maintenance,
     membership::Members,
@@ -278,6 +278,7 @@ impl<R: AsyncRuntime> Replica<R> {
             links: links.clone(),
             members: members.clone(),
             incoming: Incoming::new(opened.snapshots.clone()),
+            refused: Refused::default(),
         });
         handler.bind(&bound);
         spawn::<R>(batcher.run(router.clone(), stop.clone()));
@@ -285,6 +286,7 @@ impl<R: AsyncRuntime> Replica<R> {
         spawn::<R>(maintenance::follow_leadership(
             raft.clone(),
             shared.clone(),
+            links.clone(),
             stop.clone(),
         ));
         spawn::<R>(maintenance::take_snapshots(
