@@ -39,13 +39,15 @@ struct Message {
 }
 
 impl Message {
-    /// Follows bytes of the stream.
-    fn follow(&mut self, mut bytes: &[u8]) {
+    /// Follows bytes of the stream; whether a message became whole.
+    fn follow(&mut self, mut bytes: &[u8]) -> bool {
+        let mut whole = false;
         while !bytes.is_empty() {
             if self.missing > 0 {
                 let taken = self.missing.min(bytes.len());
                 self.missing -= taken;
                 bytes.advance(taken);
+                whole |= self.missing == 0;
                 continue;
             }
             if let Some(place) = self.prefix.get_mut(self.begun) {
@@ -56,8 +58,10 @@ impl Message {
                 let [_, length @ ..] = self.prefix;
                 self.missing = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
                 self.begun = 0;
+                whole |= self.missing == 0;
             }
         }
+        whole
     }
 
     /// Whether its rest is to come.
@@ -110,8 +114,8 @@ where
                     .as_ref()
                     .and_then(|frame| frame.as_ref().ok()?.data_ref())
             {
-                message.follow(bytes);
-                if !message.is_begun() {
+                // What has begun behind a whole message has its own time.
+                if message.follow(bytes) {
                     self.deadline = None;
                 }
             }
@@ -197,5 +201,47 @@ mod tests {
         assert!(error.contains("did not arrive within 100ms"), "{error}");
         assert!(begun.elapsed() >= WITHIN);
         assert_eq!(late.get(), 1);
+    }
+
+    #[tokio::test]
+    async fn each_message_of_a_stream_has_its_own_time() {
+        const WITHIN: Duration = Duration::from_secs(2);
+        let late = Counter::default();
+        let arrivals = Arrivals {
+            within: WITHIN,
+            late: late.clone(),
+        };
+        // Every piece ends one message and begins the next.
+        let first = Bytes::from_static(&[0, 0, 0, 0, 2, 7]);
+        let later = Bytes::from_static(&[8, 0, 0, 0, 0, 2, 7]);
+        let pieces = futures_util::stream::unfold(None, move |before| {
+            let piece = before.map_or_else(|| first.clone(), |()| later.clone());
+            async move {
+                sleep(WITHIN / 8).await;
+                Some((Ok::<_, BoxError>(Frame::data(piece)), Some(())))
+            }
+        });
+        let mut body = arrivals.arriving(StreamBody::new(Box::pin(pieces)), false);
+        let begun = tokio::time::Instant::now();
+        while begun.elapsed() < 3 * WITHIN {
+            assert!(body.frame().await.unwrap().is_ok());
+        }
+        assert_eq!(late.get(), 0);
+    }
+
+    #[test]
+    fn a_message_is_whole_with_its_last_byte() {
+        let mut message = Message::default();
+        let pieces: [(&[u8], bool); 6] = [
+            (&[0, 0, 0, 0], false),
+            (&[0], true),
+            (&[0, 0, 0, 0, 2, 7], false),
+            (&[8], true),
+            (&[0, 0, 0, 0, 1, 7, 0], true),
+            (&[0, 0, 0, 1], false),
+        ];
+        for (piece, whole) in pieces {
+            assert_eq!(message.follow(piece), whole, "{piece:?}");
+        }
     }
 }
