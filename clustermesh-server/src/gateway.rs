@@ -248,7 +248,7 @@ fn late(within: Duration) -> Status {
     ))
 }
 
-/// The requests of a stream, as they come. The first must be right; a wrong one later ends them.
+/// The requests of a stream, as they come. The first must be right; a wrong or a late one afterwards ends them.
 async fn streamed(
     method: &methods::Method,
     mut body: Incoming,
@@ -271,7 +271,7 @@ async fn streamed(
                 return;
             }
             let object = tokio::select! {
-                object = next_object(&mut objects, &mut body) => object,
+                object = next_in_time(&mut objects, &mut body, within) => object,
                 () = messages.closed() => return,
             };
             let message = match object {
@@ -291,21 +291,62 @@ async fn streamed(
     Ok(Body::new(StreamBody::new(ReceiverStream::new(stream))))
 }
 
-async fn next_object(objects: &mut Objects, body: &mut Incoming) -> Result<Option<Bytes>, Status> {
+async fn next_object<B>(objects: &mut Objects, body: &mut B) -> Result<Option<Bytes>, Status>
+where
+    B: hyper::body::Body<Data = Bytes> + Unpin,
+    B::Error: std::fmt::Display,
+{
     loop {
         if let Some(object) = objects.next_object()? {
             return Ok(Some(object));
         }
-        match body.frame().await {
-            Some(Ok(frame)) => {
-                if let Ok(bytes) = frame.into_data() {
-                    objects.push(&bytes, MAX_REQUEST_JSON_BYTES)?;
-                }
-            }
-            Some(Err(error)) => return Err(Status::cancelled(error.to_string())),
-            None if objects.is_open() => return Err(Status::invalid_argument("unexpected EOF")),
-            None => return Ok(None),
+        if !take_frame(objects, body).await? {
+            return Ok(None);
         }
+    }
+}
+
+/// The next object of a stream that may be quiet between objects, but not within one.
+async fn next_in_time<B>(
+    objects: &mut Objects,
+    body: &mut B,
+    within: Duration,
+) -> Result<Option<Bytes>, Status>
+where
+    B: hyper::body::Body<Data = Bytes> + Unpin,
+    B::Error: std::fmt::Display,
+{
+    loop {
+        if let Some(object) = objects.next_object()? {
+            return Ok(Some(object));
+        }
+        if objects.is_open() {
+            return tokio::time::timeout(within, next_object(objects, body))
+                .await
+                .map_err(|_| late(within))?;
+        }
+        if !take_frame(objects, body).await? {
+            return Ok(None);
+        }
+    }
+}
+
+/// False at the end.
+async fn take_frame<B>(objects: &mut Objects, body: &mut B) -> Result<bool, Status>
+where
+    B: hyper::body::Body<Data = Bytes> + Unpin,
+    B::Error: std::fmt::Display,
+{
+    match body.frame().await {
+        Some(Ok(frame)) => {
+            if let Ok(bytes) = frame.into_data() {
+                objects.push(&bytes, MAX_REQUEST_JSON_BYTES)?;
+            }
+            Ok(true)
+        }
+        Some(Err(error)) => Err(Status::cancelled(error.to_string())),
+        None if objects.is_open() => Err(Status::invalid_argument("unexpected EOF")),
+        None => Ok(false),
     }
 }
 
@@ -349,4 +390,44 @@ fn respond(status: StatusCode, body: Body) -> Response<Body> {
         HeaderValue::from_static("application/json"),
     );
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stream_may_be_quiet_between_objects_and_not_within_one() {
+        const WITHIN: Duration = Duration::from_millis(200);
+        let (sender, pieces) = mpsc::channel::<&'static str>(8);
+        let mut body =
+            StreamBody::new(ReceiverStream::new(pieces).map(|piece| {
+                Ok::<_, Infallible>(Frame::data(Bytes::from_static(piece.as_bytes())))
+            }));
+        let mut objects = Objects::default();
+        let mut next = async || next_in_time(&mut objects, &mut body, WITHIN).await;
+        for piece in ["{\"a\"", ":1}  ", "{} "] {
+            sender.send(piece).await.unwrap();
+        }
+        assert_eq!(next().await.unwrap().unwrap(), "{\"a\":1}");
+        assert_eq!(next().await.unwrap().unwrap().trim_ascii(), b"{}");
+        let quiet = tokio::time::timeout(3 * WITHIN, next()).await;
+        assert!(quiet.is_err(), "{quiet:?}");
+        let dripping = async {
+            sender.send("{\"b\":\"").await.unwrap();
+            loop {
+                sender.send("x").await.unwrap();
+                tokio::time::sleep(WITHIN / 8).await;
+            }
+        };
+        let begun = tokio::time::Instant::now();
+        let late = tokio::select! {
+            () = dripping => unreachable!(),
+            next = next() => next,
+        };
+        assert_eq!(late.unwrap_err().code(), Code::DeadlineExceeded);
+        assert!(begun.elapsed() >= WITHIN);
+    }
 }
