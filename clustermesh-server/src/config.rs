@@ -142,7 +142,7 @@ pub struct PeerConfig {
 pub struct LimitsConfig {
     /// Connections on the client port.
     pub max_connections: usize,
-    /// Connections on a port that have not finished TLS and begun with HTTP; past it the oldest of them ends.
+    /// Connections on a port that have not finished TLS and begun with HTTP; past it the oldest of the address that has most ends.
     pub max_unfinished_connections: usize,
     /// HTTP/2 streams of one connection.
     pub max_streams_per_connection: u32,

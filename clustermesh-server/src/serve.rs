@@ -116,6 +116,7 @@ impl ClientPort {
             shared: Arc::new(Shared {
                 handled: Handled::new(&parts.metrics.handled)?,
                 openings: Openings::new(
+                    "client port",
                     parts.limits.max_unfinished_connections,
                     parts.metrics.unfinished_evicted.clone(),
                 ),
@@ -207,7 +208,7 @@ impl Acceptor {
             let drain = self.drain.clone();
             tokio::spawn(async move {
                 shared.metrics.connections.inc();
-                let begun = shared.openings.begin();
+                let begun = shared.openings.begin(remote.ip());
                 match security {
                     Security::Tls => serve_tls(&shared, stream, remote, begun, &drain).await,
                     Security::Clear => {

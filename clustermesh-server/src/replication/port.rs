@@ -32,8 +32,8 @@ use crate::openings::Openings;
 
 /// Connections of other replicas.
 const MAX_CONNECTIONS: usize = 256;
-/// Connections that have not shown yet whose they are; past it the oldest ends.
-const MAX_UNFINISHED_CONNECTIONS: usize = 64;
+/// Connections that have not shown yet whose they are; past it the oldest of the address that has most ends.
+const MAX_UNFINISHED_CONNECTIONS: usize = 1_024;
 /// A replica must have finished its TLS handshake by then.
 const TLS_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 /// After a failed accept (no file descriptors, say) the loop rests so long.
@@ -86,6 +86,7 @@ impl PeerPort {
     pub async fn serve(self) {
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let openings = Openings::new(
+            "peer port",
             MAX_UNFINISHED_CONNECTIONS,
             self.metrics.unfinished_evicted.clone(),
         );
@@ -100,7 +101,7 @@ impl PeerPort {
                     continue;
                 }
             };
-            let (opening, mut evicted) = openings.begin();
+            let (opening, mut evicted) = openings.begin(remote.ip());
             let (tls, cluster, routes) =
                 (self.tls.clone(), self.cluster.clone(), self.routes.clone());
             let (metrics, places) = (self.metrics.clone(), Arc::clone(&places));
