@@ -1,5 +1,6 @@
 //! Writes changes of one peer's copy, with its cursor, in entries of bounded size.
 
+use clustermesh_core::limits::NUMBERED_FORGETS_LEVEL;
 use clustermesh_core::pb::{PeerChange as WireChange, PeerCopy};
 use clustermesh_mesh::peering::PeerChange;
 use tonic::Status;
@@ -20,7 +21,7 @@ pub(super) struct Writer<'a> {
     synced: bool,
     /// Number of the next step: who else has written since, this one among them, makes it refused. 0 while not all replicas know numbers.
     sequence: u64,
-    /// While they do not, the replica must lead as it did at the beginning.
+    /// Where no number guards a step, the replica must lead as it did at the beginning.
     term: Option<u64>,
 }
 
@@ -128,7 +129,9 @@ impl<'a> Writer<'a> {
             } else {
                 (self.revision, self.synced)
             };
-            self.check_term()?;
+            if self.sequence == 0 {
+                self.check_term()?;
+            }
             let written = self
                 .shared
                 .store
@@ -155,7 +158,14 @@ impl<'a> Writer<'a> {
 
     /// Drops the cursor: the copy is at its end.
     pub(super) async fn forget(self) -> Result<(), Status> {
-        self.check_term()?;
+        let level = self
+            .shared
+            .store
+            .read(clustermesh_core::State::feature_level);
+        // Steps have had numbers one level longer than what ends them.
+        if level < NUMBERED_FORGETS_LEVEL {
+            self.check_term()?;
+        }
         self.shared
             .store
             .peer_forget(self.cluster, self.sequence)
@@ -163,7 +173,7 @@ impl<'a> Writer<'a> {
     }
 
     fn check_term(&self) -> Result<(), Status> {
-        if self.sequence == 0 && self.shared.store.leading_term() != self.term {
+        if self.shared.store.leading_term() != self.term {
             return Err(Status::aborted(
                 "another replica has led since this copy began",
             ));
