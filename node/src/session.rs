@@ -75,8 +75,10 @@ pub async fn run(shared: Arc<Shared>, client: Client, identity: Identity, drain:
         if started.elapsed() > BACKOFF_MAX {
             backoff = BACKOFF_MIN;
         }
+        // Jitter: the agents of a cluster whose server comes back do not all knock at once.
+        let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
         tokio::select! {
-            () = tokio::time::sleep(backoff) => {}
+            () = tokio::time::sleep(pause) => {}
             () = drain.draining() => return,
         }
         backoff = (backoff * 2).min(BACKOFF_MAX);

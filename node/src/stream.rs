@@ -111,8 +111,10 @@ impl Follower {
             if self.revision > before {
                 backoff = BACKOFF_MIN;
             }
+            // Jitter: the agents of a cluster whose server comes back do not all knock at once.
+            let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
             tokio::select! {
-                () = tokio::time::sleep(backoff) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = drain.draining() => return,
             }
             backoff = (backoff * 2).min(BACKOFF_MAX);
