@@ -348,7 +348,11 @@ async fn keys_are_replaced_after_two_minutes_without_loss_whoever_began() {
     }
 }
 
-/// Sends initiations of strangers, correct but for who they are, thousands a second, until told to stop.
+/// Addresses that a flood comes from.
+const FLOOD_SOURCES: u16 = 1_000;
+
+/// Sends initiations of strangers, correct but for who they are, thousands a second from a thousand addresses of
+/// 198.18.0.0/16, until told to stop.
 fn flood(
     netns: &str,
     to: std::net::SocketAddr,
@@ -370,16 +374,30 @@ fn flood(
     let (netns, stop) = (netns_path(netns), Arc::clone(stop));
     Ok(std::thread::spawn(move || {
         in_netns(&netns, move || {
-            let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-            socket.set_read_timeout(Some(Duration::from_millis(1)))?;
+            let sockets: Vec<std::net::UdpSocket> = (0..FLOOD_SOURCES)
+                .map(|number| {
+                    let [high, low] = number.to_be_bytes();
+                    let socket = std::net::UdpSocket::bind(std::net::SocketAddr::from((
+                        [198, 18, high, low],
+                        0,
+                    )))?;
+                    socket.set_read_timeout(Some(Duration::from_millis(1)))?;
+                    Ok(socket)
+                })
+                .collect::<std::io::Result<_>>()?;
             let (mut cookies, mut room) = (0, [0; 256]);
-            while !stop.load(Ordering::Relaxed) {
-                for message in &messages {
-                    socket.send_to(message, to)?;
+            for turn in 0.. {
+                // 64 in a row, then a pause, in which cookies come.
+                for (place, message) in messages.iter().enumerate() {
+                    let source = (turn * messages.len() + place) % sockets.len();
+                    sockets[source].send_to(message, to)?;
                 }
-                // Its end is also the pause between two bursts.
-                while let Ok(length) = socket.recv(&mut room) {
+                let waits = &sockets[turn * messages.len() % sockets.len()];
+                while let Ok(length) = waits.recv(&mut room) {
                     cookies += u64::from(length == 64);
+                }
+                if stop.load(Ordering::Relaxed) {
+                    break;
                 }
             }
             Ok(cookies)
@@ -390,6 +408,11 @@ fn flood(
 #[tokio::test(flavor = "multi_thread")]
 async fn under_a_flood_of_handshakes_packets_pass_and_a_peer_gets_in_by_its_cookie() {
     let (pair, tunnel) = two_of_ours().await.unwrap();
+    // All of the range is side 0's own.
+    let own = "route add local 198.18.0.0/16 dev lo\n";
+    ip_batch(Some(&pair.netns(0)), own).await.unwrap();
+    let way = "route add 198.18.0.0/16 via 192.0.2.1\n";
+    ip_batch(Some(&pair.netns(1)), way).await.unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let target = &tunnel.devices[1];
     let to = format!("192.0.2.2:{}", target.port()).parse().unwrap();
@@ -417,5 +440,57 @@ async fn under_a_flood_of_handshakes_packets_pass_and_a_peer_gets_in_by_its_cook
     stop.store(true, Ordering::Relaxed);
     let cookies = flood.join().unwrap().unwrap();
     assert!(cookies > 0, "no cookie was asked for");
+    end(pair, tunnel).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_moves_every_moment_is_followed() {
+    let (pair, tunnel) = two_of_ours().await.unwrap();
+    let to = tunnel.address(0, Version::V4);
+    for host in 80..90 {
+        let change = format!(
+            "addr flush dev eth0 scope global\naddr add 192.0.2.{host}/24 dev eth0\naddr add 2001:db8::2/64 dev eth0 nodad\n"
+        );
+        ip_batch(Some(&pair.netns(1)), &change).await.unwrap();
+        eventually("an echo from the new place", || async {
+            Ok(pair.ping(1, &to, 1).await? == 1)
+        })
+        .await
+        .unwrap();
+        let endpoint = tunnel.devices[0].show("endpoints").await.unwrap();
+        let expected = format!("192.0.2.{host}:{}", tunnel.devices[1].port());
+        assert_eq!(endpoint, expected);
+    }
+    all_answer(&pair, &tunnel).await.unwrap();
+    end(pair, tunnel).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_of_every_length_is_counted_and_hinders_nobody() {
+    let (pair, tunnel) = two_of_ours().await.unwrap();
+    let to = format!("192.0.2.2:{}", tunnel.devices[1].port());
+    let to: std::net::SocketAddr = to.parse().unwrap();
+    let netns = netns_path(&pair.netns(0));
+    let sent = std::thread::spawn(move || {
+        in_netns(&netns, move || {
+            let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+            // Every kind of message in every length up to the largest datagram, most of them cut short or too long.
+            for length in (0..300).chain((300..65_507).step_by(977)).chain([65_507]) {
+                for kind in 0..6 {
+                    let mut datagram = vec![0x5a; length];
+                    datagram
+                        .iter_mut()
+                        .zip([kind, 0, 0, 0])
+                        .for_each(|(to, from)| *to = from);
+                    socket.send_to(&datagram, to)?;
+                }
+            }
+            Ok(())
+        })
+    });
+    sent.join().unwrap().unwrap();
+    all_answer(&pair, &tunnel).await.unwrap();
+    let log = tunnel.devices[1].log_tail();
+    assert!(!log.contains("panicked"), "{log}");
     end(pair, tunnel).await.unwrap();
 }
