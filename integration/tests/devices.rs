@@ -56,11 +56,12 @@ async fn verify(node: &Node) -> Result<(bool, Value)> {
     ))
 }
 
-/// Waits until the node has proved that packets to all others travel encrypted.
-async fn until_proved(node: &Node) -> Value {
+/// Waits until the node knows so many others, and has proved that packets to all of them travel as they should.
+async fn until_proved(node: &Node, others: usize) -> Value {
     let wait = until("every other node proved", || async {
         let (has_passed, report) = verify(node).await?;
-        Ok((has_passed && report["encrypted"].as_u64() > Some(0)).then_some(report))
+        let known = report["nodes"].as_array().map_or(0, Vec::len);
+        Ok((has_passed && known == others).then_some(report))
     });
     match wait.await {
         Ok(report) => report,
@@ -91,7 +92,7 @@ async fn until_fault(node: &Node, word: &str) {
 async fn a_device_that_hangs_is_a_fault_with_a_remedy_and_hangs_nothing_else() {
     let lab = one_cluster("mode = \"all\"\nstrict = true").await;
     let node = lab.cluster(0).node(0);
-    until_proved(node).await;
+    until_proved(node, 1).await;
     let device = node.wireguard_pid().unwrap();
     kill(device, Signal::SIGSTOP).unwrap();
     until_fault(node, "gives no answer").await;
@@ -103,7 +104,7 @@ async fn a_device_that_hangs_is_a_fault_with_a_remedy_and_hangs_nothing_else() {
     }
     kill(device, Signal::SIGCONT).unwrap();
     until_fault(node, "").await;
-    until_proved(node).await;
+    until_proved(node, 1).await;
     assert_eq!(
         node.wireguard_pid().unwrap(),
         device,
@@ -119,7 +120,7 @@ async fn a_device_that_hangs_is_a_fault_with_a_remedy_and_hangs_nothing_else() {
     .await
     .unwrap();
     until_fault(node, "").await;
-    until_proved(node).await;
+    until_proved(node, 1).await;
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
 
@@ -127,14 +128,14 @@ async fn a_device_that_hangs_is_a_fault_with_a_remedy_and_hangs_nothing_else() {
 async fn an_agent_starts_over_a_device_that_hangs() {
     let mut lab = one_cluster("mode = \"all\"").await;
     let node = lab.cluster(0).node(0);
-    until_proved(node).await;
+    until_proved(node, 1).await;
     let device = node.wireguard_pid().unwrap();
     kill(device, Signal::SIGSTOP).unwrap();
     let node = lab.cluster_mut(0).node_mut(0);
     node.stop_agent(Signal::SIGKILL).await.unwrap();
     node.start_agent().await.unwrap();
     assert_ne!(node.wireguard_pid().unwrap(), device);
-    until_proved(lab.cluster(0).node(0)).await;
+    until_proved(lab.cluster(0).node(0), 1).await;
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
 
@@ -142,7 +143,7 @@ async fn an_agent_starts_over_a_device_that_hangs() {
 async fn an_interface_that_is_removed_is_made_again() {
     let lab = one_cluster("mode = \"all\"\nstrict = true").await;
     let node = lab.cluster(0).node(0);
-    until_proved(node).await;
+    until_proved(node, 1).await;
     let device = node.wireguard_pid().unwrap();
     sh("ip", &["-n", node.netns(), "link", "del", "cm_wg0"])
         .await
@@ -153,7 +154,7 @@ async fn an_interface_that_is_removed_is_made_again() {
     })
     .await
     .unwrap();
-    until_proved(node).await;
+    until_proved(node, 1).await;
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
 
@@ -166,7 +167,7 @@ async fn a_proof_names_who_is_not_reached_and_who_is_exempt() {
     let mut lab = Lab::build(config).await.unwrap();
     lab.start().await.unwrap();
     let node = lab.cluster(0).node(0);
-    let report = until_proved(node).await;
+    let report = until_proved(node, 3).await;
     let counts = (&report["encrypted"], &report["exempt"], &report["failed"]);
     assert_eq!(
         counts,
@@ -219,7 +220,7 @@ async fn a_proof_names_who_is_not_reached_and_who_is_exempt() {
     )
     .await
     .unwrap();
-    until_proved(node).await;
+    until_proved(node, 3).await;
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
 
