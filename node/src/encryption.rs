@@ -42,6 +42,8 @@ pub const DEVICE_NAMES: [&str; WIREGUARD_DEVICES_MAX] = ["cm_wg0", "cm_wg1"];
 pub const MARK: u32 = 0xe00;
 /// A device that gives no answer for so long is ended and started again.
 const SILENT_MAX: Duration = Duration::from_secs(15);
+/// Until then it is looked at this often.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// While keys change: time between keepalives on the device of the next key.
 const CHANGE_KEEPALIVE_SECONDS: u16 = 2;
 
@@ -176,6 +178,8 @@ impl Encryption {
                     if begun.elapsed() >= SILENT_MAX {
                         self.end_silent(key.slot)?;
                     }
+                    // One whose queue of connections is full says so at once.
+                    tokio::time::sleep(LOOK_AGAIN).await;
                 }
                 other => return other,
             }

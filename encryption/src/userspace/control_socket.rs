@@ -24,6 +24,8 @@ const CLIENTS_MAX: usize = 16;
 const READ_BYTES: usize = 8_192;
 /// How long a client may be silent.
 const CLIENT_SILENCE: Duration = Duration::from_secs(30);
+/// Between a client that could not be accepted and the next attempt.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The socket of one device; removed when dropped.
 #[derive(Debug)]
@@ -58,8 +60,15 @@ impl ControlSocket {
         std::thread::Builder::new()
             .name(format!("{name}-socket"))
             .spawn(move || {
-                for stream in listener.incoming().map_while(Result::ok) {
-                    serve_client(stream, &events, &clients);
+                for stream in listener.incoming() {
+                    match stream {
+                        Ok(stream) => serve_client(stream, &events, &clients),
+                        // Without descriptors or memory for one client: the next may find them.
+                        Err(error) => {
+                            tracing::warn!(%error, "a client of the control socket was not served");
+                            std::thread::sleep(ACCEPT_PAUSE);
+                        }
+                    }
                 }
             })?;
         Ok(Self { path })
