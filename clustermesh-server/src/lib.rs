@@ -17,6 +17,7 @@ pub mod planner;
 pub mod replication;
 pub mod serve;
 pub mod server;
+mod status;
 pub mod store;
 pub mod version;
 pub mod view;

@@ -1,7 +1,6 @@
 //! The replica as the services use it: etcd's requests in, responses with headers or etcd's errors out.
 
 mod auth;
-mod errors;
 mod kv;
 mod lease;
 mod maintenance;
@@ -18,11 +17,10 @@ use openraft_rt_tokio::TokioRuntime;
 use tonic::Status;
 
 pub use auth::AuthChanges;
-pub(crate) use errors::{kv_status, read_status};
 
-use self::errors::{mixed_up, propose_status};
 use self::maintenance::is_learner;
 use crate::auth::{Credentials, TokenUses};
+use crate::status::{kv_status, mixed_up, propose_status, read_status};
 
 /// A leader that heard from no quorum for so long does not count as one.
 const LEADER_SILENCE_MAX: Duration = Duration::from_secs(5);

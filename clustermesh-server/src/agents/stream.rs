@@ -19,7 +19,8 @@ use tonic::{Request, Response, Status};
 use crate::agents::listing::{ListingPlace, can_resume, visible_ranges};
 use crate::auth::Caller;
 use crate::metrics::WatchMetrics;
-use crate::store::{Store, TokioWatcher, kv_status};
+use crate::status::kv_status;
+use crate::store::{Store, TokioWatcher};
 
 /// Messages made ahead of what the connection takes. Past it the watcher falls back to stored history.
 const AGENT_QUEUE_MESSAGES: usize = 4;

@@ -5,6 +5,7 @@ use clustermesh_core::{KvError, State, auth::Actor};
 use tonic::Status;
 
 use super::{Caller, Role, TokenUses, token_digest};
+use crate::status::kv_status;
 
 /// etcd's text for a token that is not valid, or not any more.
 const INVALID_TOKEN: &str = "etcdserver: invalid auth token";
@@ -89,7 +90,7 @@ impl Credentials {
             return Ok(());
         }
         match self.actor(state, uses)? {
-            Some(actor) => check(actor).map_err(|error| crate::store::kv_status(&error)),
+            Some(actor) => check(actor).map_err(|error| kv_status(&error)),
             None => Ok(()),
         }
     }

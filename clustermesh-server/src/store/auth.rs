@@ -12,8 +12,8 @@ use openraft_rt_tokio::TokioRuntime;
 use tonic::Status;
 
 use super::Store;
-use super::errors::{kv_status, mixed_up};
 use crate::auth::{Credentials, new_token, password, token_digest};
+use crate::status::{kv_status, mixed_up};
 
 /// Times that a password is checked anew because users changed meanwhile.
 const MAX_AUTHENTICATE_ATTEMPTS: usize = 10;

@@ -11,7 +11,7 @@ use prost::Message;
 use tonic::Status;
 
 use super::Store;
-use super::errors::{kv_status, mixed_up};
+use crate::status::{kv_status, mixed_up};
 
 impl Store {
     /// `KV.Range`.

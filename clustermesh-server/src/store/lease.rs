@@ -13,7 +13,7 @@ use clustermesh_core::{Outcome, check};
 use tonic::Status;
 
 use super::Store;
-use super::errors::{kv_status, mixed_up, read_status};
+use crate::status::{kv_status, mixed_up, read_status};
 
 impl Store {
     /// `Lease.LeaseGrant`.

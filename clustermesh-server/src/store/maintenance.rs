@@ -11,7 +11,7 @@ use clustermesh_core::{Outcome, State};
 use tonic::Status;
 
 use super::Store;
-use super::errors::{kv_status, mixed_up, read_status};
+use crate::status::{kv_status, mixed_up, read_status};
 use crate::version::{ETCD_CLUSTER_VERSION, ETCD_VERSION};
 
 impl Store {

@@ -9,7 +9,8 @@ use prost::Message;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use crate::store::{Store, kv_status};
+use crate::status::kv_status;
+use crate::store::Store;
 
 /// Keys of the first message; later ones follow from the size that keys turn out to have.
 const FIRST_MESSAGE_KEYS: i64 = 10;

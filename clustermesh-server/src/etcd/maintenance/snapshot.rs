@@ -12,7 +12,8 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use crate::store::{Store, read_status};
+use crate::status::read_status;
+use crate::store::Store;
 use crate::version::ETCD_CLUSTER_VERSION;
 
 /// Content of one message.

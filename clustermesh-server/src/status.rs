@@ -4,7 +4,7 @@ use clustermesh_core::KvError;
 use clustermesh_raft::{ProposeError, ReadError};
 use tonic::{Code, Status};
 
-pub(super) fn mixed_up() -> Status {
+pub(crate) fn mixed_up() -> Status {
     Status::internal("clustermesh: the answer is of another kind than the request")
 }
 
@@ -26,7 +26,7 @@ pub(crate) fn read_status(error: &ReadError) -> Status {
 }
 
 /// etcd's code and text of a proposal without an answer.
-pub(super) fn propose_status(error: &ProposeError) -> Status {
+pub(crate) fn propose_status(error: &ProposeError) -> Status {
     match error {
         ProposeError::NotLeader { .. } => Status::unavailable("etcdserver: no leader"),
         // The outcome is open, which is what this text tells etcd's clients.
