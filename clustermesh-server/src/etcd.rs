@@ -1,6 +1,5 @@
 //! The etcd v3 services over the replica.
 
-pub mod answers;
 mod auth;
 mod cluster;
 mod election;
@@ -23,10 +22,9 @@ use clustermesh_api::limits::MAX_VALUE_BYTES;
 use clustermesh_process::Drain;
 use tonic::service::RoutesBuilder;
 
+use crate::answers::AnswerBudget;
 use crate::metrics::Metrics;
 use crate::store::Store;
-
-use answers::AnswerBudget;
 
 /// A message of a client has at most so many bytes: etcd's limit of a request, with room for what surrounds it.
 const MAX_MESSAGE_BYTES: usize = MAX_VALUE_BYTES + (512 << 10);

@@ -22,8 +22,8 @@ use tower::ServiceExt;
 use self::frames::Frames;
 pub use self::json::Objects;
 pub use self::methods::{Method as GatewayMethod, Methods};
+use crate::answers::{AnswerBudget, Reservation};
 use crate::auth::Caller;
-use crate::etcd::answers::{AnswerBudget, Reservation};
 
 /// Where all paths begin.
 pub const PREFIX: &str = "/v3/";

@@ -1,6 +1,7 @@
 //! The server process: etcd v3 and mesh services on one port, sessions, peering, controllers.
 
 pub mod agents;
+pub mod answers;
 pub mod auth;
 pub mod check_data;
 pub mod config;

@@ -13,8 +13,6 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 
 use self::data::DataCollector;
-use crate::etcd::answers::AnswerMetrics;
-use crate::serve::handled::HandledCounters;
 use crate::store::Store;
 
 /// Of the metrics that are this server's own.
@@ -69,6 +67,15 @@ pub struct PeerPortMetrics {
     pub connections_refused: Counter,
 }
 
+/// Answers that clients have not taken yet.
+#[derive(Debug, Clone, Default)]
+pub struct AnswerMetrics {
+    /// Bytes of answers under way.
+    pub bytes: Gauge,
+    /// Answers refused because the budget was used up.
+    pub refused: Counter,
+}
+
 /// Watches and agents' streams.
 #[derive(Debug, Clone, Default)]
 pub struct WatchMetrics {
@@ -115,6 +122,22 @@ pub struct ControllerMetrics {
     pub service_writes: Counter,
     /// Failed runs, by controller.
     pub failures: Family<ControllerLabels, Counter>,
+}
+
+/// `grpc_server_handled_total`; clones share the numbers.
+pub type HandledCounters = Family<HandledLabels, Counter>;
+
+/// Labels of a method's outcome, under the names that gRPC servers commonly use, etcd among them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HandledLabels {
+    /// `unary`, `client_stream`, `server_stream` or `bidi_stream`.
+    pub grpc_type: &'static str,
+    /// `package.Service`.
+    pub grpc_service: String,
+    /// Name of the method.
+    pub grpc_method: String,
+    /// Name of the status.
+    pub grpc_code: String,
 }
 
 /// Label `reason`.

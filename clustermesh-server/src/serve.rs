@@ -1,7 +1,7 @@
 //! The client port: accept loop, mutual TLS (in clear where asked for), HTTP/1.1 and HTTP/2, gRPC services beside plain HTTP pages.
 
 mod arrival;
-pub mod handled;
+mod handled;
 mod progress;
 
 use std::convert::Infallible;
@@ -30,9 +30,9 @@ use tracing::{debug, warn};
 use self::arrival::Arrivals;
 use self::handled::{Call, Handled};
 use self::progress::Stuck;
+use crate::answers::hold_until_sent;
 use crate::auth::Caller;
 use crate::config::LimitsConfig;
-use crate::etcd::answers::hold_until_sent;
 use crate::etcd::needs_leader;
 use crate::gateway::{self, Gateway};
 use crate::metrics::ServeMetrics;

@@ -21,10 +21,10 @@ use tracing::{debug, info, warn};
 
 use crate::agents::session::NodeSessionService;
 use crate::agents::stream::AgentStreamService;
+use crate::answers::AnswerBudget;
 use crate::config::Config;
 use crate::controllers::{identities, own_records, services, sessions};
 use crate::etcd;
-use crate::etcd::answers::AnswerBudget;
 use crate::gateway::Gateway;
 use crate::mesh_api::MeshService;
 use crate::metrics::{Metrics, PeerPortMetrics};

@@ -12,8 +12,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use crate::answers::AnswerBudget;
 use crate::auth::Caller;
-use crate::etcd::answers::AnswerBudget;
 use crate::store::Store;
 
 /// The service.

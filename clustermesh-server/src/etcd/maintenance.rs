@@ -14,8 +14,8 @@ use clustermesh_raft::MemberError;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use crate::answers::AnswerBudget;
 use crate::auth::Caller;
-use crate::etcd::answers::AnswerBudget;
 use crate::store::Store;
 
 /// The service.

@@ -6,27 +6,15 @@ use std::sync::{Arc, OnceLock};
 use clustermesh_api::FILE_DESCRIPTOR_SET;
 use http::Response;
 use http_body_util::BodyExt;
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
 use prost_reflect::{DescriptorPool, MethodDescriptor};
 use tonic::body::Body;
 use tonic::{Code, Status};
 
+use crate::metrics::{HandledCounters, HandledLabels};
+
 /// gRPC's status codes.
 const CODES: usize = 17;
-
-/// `grpc_server_handled_total`; clones share the numbers.
-pub type HandledCounters = Family<HandledLabels, Counter>;
-
-/// Labels of a method's outcome.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct HandledLabels {
-    grpc_type: &'static str,
-    grpc_service: String,
-    grpc_method: String,
-    grpc_code: String,
-}
 
 /// Counts calls of the methods of the contract: paths that clients make up are not counted.
 #[derive(Debug, Clone)]

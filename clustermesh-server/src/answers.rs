@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http_body_util::BodyExt;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::body::Body;
 use tonic::{Response, Status};
+
+use crate::metrics::AnswerMetrics;
 
 /// Answers up to this size have a budget of their own: a few huge answers that nobody reads never block the small ones.
 pub const SMALL_ANSWER_BYTES: usize = 64 << 10;
@@ -27,15 +27,6 @@ pub struct AnswerBudget {
     small: Arc<Semaphore>,
     large: Arc<Semaphore>,
     metrics: AnswerMetrics,
-}
-
-/// Counters of the budget.
-#[derive(Debug, Clone, Default)]
-pub struct AnswerMetrics {
-    /// Bytes of answers under way.
-    pub bytes: Gauge,
-    /// Answers refused because the budget was used up.
-    pub refused: Counter,
 }
 
 /// A share of the budget; given back when the last byte has left.
