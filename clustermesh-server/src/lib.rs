@@ -22,3 +22,4 @@ mod status;
 pub mod store;
 pub mod version;
 pub mod view;
+mod wire;

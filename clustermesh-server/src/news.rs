@@ -1,7 +1,5 @@
 //! What the replicas of a group tell each other beside Raft: which agents are connected to each, and how the leader's peers are.
 
-pub(crate) mod wire;
-
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -16,6 +14,7 @@ use tracing::debug;
 use crate::agents::registry::Registry;
 use crate::peering::PeerStatuses;
 use crate::store::Store;
+use crate::wire;
 
 /// Without a change, the others hear this often that this replica is there.
 const TELL_INTERVAL: Duration = Duration::from_millis(500);

@@ -9,7 +9,7 @@ use clustermesh_raft::ReplicaId;
 use parking_lot::Mutex;
 
 use super::report::Report;
-use crate::news::wire::{self, SILENCE_MAX};
+use crate::wire::{self, SILENCE_MAX};
 
 /// Sessions in one message.
 pub(super) const MAX_SESSIONS_PER_MESSAGE: usize = 1_000;

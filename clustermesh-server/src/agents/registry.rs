@@ -12,7 +12,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::elsewhere::{Elsewhere, MAX_SESSIONS_PER_MESSAGE, session_to_wire};
 use super::report::Report;
-use crate::news::wire::News;
+use crate::wire::News;
 
 /// Reasons of refused records that one report names.
 const MAX_REASONS: usize = 64;

@@ -11,8 +11,8 @@ use clustermesh_client::{Client, ClientConfig, ClientError};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
-use crate::news::wire::{Leading, SILENCE_MAX};
 use crate::store::Store;
+use crate::wire::{Leading, SILENCE_MAX};
 
 /// A peer must say its present revision by then.
 const REVISION_TIMEOUT: Duration = Duration::from_secs(3);

@@ -1,4 +1,4 @@
-//! What goes from one replica to another (news.proto), and for how long it holds.
+//! What the servers of a group tell each other beside Raft (news.proto), and for how long it holds.
 
 use std::time::Duration;
 
