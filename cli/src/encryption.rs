@@ -176,6 +176,16 @@ fn to_json(status: &EncryptionStatusResponse) -> Value {
             })
         })
         .collect();
+    let black_holes: Vec<Value> = status
+        .black_holes
+        .iter()
+        .map(|path| {
+            json!({
+                "cluster": path.cluster, "node": path.node, "mtu_bytes": path.mtu_bytes,
+                "device_mtu_bytes": path.device_mtu_bytes,
+            })
+        })
+        .collect();
     json!({
         "node": status.node,
         "cluster": status.cluster,
@@ -188,6 +198,7 @@ fn to_json(status: &EncryptionStatusResponse) -> Value {
         "encrypted_percent": encrypted_percent(status),
         "devices": devices,
         "peers": peers,
+        "black_holes": black_holes,
     })
 }
 
@@ -217,6 +228,19 @@ fn to_text(status: &EncryptionStatusResponse) -> String {
     );
     if !status.fault.is_empty() {
         let _ = writeln!(text, "FAULT: {}", output::printable(&status.fault));
+    }
+    for path in &status.black_holes {
+        let _ = writeln!(
+            text,
+            "BLACK HOLE: {}/{} to {}/{}: packets over {} bytes vanish, the devices take {}; give the underlay's devices \
+             the MTU that the network has, or set `mtu`",
+            output::printable(&status.cluster),
+            output::printable(&status.node),
+            output::printable(&path.cluster),
+            output::printable(&path.node),
+            path.mtu_bytes,
+            path.device_mtu_bytes,
+        );
     }
     if status.devices.is_empty() {
         return text;
@@ -271,6 +295,8 @@ fn peer_row(peer: &WireguardPeerStatus) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use clustermesh_api::v1::PathStatus;
+
     use super::*;
 
     #[test]
@@ -344,6 +370,29 @@ mod tests {
             (&json!(2), &json!("it has no key"))
         );
         assert!(proofs_to_text(&[], &count(&[])).contains("no other node"));
+    }
+
+    #[test]
+    fn a_black_hole_stands_in_the_status_with_both_ends() {
+        let status = EncryptionStatusResponse {
+            cluster: "a".to_owned(),
+            node: "n1".to_owned(),
+            black_holes: vec![PathStatus {
+                cluster: "b".to_owned(),
+                node: "n2".to_owned(),
+                mtu_bytes: 1_280,
+                device_mtu_bytes: 1_390,
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        let text = to_text(&status);
+        assert!(
+            text.contains("BLACK HOLE: a/n1 to b/n2: packets over 1280 bytes"),
+            "{text}"
+        );
+        let json = to_json(&status);
+        assert_eq!(json["black_holes"][0]["device_mtu_bytes"], 1_390);
     }
 
     #[test]

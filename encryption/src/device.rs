@@ -81,7 +81,7 @@ pub enum DeviceError {
     },
     /// It gives no answer.
     #[error(
-        "the WireGuard device {device} gives no answer for {waited_seconds} s: the process that serves its control socket \
+        "the WireGuard device {device} gives no answer within {waited_seconds} s: the process that serves its control socket \
          is stopped or stuck. `pkill -CONT -f 'clustermesh-wireguard {device}'` lets a stopped one go on; with `-KILL` it \
          ends, and the agent starts it again"
     )]

@@ -133,7 +133,12 @@ impl ProcessDevice {
 fn failed(name: &str, action: &'static str, source: io::Error) -> DeviceError {
     let device = name.to_owned();
     match source.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => DeviceError::Silent {
+        // Sent away without a word: so does a device with too many clients whom it does not answer.
+        io::ErrorKind::WouldBlock
+        | io::ErrorKind::TimedOut
+        | io::ErrorKind::UnexpectedEof
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::BrokenPipe => DeviceError::Silent {
             device,
             waited_seconds: ANSWER_SECONDS_MAX,
         },
@@ -274,6 +279,9 @@ fn ask(socket: &Path, request: &[u8], deadline: Instant) -> io::Result<SecretTex
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             other => other?,
         };
+        if count == 0 && answer.as_bytes().is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         answer.push(room.get(..count).unwrap_or_default());
         if count == 0 || answer.as_bytes().ends_with(b"\n\n") {
             return Ok(answer);
@@ -310,6 +318,7 @@ mod tests {
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             stream.read_exact(&mut vec![0; GET_STATUS.len()]).unwrap();
+            stream.write_all(b"hello\n\n").unwrap();
         });
         let error = ProcessDevice::open(NAME, &options(dir.path())).unwrap_err();
         server.join().unwrap();
@@ -377,6 +386,15 @@ mod tests {
         assert!(matches!(error, DeviceError::Silent { .. }), "{error}");
         let text = error.to_string();
         assert!(text.contains(NAME) && text.contains("-KILL"), "{text}");
+    }
+
+    #[test]
+    fn a_device_that_sends_everybody_away_is_silent() {
+        let error = status_of(|mut stream| {
+            // All of the question, or the end of the connection is an error.
+            stream.read_exact(&mut vec![0; GET_STATUS.len()]).unwrap();
+        });
+        assert!(matches!(error, DeviceError::Silent { .. }), "{error}");
     }
 
     #[test]

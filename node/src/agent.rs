@@ -486,6 +486,7 @@ impl Node {
 
     fn set_layout_changed(&mut self, changed: bool) {
         self.layout_changed = changed;
+        self.shared.is_taking_over.send_replace(changed);
         self.shared.metrics.takeover_pending.set(i64::from(changed));
     }
 

@@ -243,7 +243,7 @@ impl Config {
         Self::parse(&text).with_context(|| format!("in {}", path.display()))
     }
 
-    fn parse(text: &str) -> anyhow::Result<Self> {
+    pub(crate) fn parse(text: &str) -> anyhow::Result<Self> {
         let config: Self = toml::from_str(text)?;
         check_dns_subdomain(&config.node).context("node")?;
         check_cluster_name(&config.cluster).context("cluster")?;

@@ -80,6 +80,8 @@ struct Inner {
     /// That of the present key, and while keys change that of the next.
     devices: Vec<Arc<OpenDevice>>,
     leaving: Option<Leaving>,
+    /// The next key, of an earlier run, while its device is not to be had.
+    unopened: Option<StoredKey>,
     /// Places that devices were told: a peer that has moved since is not sent back.
     told: HashMap<PublicKey, SocketAddr>,
     report: Report,
@@ -121,16 +123,19 @@ impl Encryption {
         encryption.lock().devices.push(Arc::new(device));
         if let Some(next) = next {
             let epoch = next.epoch;
-            match encryption.open_patiently(next, underlay, handle).await {
+            match encryption
+                .open_patiently(next.clone(), underlay, handle)
+                .await
+            {
                 Ok(device) => encryption.lock().devices.push(Arc::new(device)),
-                // The present key works. The change begins again, for its reason or because others have begun.
+                // The present key works. Others may know the next one: it is kept, and its device is tried again.
                 Err(error) => {
                     warn!(
                         epoch,
                         error = format!("{error:#}"),
-                        "the next key has no device: the change of keys begins again"
+                        "the next key has no device yet, trying again"
                     );
-                    keys::remove(&config.state_dir.join(keys::NEXT_KEY_FILE))?;
+                    encryption.lock().unopened = Some(next);
                 }
             }
         }
@@ -146,6 +151,7 @@ impl Encryption {
             inner: Mutex::new(Inner {
                 devices: Vec::new(),
                 leaving: None,
+                unopened: None,
                 told: HashMap::new(),
                 report: Report::default(),
             }),
@@ -286,8 +292,9 @@ impl Encryption {
     /// Asks for new keys; gives the epoch that they will have.
     pub fn ask_for_change(&self) -> u32 {
         let inner = self.lock();
-        let epochs: Vec<u32> = inner.devices.iter().map(|d| d.key.epoch).collect();
-        match *epochs.as_slice() {
+        let epochs = inner.devices.iter().map(|open| &open.key);
+        let epochs = epochs.chain(&inner.unopened).map(|key| key.epoch);
+        match *epochs.collect::<Vec<_>>().as_slice() {
             // One is under way.
             [_, next, ..] => next,
             [current] => {

@@ -6,6 +6,8 @@ pub mod config;
 pub mod echo;
 pub mod encryption;
 pub mod endpoint;
+#[cfg(test)]
+mod fixture;
 pub mod flows;
 pub mod host;
 pub mod local_api;

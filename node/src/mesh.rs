@@ -237,3 +237,96 @@ pub async fn run(shared: Arc<Shared>, guard: Arc<MeshGuard>, drain: Drain) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clustermesh_ebpf::abi::{MESH_LISTED, MESH_NODES, MESH_PODS};
+    use clustermesh_node_core::mesh::{MESH_PREFIX_GRACE_MS, mesh_key};
+
+    use super::*;
+    use crate::fixture::Fixture;
+
+    const STRICT: &str = "mode = \"all\"\nstrict = true\nstrict_cidrs = [\"10.9.0.0/16\"]";
+
+    fn guard(fixture: &Fixture) -> Arc<MeshGuard> {
+        Arc::clone(fixture.shared.mesh.as_ref().unwrap())
+    }
+
+    fn flags(fixture: &Fixture, prefix: &str) -> Option<u32> {
+        let key = mesh_key(prefix.parse().unwrap());
+        let entries = fixture.shared.maps.mesh.entries().unwrap();
+        let mut found = entries.into_iter().filter(|(held, _)| *held == key);
+        found.next().map(|(_, value)| value.flags)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn pods_come_up_once_programs_are_attached_and_prefixes_known_here_or_from_before() {
+        let fixture = Fixture::new(STRICT);
+        let (guard, shared) = (guard(&fixture), &fixture.shared);
+        let now = Duration::ZERO;
+        guard.set_attached();
+        assert!(!guard.wait_ready(now).await, "nothing is known");
+        // Without the server's word about this node nothing is learnt.
+        guard.follow(shared, 0).unwrap();
+        assert!(!guard.wait_ready(now).await);
+        shared.facts.send_replace(Some(Fixture::facts()));
+        fixture.add_node(2);
+        guard.follow(shared, 0).unwrap();
+        assert!(guard.wait_ready(now).await);
+        // Another run knows it without any record.
+        let again = MeshGuard::open(&shared.config, &shared.files, &shared.maps);
+        let again = again.unwrap().unwrap();
+        assert!(!again.wait_ready(now).await, "not attached");
+        again.set_attached();
+        assert!(again.wait_ready(now).await);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_map_has_what_is_learnt_listed_and_ones_own_as_an_exception() {
+        let fixture = Fixture::new(STRICT);
+        let (guard, shared) = (guard(&fixture), &fixture.shared);
+        shared.facts.send_replace(Some(Fixture::facts()));
+        fixture.add_node(2);
+        guard.follow(shared, 0).unwrap();
+        for (prefix, expected) in [
+            ("10.1.2.0/24", Some(MESH_PODS)),
+            ("192.0.2.2/32", Some(MESH_NODES)),
+            ("10.1.0.0/16", Some(MESH_PODS)),
+            ("10.9.0.0/16", Some(MESH_LISTED)),
+            ("192.0.2.1/32", Some(0)),
+            ("10.1.3.0/24", None),
+        ] {
+            assert_eq!(flags(&fixture, prefix), expected, "{prefix}");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_gone_stays_for_a_grace_that_runs_only_with_the_records_at_hand() {
+        let fixture = Fixture::new(STRICT);
+        let (guard, shared) = (guard(&fixture), &fixture.shared);
+        shared.facts.send_replace(Some(Fixture::facts()));
+        fixture.add_node(2);
+        fixture.know_all();
+        shared.connected.send_replace(true);
+        guard.follow(shared, 0).unwrap();
+        fixture.remove_node(2);
+        guard.follow(shared, 1_000).unwrap();
+        assert!(flags(&fixture, "10.1.2.0/24").is_some());
+        // Cut off for all of it.
+        shared.connected.send_replace(false);
+        guard.follow(shared, 2 * MESH_PREFIX_GRACE_MS).unwrap();
+        shared.connected.send_replace(true);
+        guard.follow(shared, 3 * MESH_PREFIX_GRACE_MS - 1).unwrap();
+        assert!(flags(&fixture, "10.1.2.0/24").is_some());
+        guard.follow(shared, 3 * MESH_PREFIX_GRACE_MS).unwrap();
+        assert_eq!(flags(&fixture, "10.1.2.0/24"), None);
+        let stored = shared.files.mesh_prefixes().unwrap().unwrap();
+        assert!(stored.is_empty(), "{stored:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn there_is_no_guard_without_strict_mode() {
+        let fixture = Fixture::new("mode = \"all\"");
+        assert!(fixture.shared.mesh.is_none());
+    }
+}

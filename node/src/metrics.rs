@@ -58,6 +58,10 @@ pub struct EncryptionMetrics {
     pub sent_bytes: Family<Labels, Gauge>,
     /// Age of the last handshake with each peer, seconds; -1 = there was none.
     pub handshake_age: Family<Labels, Gauge>,
+    /// Finished handshakes with each peer.
+    pub handshakes: Family<Labels, Gauge>,
+    /// What did not pass, to and from each peer.
+    pub errors: Family<Labels, Gauge>,
     /// Nodes by how packets to them travel.
     pub nodes: Family<Labels, Gauge>,
     /// What did not pass, by device and reason.
@@ -70,6 +74,8 @@ impl EncryptionMetrics {
         self.received_bytes.clear();
         self.sent_bytes.clear();
         self.handshake_age.clear();
+        self.handshakes.clear();
+        self.errors.clear();
     }
 
     fn register(&self, registry: &mut Registry) {
@@ -89,6 +95,16 @@ impl EncryptionMetrics {
                 "peer_last_handshake_seconds",
                 "Time since the last handshake with a peer; -1 if there was none",
                 &self.handshake_age,
+            ),
+            (
+                "peer_handshakes",
+                "Finished handshakes with a peer, since its device knows it",
+                &self.handshakes,
+            ),
+            (
+                "peer_errors",
+                "Packets to and datagrams from a peer that did not pass, since its device knows it",
+                &self.errors,
             ),
             (
                 "nodes",

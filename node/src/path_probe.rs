@@ -260,7 +260,7 @@ impl Prober {
                 model.set_path_mtu(&cluster, &node, usable);
             }
         }
-        // What fails is tried again by whoever follows the records.
+        // Whoever follows the records tries again what fails.
         tokio::task::block_in_place(|| reconcile::round(&self.shared));
     }
 
@@ -301,4 +301,162 @@ fn labels(cluster: &str, node: &str) -> Labels {
         ("cluster".to_owned(), cluster.to_owned()),
         ("node".to_owned(), node.to_owned()),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use clustermesh_ebpf::abi::NODE_NARROW;
+    use clustermesh_node_core::path_mtu::{ANSWER_WAIT_MS, BASE_BYTES};
+
+    use super::*;
+    use crate::fixture::{Fixture, PATH_BYTES};
+
+    /// What the path lets through, bytes.
+    const NARROW_BYTES: u16 = 1_400;
+
+    fn prober(fixture: &Fixture) -> Prober {
+        Prober {
+            shared: Arc::clone(&fixture.shared),
+            asker: Asker {
+                id: 1,
+                token: [2; 8],
+            },
+            next_sequence: u16::MAX,
+            waiting: HashMap::new(),
+            started: Instant::now(),
+            confirm_every_ms: 15_000,
+        }
+    }
+
+    fn with_nodes(numbers: &[u8]) -> (Fixture, Prober) {
+        let fixture = Fixture::new("");
+        for number in numbers {
+            fixture.add_node(*number);
+        }
+        assert!(reconcile::round(&fixture.shared));
+        let mut prober = prober(&fixture);
+        prober.refresh();
+        (fixture, prober)
+    }
+
+    /// Sends a probe as far as the books go; gives its number and size.
+    fn send(prober: &mut Prober, node: &str, now_ms: u64) -> Option<(u16, u16)> {
+        let name: Name = ("a".into(), node.into());
+        let mut paths = prober.shared.paths.lock();
+        let path = paths.get_mut(&name)?;
+        let bytes = path.mtu.poll(now_ms)?;
+        let sequence = prober.next_sequence;
+        prober.next_sequence = sequence.wrapping_add(1);
+        prober.waiting.insert(sequence, name);
+        path.sent.push(sequence);
+        path.sent_bytes = bytes;
+        Some((sequence, bytes))
+    }
+
+    fn narrow_bytes(fixture: &Fixture) -> Vec<u16> {
+        let nodes = fixture.shared.maps.nodes.entries().unwrap().into_iter();
+        let narrow = nodes.filter(|(_, node)| node.flags & NODE_NARROW != 0);
+        narrow.map(|(_, node)| node.path_mtu_bytes).collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_black_hole_is_written_shown_and_counted_and_so_is_its_end() {
+        let (fixture, mut prober) = with_nodes(&[2]);
+        prober.publish();
+        assert!(narrow_bytes(&fixture).is_empty());
+        let labels = labels("a", "n2");
+        let hole = |fixture: &Fixture| {
+            let metrics = &fixture.shared.metrics;
+            metrics.path_black_hole.get_or_create(&labels).get()
+        };
+        let mut now_ms = 10_000;
+        // What is small comes back, what is large does not.
+        for _ in 0..60 {
+            if let Some((sequence, bytes)) = send(&mut prober, "n2", now_ms)
+                && bytes <= NARROW_BYTES
+            {
+                prober.take(sequence);
+            }
+            prober.publish();
+            now_ms += ANSWER_WAIT_MS;
+        }
+        let [found] = narrow_bytes(&fixture)[..] else {
+            panic!("the kernel does not know it");
+        };
+        assert!((BASE_BYTES..=NARROW_BYTES).contains(&found), "{found}");
+        assert_eq!(hole(&fixture), 1);
+        let [shown] = &fixture.shared.paths.statuses()[..] else {
+            panic!("one path");
+        };
+        assert!(shown.black_hole && shown.mtu_bytes == u32::from(found));
+        // The path widens; it is tried ever more seldom.
+        for _ in 0..10_000 {
+            if let Some((sequence, _)) = send(&mut prober, "n2", now_ms) {
+                prober.take(sequence);
+            }
+            now_ms += ANSWER_WAIT_MS;
+        }
+        prober.publish();
+        assert_eq!((narrow_bytes(&fixture), hole(&fixture)), (vec![], 0));
+        assert_eq!(
+            fixture.shared.paths.statuses()[0].mtu_bytes,
+            u32::from(PATH_BYTES)
+        );
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn an_answer_counts_once_and_for_its_own_path_only() {
+        let (_fixture, mut prober) = with_nodes(&[2, 3]);
+        let (first, _) = send(&mut prober, "n2", 10_000).unwrap();
+        let answers = |prober: &Prober| -> Vec<bool> {
+            let paths = prober.shared.paths.statuses();
+            paths.iter().map(|path| path.answers).collect()
+        };
+        prober.take(first.wrapping_add(7));
+        assert_eq!(answers(&prober), [false, false]);
+        prober.take(first);
+        assert_eq!(answers(&prober), [true, false]);
+        assert!(prober.waiting.is_empty());
+        prober.take(first);
+        assert_eq!(answers(&prober), [true, false]);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_node_that_goes_takes_its_probes_and_metrics_along() {
+        let (fixture, mut prober) = with_nodes(&[2, 3]);
+        send(&mut prober, "n2", 10_000).unwrap();
+        send(&mut prober, "n3", 10_000).unwrap();
+        prober.publish();
+        fixture.remove_node(2);
+        prober.refresh();
+        let left: Vec<_> = prober.waiting.values().map(|(_, node)| &**node).collect();
+        assert_eq!(left, ["n3"]);
+        let paths = fixture.shared.paths.statuses();
+        assert_eq!((paths.len(), &*paths[0].node), (1, "n3"));
+        let metric = &fixture.shared.metrics.path_mtu;
+        assert!(metric.get(&labels("a", "n2")).is_none());
+        assert!(metric.get(&labels("a", "n3")).is_some());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn nobody_is_asked_without_a_session() {
+        let (fixture, mut prober) = with_nodes(&[2]);
+        let due = |prober: &Prober| {
+            prober
+                .shared
+                .paths
+                .lock()
+                .values()
+                .all(|p| p.mtu.due_ms() <= prober.now_ms())
+        };
+        while !due(&prober) {
+            tokio::time::sleep(TICK).await;
+        }
+        prober.send_due(None, None);
+        assert!(due(&prober), "still to be asked");
+        fixture.shared.connected.send_replace(true);
+        prober.send_due(None, None);
+        // Asked, though nothing can be sent without a socket: nobody answers.
+        assert!(!due(&prober) && prober.waiting.is_empty());
+    }
 }

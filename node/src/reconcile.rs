@@ -1,5 +1,6 @@
 //! Plans into map calls: the only place where records reach the kernel.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use clustermesh_ebpf::{Error, Maps};
@@ -31,7 +32,8 @@ pub fn read_tables(maps: &Maps) -> Result<Tables, Error> {
     ))
 }
 
-/// Brings the kernel to what the model wants, and publishes what follows. False if something must be tried again.
+/// Brings the kernel to what the model wants, and publishes what follows. False if something must be tried again:
+/// [`Shared::has_missed`] says so to whoever follows the records, whichever task made the round.
 pub fn round(shared: &Shared) -> bool {
     let started = Instant::now();
     let mut guard = shared.model();
@@ -41,6 +43,7 @@ pub fn round(shared: &Shared) -> bool {
     let plan = model.plan();
     let listed = model.is_listed();
     let complete = plan.is_empty() || carry_out(shared, model, &plan);
+    shared.has_missed.store(!complete, Ordering::Relaxed);
     if complete && listed {
         model.finish();
     }
@@ -192,5 +195,46 @@ fn take(maps: &Maps, step: &Step<'_>) -> Result<(), Error> {
         Step::DeleteIpcache(keys) => maps.ipcache.delete(keys),
         Step::DeleteNodeAddresses(keys) => maps.node_addresses.delete(keys),
         Step::DeleteNodes(keys) => maps.nodes.clear(keys),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clustermesh_ebpf::abi::{NODES_MAX, NodeAddressValue, v4_mapped};
+
+    use super::*;
+    use crate::fixture::Fixture;
+
+    /// Rounds until what somebody else has put there is gone.
+    const ROUNDS_MAX: usize = 5;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_a_round_of_any_task_has_missed_is_known_until_it_is_made_up_for() {
+        let fixture = Fixture::new("");
+        let shared = &fixture.shared;
+        fixture.know_all();
+        assert!(round(shared) && !shared.has_missed.load(Ordering::Relaxed));
+        // Somebody else fills the map, behind the model's back.
+        let foreign = |number: u32| {
+            let [_, b, c, d] = number.to_be_bytes();
+            (
+                v4_mapped([100, b, c, d]),
+                NodeAddressValue { node_index: 7 },
+            )
+        };
+        let foreign: Vec<_> = (0..NODES_MAX).map(foreign).collect();
+        shared.maps.node_addresses.upsert(&foreign).unwrap();
+        fixture.add_node(2);
+        assert!(!round(shared), "there is no room");
+        assert!(shared.has_missed.load(Ordering::Relaxed));
+        // The failure has shown what is there: it goes, and then there is room.
+        let rounds = (0..ROUNDS_MAX).take_while(|_| !round(shared)).count();
+        assert!(rounds < ROUNDS_MAX, "still no room");
+        assert!(!shared.has_missed.load(Ordering::Relaxed));
+        let held = shared.maps.node_addresses.entries().unwrap();
+        assert!(
+            held.iter()
+                .any(|(address, _)| *address == v4_mapped([192, 0, 2, 2]))
+        );
     }
 }

@@ -1,6 +1,7 @@
 //! What the agent's tasks share.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -76,6 +77,8 @@ pub struct Shared {
     pub synced: watch::Sender<bool>,
     /// True if a kernel state that is filled from the records alone lacks nothing.
     pub trusted: watch::Sender<bool>,
+    /// True while programs of an earlier layout go on with their maps.
+    pub is_taking_over: watch::Sender<bool>,
     /// Pod CIDRs of other nodes.
     pub remote_cidrs: watch::Sender<RemoteCidrs>,
     /// Counts changes of workloads.
@@ -92,6 +95,8 @@ pub struct Shared {
     pub encryption: Option<Arc<Encryption>>,
     /// Prefixes of the mesh; `None` without strict mode.
     pub mesh: Option<Arc<MeshGuard>>,
+    /// The last round of map calls has left something undone: whoever follows the records tries again.
+    pub has_missed: AtomicBool,
     /// Endpoints that the server has stored.
     pub registered: Mutex<HashSet<Attachment>>,
     model: Mutex<Option<Model>>,
@@ -125,6 +130,7 @@ impl Shared {
             applied: watch::Sender::new(Applied::default()),
             synced: watch::Sender::new(false),
             trusted: watch::Sender::new(false),
+            is_taking_over: watch::Sender::new(false),
             remote_cidrs: watch::Sender::new(RemoteCidrs::default()),
             workload_changes: watch::Sender::new(0),
             mesh_changes: watch::Sender::new(0),
@@ -133,6 +139,7 @@ impl Shared {
             announcements: watch::Sender::new(0),
             encryption: parts.encryption,
             mesh: parts.mesh,
+            has_missed: AtomicBool::new(false),
             registered: Mutex::default(),
             model: Mutex::new(None),
             cached_workloads: Mutex::new(cached.collect()),

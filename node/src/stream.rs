@@ -1,6 +1,7 @@
 //! The agents' stream: records and watermarks into the model, resumed where it broke off.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -28,7 +29,7 @@ const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// The server's first message is waited for so long.
 const ANSWER_WAIT: Duration = Duration::from_secs(10);
-/// A quiet stream shows this often that somebody follows it.
+/// A quiet stream shows this often that somebody follows it, and looks whether a round of another task has missed something.
 const BEAT_EVERY: Duration = Duration::from_secs(5);
 /// The known workloads are stored at most this often.
 const WORKLOADS_STORED_EVERY: Duration = Duration::from_secs(1);
@@ -111,6 +112,9 @@ impl Follower {
             if self.revision > before {
                 backoff = BACKOFF_MIN;
             }
+            if self.has_missed() {
+                tokio::task::block_in_place(|| round(&self.shared));
+            }
             // Jitter: the agents of a cluster whose server comes back do not all knock at once.
             let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
             tokio::select! {
@@ -138,7 +142,10 @@ impl Follower {
                 () = tokio::time::sleep(RETRY_AFTER), if retry => None,
                 _ = beats.tick(), if !retry => {
                     self.heartbeat.beat();
-                    continue;
+                    if !self.has_missed() {
+                        continue;
+                    }
+                    None
                 }
                 Ok(()) = workloads.changed() => {
                     store_due.get_or_insert_with(|| tokio::time::Instant::now() + WORKLOADS_STORED_EVERY);
@@ -211,6 +218,11 @@ impl Follower {
             }
         }
         complete && (trusted || !self.distrusts())
+    }
+
+    /// A round of this or another task has left something undone.
+    fn has_missed(&self) -> bool {
+        self.shared.has_missed.load(Ordering::Relaxed)
     }
 
     /// True if the store is not the one of which the kernel's entries are.

@@ -2,11 +2,10 @@
 
 use aya_ebpf::bindings::{
     BPF_F_INGRESS, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_OUTPUT,
-    bpf_fib_lookup, bpf_redir_neigh,
+    bpf_redir_neigh,
 };
 use aya_ebpf::helpers::generated::{
-    bpf_fib_lookup as fib_lookup, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
-    bpf_skb_change_type,
+    bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer, bpf_skb_change_type,
 };
 use clustermesh_ebpf_abi::{
     DropReason, EndpointValue, NODE_DIRECT, NODE_ENCRYPTED, NODE_NARROW, NODE_PRESENT,
@@ -14,7 +13,7 @@ use clustermesh_ebpf_abi::{
 };
 
 use crate::encap::{TUNNEL_BYTES, UDP_BYTES, encapsulate, forget_segments};
-use crate::fib::{AF_INET, AF_INET6};
+use crate::fib::{AF_INET, lookup};
 use crate::frame::{ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, IPV4_BYTES};
 use crate::maps::NODES;
 use crate::mss;
@@ -280,26 +279,19 @@ fn exceeds(frame: Frame, packet: &Packet, mtu_bytes: u32) -> bool {
 /// Routes the packet as it is: next hop by the node's address, because the host's own route for pods leads back here.
 #[inline(always)]
 fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<(), DropReason> {
-    // SAFETY: plain integers, for which zeros are valid.
-    let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
-    query.ifindex = node.egress_ifindex;
-    if endpoint.is_mapped() {
-        query.family = AF_INET as u8;
-        query.__bindgen_anon_4.ipv4_dst = endpoint.0[3];
+    let family = if endpoint.is_mapped() {
+        Family::V4
     } else {
-        query.family = AF_INET6 as u8;
-        query.__bindgen_anon_4.ipv6_dst = endpoint.0;
-    }
-    let size = size_of::<bpf_fib_lookup>() as i32;
-    // SAFETY: the query is as large as is said.
-    let status = unsafe {
-        fib_lookup(
-            frame.skb.cast(),
-            &raw mut query,
-            size,
-            BPF_FIB_LOOKUP_OUTPUT,
-        )
+        Family::V6
     };
+    let (status, query) = lookup(
+        frame,
+        node.egress_ifindex,
+        family,
+        None,
+        endpoint,
+        BPF_FIB_LOOKUP_OUTPUT,
+    );
     // The route is known also where its neighbour is not yet; the redirect asks for that one. The flag
     // that leaves the neighbour out is newer than the kernels that this is to run on.
     if status != i64::from(BPF_FIB_LKUP_RET_SUCCESS)
@@ -307,7 +299,7 @@ fn direct(frame: Frame, node: &NodeValue, endpoint: &Words) -> Result<(), DropRe
     {
         return Err(DropReason::NoRoute);
     }
-    // SAFETY: as above.
+    // SAFETY: plain integers, for which zeros are valid.
     let mut next_hop: bpf_redir_neigh = unsafe { core::mem::zeroed() };
     next_hop.nh_family = u32::from(query.family);
     // SAFETY: the kernel has written the address of that family; the other bytes are zeros or ours.

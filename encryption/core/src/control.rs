@@ -20,6 +20,10 @@ pub const COUNTER_PREFIX: &str = "counter.";
 pub const OWN_PUBLIC_KEY: &str = "own_public_key";
 /// What stands before the number of times that packets came from a peer.
 pub const RECEIVED_DATA: &str = "received_data";
+/// What stands before the number of handshakes with a peer.
+pub const HANDSHAKES: &str = "handshakes";
+/// What stands before the number of a peer's packets and datagrams that did not pass.
+pub const ERRORS: &str = "errors";
 /// A bad value (`EINVAL`).
 pub const EINVAL: i32 = 22;
 /// The device cannot do it now (`EIO`).
@@ -177,6 +181,10 @@ pub struct PeerStatus {
     pub tx_bytes: u64,
     /// Grows with every arrival of packets, not with keepalives and handshakes; `None`: the device does not count them.
     pub received_data: Option<u64>,
+    /// Finished handshakes; `None`: the device does not count them.
+    pub handshakes: Option<u64>,
+    /// Packets to and datagrams from the peer that did not pass; `None`: the device does not count them.
+    pub errors: Option<u64>,
 }
 
 /// Appends the answer to `get=1`, or to `get=status`, without `errno`.
@@ -222,8 +230,16 @@ pub fn describe(
         line("last_handshake_time_nsec", &handshake.subsec_nanos());
         line("tx_bytes", &status.tx_bytes);
         line("rx_bytes", &status.rx_bytes);
-        if let Some(count) = status.received_data.filter(|_| secrets == Secrets::Kept) {
-            line(RECEIVED_DATA, &count);
+        if secrets == Secrets::Kept {
+            for (key, count) in [
+                (RECEIVED_DATA, status.received_data),
+                (HANDSHAKES, status.handshakes),
+                (ERRORS, status.errors),
+            ] {
+                if let Some(count) = count {
+                    line(key, &count);
+                }
+            }
         }
         let keepalive = peer.persistent_keepalive_seconds.unwrap_or(0);
         line("persistent_keepalive_interval", &keepalive);
@@ -275,6 +291,8 @@ mod tests {
             rx_bytes: 1,
             tx_bytes: 2,
             received_data: Some(3),
+            handshakes: Some(4),
+            errors: Some(5),
         };
         let private = to_hex(PrivateKey::from_bytes([10; 32]).bytes());
         let mut got = SecretText::default();
@@ -288,7 +306,8 @@ mod tests {
             told.as_str()
                 .starts_with(&format!("own_public_key={public}\n"))
         );
-        assert!(told.as_str().contains("\nreceived_data=3\n"));
+        let counts = "\nreceived_data=3\nhandshakes=4\nerrors=5\n";
+        assert!(told.as_str().contains(counts));
         let none = "0".repeat(64);
         assert_eq!(
             got.as_str(),

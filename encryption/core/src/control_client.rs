@@ -6,7 +6,9 @@ use std::time::Duration;
 use zeroize::Zeroizing;
 
 use crate::config::{Change, DeviceConfig, PeerChange, PeerConfig, canonical};
-use crate::control::{COUNTER_PREFIX, OWN_PUBLIC_KEY, PeerStatus, RECEIVED_DATA};
+use crate::control::{
+    COUNTER_PREFIX, ERRORS, HANDSHAKES, OWN_PUBLIC_KEY, PeerStatus, RECEIVED_DATA,
+};
 use crate::key::{KEY_BYTES, PresharedKey, PrivateKey, PublicKey, from_hex, to_hex};
 use crate::secret_text::SecretText;
 
@@ -216,6 +218,8 @@ fn read_peer_line(
         "tx_bytes" => status.tx_bytes = value.parse().ok()?,
         "rx_bytes" => status.rx_bytes = value.parse().ok()?,
         RECEIVED_DATA => status.received_data = Some(value.parse().ok()?),
+        HANDSHAKES => status.handshakes = Some(value.parse().ok()?),
+        ERRORS => status.errors = Some(value.parse().ok()?),
         _ => {}
     }
     Some(())
@@ -270,7 +274,7 @@ mod tests {
                 last_handshake: Some(Duration::new(5, 6)),
                 rx_bytes: 7,
                 tx_bytes: 8,
-                received_data: None,
+                ..PeerStatus::default()
             };
             let say = |secrets, status: PeerStatus| {
                 let mut text = SecretText::default();
@@ -288,6 +292,8 @@ mod tests {
             assert!(said.peers.iter().all(|peer| *peer == status));
             let counted = PeerStatus {
                 received_data: Some(9),
+                handshakes: Some(10),
+                errors: Some(11),
                 ..status
             };
             let known = say(Secrets::Kept, counted);

@@ -246,6 +246,13 @@ impl Engine {
         self.peers.get(slot as usize)?.as_ref()?.last_handshake
     }
 
+    /// How often a handshake with a peer was finished.
+    #[must_use]
+    pub fn handshakes(&self, slot: Slot) -> u64 {
+        let peer = self.peers.get(slot as usize).and_then(Option::as_ref);
+        peer.map_or(0, |peer| peer.handshakes)
+    }
+
     fn peer_mut(&mut self, slot: Slot) -> Option<&mut Peer> {
         self.peers.get_mut(slot as usize)?.as_mut()
     }
@@ -405,7 +412,7 @@ impl Engine {
         peer.initiation = None;
         peer.is_initiation_wanted = false;
         peer.install(&keys, now);
-        peer.last_handshake = Some(now.wall);
+        peer.note_handshake(now);
         out.push(Output::Sessions {
             slot,
             sessions: peer.sessions.clone(),

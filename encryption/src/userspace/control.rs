@@ -223,11 +223,13 @@ impl Control {
                     };
                     let Some(to) = to.or_else(|| peer.read(|state| state.endpoint)) else {
                         count(&self.shared.counters.no_endpoint);
+                        count(&peer.errors);
                         continue;
                     };
                     peer.note_sent(self.shared.now_ms(), datagram.len(), false);
                     if let Err(error) = self.send(to, &datagram) {
                         count(&self.shared.counters.send_errors);
+                        count(&peer.errors);
                         tracing::debug!(device = %self.name, peer = %peer.key, %to, %error, "handshake message not sent");
                     }
                 }
@@ -284,6 +286,7 @@ impl Control {
         let mut staged = peer.staged.lock();
         while staged.pop().is_some() {
             count(&self.shared.counters.staged_dropped);
+            count(&peer.errors);
         }
         peer.has_staged.store(false, Ordering::Release);
         peer.is_handshake_wanted.store(false, Ordering::Release);
@@ -428,6 +431,8 @@ impl Control {
             rx_bytes,
             tx_bytes,
             received_data: Some(peer.received_data()),
+            handshakes: Some(self.engine.handshakes(peer.slot)),
+            errors: Some(peer.errors.load(Ordering::Relaxed)),
         }
     }
 

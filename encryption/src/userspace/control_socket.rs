@@ -208,7 +208,7 @@ fn answer(request: &str, events: &Events) -> SecretText {
                 Ok(()) => 0,
                 Err(ApplyError::Port { source, .. }) => source.raw_os_error().unwrap_or(EIO),
                 Err(ApplyError::Config(_)) => EINVAL,
-                Err(ApplyError::Closed) => EIO,
+                Err(ApplyError::Closed | ApplyError::Silent) => EIO,
             };
             (SecretText::default(), errno)
         }
@@ -225,6 +225,10 @@ fn answer(request: &str, events: &Events) -> SecretText {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::DeviceError;
+    use crate::process::{ProcessDevice, ProcessOptions};
+
+    const NAME: &str = "cmwg-stuck";
 
     /// Gives so many bytes at a time.
     struct Slow<'a>(&'a [u8], usize);
@@ -265,6 +269,46 @@ mod tests {
         let mut requests = Requests::new(Slow(&long, READ_BYTES));
         let error = requests.read().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn a_device_that_is_stuck_is_silent_however_many_ask_and_has_room_for_others_again() {
+        let dir = tempfile::tempdir().unwrap();
+        // Nobody takes what is asked.
+        let (events, _queue) = Events::queue();
+        let served = ControlSocket::serve(dir.path(), NAME, events).unwrap();
+        let ask = || {
+            let mut stream = UnixStream::connect(served.path()).unwrap();
+            stream.write_all(b"get=1\n\n").unwrap();
+            stream
+        };
+        let mut clients: Vec<UnixStream> = (0..CLIENTS_MAX).map(|_| ask()).collect();
+        // One too many is sent away, which is no answer either.
+        let options = ProcessOptions {
+            program: dir.path().join("no-program"),
+            socket_dir: dir.path().to_owned(),
+            mtu: 1_420,
+        };
+        let error = ProcessDevice::open(NAME, &options).unwrap_err();
+        assert!(matches!(error, DeviceError::Silent { .. }), "{error}");
+        for client in &mut clients {
+            let mut answer = vec![0; 64];
+            let length = client.read(&mut answer).unwrap();
+            let expected = format!("errno=-{EIO}\n\n");
+            assert_eq!(answer.get(..length), Some(expected.as_bytes()));
+        }
+        drop(clients);
+        let is_served = || {
+            let mut stream = ask();
+            let pause = Duration::from_millis(100);
+            stream.set_read_timeout(Some(pause)).unwrap();
+            let ended = stream.read(&mut [0]);
+            ended.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        };
+        let begun = std::time::Instant::now();
+        while !is_served() {
+            assert!(begun.elapsed() < CLIENT_SILENCE, "everybody is sent away");
+        }
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::time::{Duration, Instant};
 
 use clustermesh_encryption_core::config::{Change, ConfigError};
 use clustermesh_encryption_core::control::Secrets;
@@ -12,6 +13,10 @@ use clustermesh_encryption_core::secret_text::SecretText;
 
 /// Events that wait for the control thread.
 pub const EVENTS_MAX: usize = 4_096;
+/// Longest that somebody waits for the control thread's answer.
+pub const ANSWER_MAX: Duration = Duration::from_secs(6);
+/// Until there is room in a full queue, it is looked at this often.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// A handshake message and where it came from.
 #[derive(Clone, Debug)]
@@ -60,6 +65,9 @@ pub enum ApplyError {
     /// The device was closed.
     #[error("the device is closed")]
     Closed,
+    /// The control thread gives no answer; it may still carry the change out.
+    #[error("the device's control thread gives no answer within {ANSWER_MAX:?}")]
+    Silent,
 }
 
 /// What the control thread is told.
@@ -98,14 +106,30 @@ impl Events {
         self.0.try_send(event).is_ok()
     }
 
-    /// Asks and waits for the answer.
+    /// Asks and waits for the answer, at most [`ANSWER_MAX`].
     ///
     /// # Errors
-    /// When the device was closed.
+    /// When the device was closed, or no answer came.
     pub fn ask<T>(&self, event: impl FnOnce(SyncSender<T>) -> Event) -> Result<T, ApplyError> {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        self.0.send(event(sender)).map_err(|_| ApplyError::Closed)?;
-        receiver.recv().map_err(|_| ApplyError::Closed)
+        let deadline = Instant::now() + ANSWER_MAX;
+        let mut event = event(sender);
+        loop {
+            match self.0.try_send(event) {
+                Ok(()) => break,
+                Err(TrySendError::Disconnected(_)) => return Err(ApplyError::Closed),
+                Err(TrySendError::Full(_)) if Instant::now() >= deadline => {
+                    return Err(ApplyError::Silent);
+                }
+                Err(TrySendError::Full(back)) => event = back,
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        receiver.recv_timeout(left).map_err(|error| match error {
+            RecvTimeoutError::Timeout => ApplyError::Silent,
+            RecvTimeoutError::Disconnected => ApplyError::Closed,
+        })
     }
 
     /// Sends an event, and waits for room.

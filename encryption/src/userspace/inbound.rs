@@ -210,11 +210,16 @@ impl Inbound {
                     let from = at + TRANSPORT_HEADER_BYTES;
                     if length > 0 {
                         opened.has_data = true;
-                        self.take_packet(table, from..from + length, message.tos, open.peer.slot);
+                        self.take_packet(table, from..from + length, message.tos, &open.peer);
                     }
                 }
-                Err(SessionError::Replay(_)) => count(&self.shared.counters.replayed),
-                Err(_) => count(&self.shared.counters.not_authentic),
+                Err(error) => {
+                    count(&open.peer.errors);
+                    count(match error {
+                        SessionError::Replay(_) => &self.shared.counters.replayed,
+                        _ => &self.shared.counters.not_authentic,
+                    });
+                }
             }
             at = end;
         }
@@ -222,23 +227,27 @@ impl Inbound {
     }
 
     /// Takes a packet that was opened, if its peer may send it.
-    fn take_packet(&mut self, table: &Table, range: Range<usize>, tos: u8, slot: Slot) {
+    fn take_packet(&mut self, table: &Table, range: Range<usize>, tos: u8, peer: &Peer) {
+        let refused = |counter| {
+            count(counter);
+            count(&peer.errors);
+        };
         let packet = self
             .receiver
             .buffer()
             .get_mut(range.clone())
             .unwrap_or_default();
         let Some((length, source)) = packet::stated_len(packet).zip(packet::source(packet)) else {
-            return count(&self.shared.counters.malformed_messages);
+            return refused(&self.shared.counters.malformed_messages);
         };
-        if self.last_source != Some((source, slot)) {
-            if table.allowed_ips.lookup(source) != Some(slot) {
-                return count(&self.shared.counters.wrong_source);
+        if self.last_source != Some((source, peer.slot)) {
+            if table.allowed_ips.lookup(source) != Some(peer.slot) {
+                return refused(&self.shared.counters.wrong_source);
             }
-            self.last_source = Some((source, slot));
+            self.last_source = Some((source, peer.slot));
         }
         if !packet::take_over_ecn(packet, tos) {
-            return count(&self.shared.counters.congestion_dropped);
+            return refused(&self.shared.counters.congestion_dropped);
         }
         let range = range.start..range.start + length;
         self.merger.push(self.receiver.buffer(), range);

@@ -173,10 +173,9 @@ impl Outbound {
             peer.has_staged.store(true, Ordering::Release);
             dropped
         };
-        self.shared
-            .counters
-            .staged_dropped
-            .fetch_add(dropped, Ordering::Relaxed);
+        for counter in [&self.shared.counters.staged_dropped, &peer.errors] {
+            counter.fetch_add(dropped, Ordering::Relaxed);
+        }
         if !peer.is_handshake_wanted.swap(true, Ordering::AcqRel)
             && !self.events.offer(Event::Wanted(peer.slot))
         {
@@ -323,6 +322,7 @@ impl Outbound {
             });
             if sent.is_err() {
                 count(&self.shared.counters.send_errors);
+                count(&peer.errors);
             }
         }
         self.batch.clear();

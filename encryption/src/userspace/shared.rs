@@ -93,6 +93,8 @@ pub struct Peer {
     rx_bytes: AtomicU64,
     tx_bytes: AtomicU64,
     received_data: AtomicU64,
+    /// Packets to and datagrams from it that did not pass.
+    pub errors: AtomicU64,
 }
 
 impl Peer {
@@ -115,6 +117,7 @@ impl Peer {
             rx_bytes: AtomicU64::new(0),
             tx_bytes: AtomicU64::new(0),
             received_data: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
         }
     }
 

@@ -11,6 +11,9 @@ use crate::change::NodeKey;
 pub const EPOCH_ANY: u32 = u32::MAX;
 /// A peer that is silent for so long after a change began is not waited for.
 pub const SILENCE_MS_MAX: u64 = 10 * 60 * 1_000;
+/// A node of another cluster is not waited for longer than this, whatever it sends: none may keep our old keys in use
+/// for ever.
+pub const FOREIGN_WAIT_MS_MAX: u64 = 24 * 60 * 60 * 1_000;
 /// Least time from the beginning of a change to its end, and to the beginning of the next.
 pub const CHANGE_MS_MIN: u64 = 5_000;
 /// Who has sent nothing to the old device for so long does not use it any more.
@@ -85,7 +88,10 @@ pub fn decide(own: OwnKeys, peers: &[PeerKeys], every_ms: u64, is_asked: bool) -
         let is_through = |peer: &PeerKeys| peer.has_answered && peer.silent_ms >= UNUSED_MS_MIN;
         let missing = peers.iter().filter(|peer| !is_through(peer));
         // Who still sends is not silent, only cut off from the records: traffic goes on without them.
-        let is_lost = |peer: &PeerKeys| own.since_ms.min(peer.silent_ms) >= SILENCE_MS_MAX;
+        let is_lost = |peer: &PeerKeys| {
+            own.since_ms.min(peer.silent_ms) >= SILENCE_MS_MAX
+                || (!peer.is_own && own.since_ms >= FOREIGN_WAIT_MS_MAX)
+        };
         return if own.is_settled && missing.clone().all(is_lost) {
             Decision::Finish {
                 left_behind: missing.count(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use clustermesh_ebpf::abi::NODE_ENCRYPTED;
 use clustermesh_encryption_core::control::PeerStatus;
 use clustermesh_encryption_core::key::PublicKey;
@@ -128,6 +129,12 @@ impl Encryption {
 impl Task {
     /// Looks whether keys are to change, and does the next step of it.
     pub(super) async fn change_keys(&mut self) -> anyhow::Result<()> {
+        // Programs of before know only the devices of before, and their maps say what they send to.
+        if *self.shared.is_taking_over.borrow() {
+            self.turn.since = Some(Instant::now());
+            return Ok(());
+        }
+        self.open_kept().await?;
         let leaving = self.encryption.lock().leaving;
         if let Some(leaving) = leaving {
             return self.end_change(leaving).await;
@@ -218,16 +225,35 @@ impl Task {
             .collect()
     }
 
+    /// A next key of an earlier run whose device could not be had yet: nothing else is begun before it is there.
+    async fn open_kept(&mut self) -> anyhow::Result<()> {
+        let Some(key) = self.encryption.lock().unopened.clone() else {
+            return Ok(());
+        };
+        let (epoch, slot) = (key.epoch, key.slot);
+        let underlay = self.shared.underlay.borrow().clone();
+        let open = self.encryption.open(key, &underlay, &self.handle).await;
+        let open = open.context("the device of the next key")?;
+        self.encryption.lock().unopened = None;
+        self.add_next(open, epoch, slot);
+        Ok(())
+    }
+
     async fn begin(&mut self, state_dir: &Path, epoch: u32, slot: usize) -> anyhow::Result<()> {
         let underlay = self.shared.underlay.borrow().clone();
         let open = self
             .encryption
             .open_next(state_dir, epoch, slot, &underlay, &self.handle)
             .await?;
-        self.encryption.lock().devices.push(Arc::new(open));
         self.encryption
             .is_change_asked
             .store(false, Ordering::Relaxed);
+        self.add_next(open, epoch, slot);
+        Ok(())
+    }
+
+    fn add_next(&mut self, open: OpenDevice, epoch: u32, slot: usize) {
+        self.encryption.lock().devices.push(Arc::new(open));
         self.turn.since = Some(Instant::now());
         self.configured = None;
         info!(
@@ -239,7 +265,6 @@ impl Task {
         self.shared
             .wireguard_changes
             .send_modify(|n| *n = n.wrapping_add(1));
-        Ok(())
     }
 
     /// The next key is the one in use from here on, for this run. What there is of the old one goes in [`Self::end_change`].
@@ -247,8 +272,8 @@ impl Task {
         if left_behind > 0 {
             warn!(
                 nodes = left_behind,
-                "keys change without nodes that were silent for ten minutes: nothing encrypted reaches them until their \
-                 agents run again"
+                "keys change without nodes that were silent for ten minutes, or, in other clusters, have not come over \
+                 within a day: nothing encrypted reaches them until their agents run again"
             );
         }
         let mut inner = self.encryption.lock();

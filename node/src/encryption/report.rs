@@ -196,16 +196,24 @@ impl Report {
             };
             let age =
                 age(status, now).map_or(-1, |age| i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
-            let bytes = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+            let gauge = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
             metrics
                 .received_bytes
                 .get_or_create(&labels)
-                .set(bytes(status.rx_bytes));
+                .set(gauge(status.rx_bytes));
             metrics
                 .sent_bytes
                 .get_or_create(&labels)
-                .set(bytes(status.tx_bytes));
+                .set(gauge(status.tx_bytes));
             metrics.handshake_age.get_or_create(&labels).set(age);
+            for (family, number) in [
+                (&metrics.handshakes, status.handshakes),
+                (&metrics.errors, status.errors),
+            ] {
+                if let Some(number) = number {
+                    family.get_or_create(&labels).set(gauge(number));
+                }
+            }
         }
         for (name, count) in self.nodes_by_traffic() {
             let traffic = crate::metrics::label("traffic", name);

@@ -157,6 +157,8 @@ impl Agent for AgentService {
         );
         response.node.clone_from(&shared.config.node);
         response.cluster.clone_from(&shared.config.cluster);
+        let paths = shared.paths.statuses().into_iter();
+        response.black_holes = paths.filter(|path| path.black_hole).collect();
         for (way, value) in shared.maps.wire_traffic().map_err(|e| internal(&e))? {
             match way {
                 WireTraffic::EncryptedIn | WireTraffic::EncryptedOut => {

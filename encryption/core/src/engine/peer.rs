@@ -30,6 +30,7 @@ pub(super) struct Peer {
     pub(super) last_initiation_taken: Option<Duration>,
     pub(super) sessions: Sessions,
     pub(super) last_handshake: Option<Duration>,
+    pub(super) handshakes: u64,
     unanswered: Silence,
     unacknowledged: Silence,
 }
@@ -95,6 +96,7 @@ impl Peer {
             last_initiation_taken: None,
             sessions: Sessions::default(),
             last_handshake: None,
+            handshakes: 0,
             unanswered: Silence::default(),
             unacknowledged: Silence::default(),
         }
@@ -122,7 +124,7 @@ impl Peer {
     ) -> Due {
         let time = now.monotonic;
         if self.sessions.promote() {
-            self.last_handshake = Some(now.wall);
+            self.note_handshake(now);
             out.push(Output::Flush {
                 slot,
                 confirm: false,
@@ -177,6 +179,12 @@ impl Peer {
         } else {
             Due::Nothing
         }
+    }
+
+    /// Both have the keys.
+    pub(super) fn note_handshake(&mut self, now: Now) {
+        self.last_handshake = Some(now.wall);
+        self.handshakes += 1;
     }
 
     fn is_rekey_due(&self, time: Duration, activity: Activity) -> bool {

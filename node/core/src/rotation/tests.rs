@@ -300,6 +300,37 @@ fn a_change_ends_when_all_have_come_over_or_were_silent_for_long() {
     }
 }
 
+#[test]
+fn a_node_of_another_cluster_that_goes_on_with_its_old_key_is_waited_for_a_day() {
+    let sending = PeerKeys {
+        silent_ms: 0,
+        ..foreign(4)
+    };
+    let come_over = PeerKeys {
+        has_answered: true,
+        ..sending
+    };
+    let changing = |since_ms| OwnKeys {
+        next: Some(5),
+        since_ms,
+        ..own(4, DAY_MS)
+    };
+    for peer in [sending, come_over] {
+        let early = changing(FOREIGN_WAIT_MS_MAX - 1);
+        assert_eq!(decide(early, &[peer], DAY_MS, false), Decision::Wait);
+        let over = Decision::Finish { left_behind: 1 };
+        let late = changing(FOREIGN_WAIT_MS_MAX);
+        assert_eq!(decide(late, &[peer], DAY_MS, false), over);
+        // Our own nodes are only cut off.
+        let own_node = PeerKeys {
+            is_own: true,
+            ..peer
+        };
+        let decision = decide(late, &[peer, own_node], DAY_MS, false);
+        assert_eq!(decision, Decision::Wait);
+    }
+}
+
 /// A node of a mesh in which records travel when chance wants it.
 #[derive(Clone)]
 struct Node {
