@@ -10,7 +10,9 @@
 //! * Permission for a range that ends before it begins: etcd's answer depends on the shape of a tree.
 
 mod access;
+mod answer;
 mod generate;
+mod operation;
 mod perform;
 mod queue;
 mod report;
@@ -26,7 +28,8 @@ pub use report::{Difference, Report};
 
 use super::group::{Group, Kind, Settings};
 use super::programs::Programs;
-use generate::{Generator, Op};
+use generate::Generator;
+use operation::Op;
 use perform::Side;
 
 /// Operations of one seed.
@@ -48,6 +51,7 @@ pub async fn run_seed(
     let settings = Settings {
         replicas: 1,
         durable: false,
+        snapshot_log_bytes: None,
     };
     let folder = folder.join(format!("seed-{seed}"));
     let (etcd_folder, our_folder) = (folder.join("etcd"), folder.join("ours"));

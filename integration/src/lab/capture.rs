@@ -14,9 +14,9 @@ use super::node::Node;
 use super::process::Process;
 use crate::scenario::until;
 
-/// Everything in clear that has to do with pods: tunnel packets, and their addresses.
-pub const PODS_IN_CLEAR: &str =
-    "udp port 8472 or net 10.1.0.0/16 or net 10.2.0.0/16 or net fd0c:1::/48 or net fd0c:2::/48";
+/// Everything in clear that has to do with pods: tunnel packets, their addresses, and the virtual ones of services.
+pub const PODS_IN_CLEAR: &str = "udp port 8472 or net 10.1.0.0/16 or net 10.2.0.0/16 or net fd0c:1::/48 or \
+     net fd0c:2::/48 or net 10.101.0.0/16 or net 10.102.0.0/16 or net fd60:1::/112 or net fd60:2::/112";
 /// What WireGuard sends.
 pub const WIREGUARD: &str = "udp portrange 51871-51872";
 

@@ -10,12 +10,12 @@ use futures_util::future::join_all;
 use nix::sys::signal::Signal;
 use tokio::process::Command;
 
+use super::Lab;
 use super::host::{command_in, ip_batch, netns_path, run, run_unchecked, sh};
-use super::node::Node;
+use super::node::{Home, Node};
 use super::process::Process;
 use super::replica::Replica;
 use super::tap::{in_netns, open_tap};
-use super::{Lab, RoutingMode};
 
 /// A cluster with its namespaces and processes.
 #[derive(Debug)]
@@ -86,10 +86,19 @@ impl Cluster {
                 10 + number,
             )
             .await?;
-            let node = Node::prepare(lab, &cluster, &netns, number).await?;
+            let node = Node::prepare(lab, cluster.home(), &netns, number).await?;
             cluster.nodes.push(node);
         }
         Ok(cluster)
+    }
+
+    fn home(&self) -> Home {
+        Home {
+            cluster: self.name.clone(),
+            cluster_id: self.id,
+            folder: self.folder.clone(),
+            endpoints: self.endpoints(),
+        }
     }
 
     /// Makes the machine of one more replica; nothing runs there yet.
@@ -409,10 +418,6 @@ key = "{pki}/{name}/remote.key"
         self.id
     }
 
-    pub(super) fn folder(&self) -> &Path {
-        &self.folder
-    }
-
     /// Network namespace of the first replica.
     #[must_use]
     pub fn server_netns(&self) -> &str {
@@ -579,12 +584,4 @@ async fn sysctls(netns: &str, settings: &[&str]) -> Result<()> {
     let mut command = command_in(netns, None, Path::new("sysctl"));
     run(command.arg("-qw").args(settings)).await?;
     Ok(())
-}
-
-/// How the routing mode is written in an agent's configuration.
-pub(super) const fn routing_name(mode: RoutingMode) -> &'static str {
-    match mode {
-        RoutingMode::Tunnel => "tunnel",
-        RoutingMode::Direct => "direct",
-    }
 }

@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 
-use super::cluster::{Cluster, routing_name};
 use super::host::{cgroup2_root, command_in, run, sh};
-use super::pod::Pod;
+use super::pod::{Place, Pod};
 use super::process::Process;
-use super::{AttachMode, Lab};
+use super::{AttachMode, Lab, RoutingMode};
 
 /// Longest that an agent may take to find out that it cannot run.
 const GIVE_UP_SECONDS_MAX: u64 = 15;
@@ -24,6 +23,16 @@ fn encryption_section(folder: &Path, settings: &str) -> String {
         "{ENCRYPTION_HEADING}socket_dir = {:?}\n{settings}\n",
         sockets.display().to_string()
     )
+}
+
+/// What a node knows of its cluster.
+pub(super) struct Home {
+    pub(super) cluster: String,
+    pub(super) cluster_id: u8,
+    /// Folder of the cluster.
+    pub(super) folder: PathBuf,
+    /// Where clients reach the replicas.
+    pub(super) endpoints: Vec<String>,
 }
 
 /// A node.
@@ -42,14 +51,9 @@ pub struct Node {
 }
 
 impl Node {
-    pub(super) async fn prepare(
-        lab: &Lab,
-        cluster: &Cluster,
-        netns: &str,
-        number: u8,
-    ) -> Result<Self> {
+    pub(super) async fn prepare(lab: &Lab, home: Home, netns: &str, number: u8) -> Result<Self> {
         let name = format!("n{number}");
-        let folder = cluster.folder().join(&name);
+        let folder = home.folder.join(&name);
         let bpffs = folder.join("bpf");
         std::fs::create_dir_all(&bpffs)?;
         std::fs::create_dir_all(folder.join("run"))?;
@@ -57,7 +61,7 @@ impl Node {
         sh("mount", &["-t", "bpf", "none", &bpffs]).await?;
         let cgroup = cgroup2_root()?
             .join(lab.prefix())
-            .join(format!("{}-{name}", cluster.name()));
+            .join(format!("{}-{name}", home.cluster));
         std::fs::create_dir_all(&cgroup).with_context(|| cgroup.display().to_string())?;
         let pki = lab.folder().join("pki");
         let attach_mode = match lab.config().attach_mode {
@@ -65,7 +69,7 @@ impl Node {
             AttachMode::Tcx => "tcx",
             AttachMode::Clsact => "clsact",
         };
-        let (id, host) = (cluster.id(), 10 + number);
+        let (id, host) = (home.cluster_id, 10 + number);
         let underlay = if lab.config().underlay_v6 {
             format!("\"fd30:{id}::{host}\"")
         } else {
@@ -93,11 +97,14 @@ ca = "{pki}/ca.crt"
 cert = "{pki}/{cluster}/{name}.crt"
 key = "{pki}/{cluster}/{name}.key"
 "#,
-            cluster = cluster.name(),
-            endpoints = cluster.endpoints(),
+            cluster = home.cluster,
+            endpoints = home.endpoints,
             folder = folder.display(),
             cgroup = cgroup.display(),
-            routing = routing_name(lab.config().routing_mode),
+            routing = match lab.config().routing_mode {
+                RoutingMode::Tunnel => "tunnel",
+                RoutingMode::Direct => "direct",
+            },
             pki = pki.display(),
         );
         if !lab.config().encryption.is_empty() {
@@ -105,7 +112,7 @@ key = "{pki}/{cluster}/{name}.key"
         }
         Ok(Self {
             name,
-            cluster: cluster.name().to_owned(),
+            cluster: home.cluster,
             cluster_id: id,
             number,
             netns: netns.to_owned(),
@@ -269,7 +276,7 @@ key = "{pki}/{cluster}/{name}.key"
     /// # Errors
     /// When the plugin refuses; its JSON error is in the message.
     pub async fn add_pod(&self, namespace: &str, name: &str) -> Result<Pod> {
-        Pod::add(self, namespace, name).await
+        Pod::add(self.place(), namespace, name).await
     }
 
     /// Makes a pod's namespace without attaching it.
@@ -277,7 +284,17 @@ key = "{pki}/{cluster}/{name}.key"
     /// # Errors
     /// When `ip` fails.
     pub async fn prepare_pod(&self, namespace: &str, name: &str) -> Result<Pod> {
-        Pod::prepare(self, namespace, name).await
+        Pod::prepare(self.place(), namespace, name).await
+    }
+
+    fn place(&self) -> Place {
+        Place {
+            netns: self.netns.clone(),
+            cgroup: self.cgroup.clone(),
+            folder: self.folder.clone(),
+            socket: self.socket(),
+            binaries: self.binaries.clone(),
+        }
     }
 
     /// Changes the configuration that the agent gets when it starts the next time.

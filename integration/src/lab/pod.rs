@@ -9,11 +9,24 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use super::host::{command_in, netns_path, run, sh};
-use super::node::Node;
 use super::process::Process;
 
 /// CNI specification version that the lab speaks.
 const CNI_VERSION: &str = "1.1.0";
+
+/// Where pods of a node live.
+#[derive(Debug)]
+pub(super) struct Place {
+    /// Namespace of the node.
+    pub(super) netns: String,
+    /// Parent of the pods' cgroups.
+    pub(super) cgroup: PathBuf,
+    /// Folder of the node.
+    pub(super) folder: PathBuf,
+    /// The agent's socket.
+    pub(super) socket: PathBuf,
+    pub(super) binaries: PathBuf,
+}
 
 /// An attached pod.
 #[derive(Debug)]
@@ -23,25 +36,22 @@ pub struct Pod {
     netns: String,
     container_id: String,
     cgroup: PathBuf,
-    folder: PathBuf,
-    socket: PathBuf,
-    node_netns: String,
-    binaries: PathBuf,
+    node: Place,
     addresses: Vec<String>,
 }
 
 impl Pod {
-    pub(super) async fn add(node: &Node, namespace: &str, name: &str) -> Result<Self> {
+    pub(super) async fn add(node: Place, namespace: &str, name: &str) -> Result<Self> {
         let mut pod = Self::prepare(node, namespace, name).await?;
         pod.attach().await?;
         Ok(pod)
     }
 
-    pub(super) async fn prepare(node: &Node, namespace: &str, name: &str) -> Result<Self> {
-        let netns = format!("{}-{namespace}-{name}", node.netns());
+    pub(super) async fn prepare(node: Place, namespace: &str, name: &str) -> Result<Self> {
+        let netns = format!("{}-{namespace}-{name}", node.netns);
         sh("ip", &["netns", "add", &netns]).await?;
         sh("ip", &["-n", &netns, "link", "set", "lo", "up"]).await?;
-        let cgroup = node.cgroup().join(format!("{namespace}-{name}"));
+        let cgroup = node.cgroup.join(format!("{namespace}-{name}"));
         std::fs::create_dir_all(&cgroup)?;
         Ok(Self {
             namespace: namespace.to_owned(),
@@ -49,10 +59,7 @@ impl Pod {
             container_id: netns.clone(),
             netns,
             cgroup,
-            folder: node.folder().to_owned(),
-            socket: node.socket(),
-            node_netns: node.netns().to_owned(),
-            binaries: node.binaries().to_owned(),
+            node,
             addresses: Vec::new(),
         })
     }
@@ -99,16 +106,16 @@ impl Pod {
         more: Value,
     ) -> Result<std::result::Result<Value, Value>> {
         let mut command = command_in(
-            &self.node_netns,
+            &self.node.netns,
             None,
-            &self.binaries.join("clustermesh-cni"),
+            &self.node.binaries.join("clustermesh-cni"),
         );
         let mut child = command
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", &self.container_id)
             .env("CNI_NETNS", netns_path(&self.netns))
             .env("CNI_IFNAME", "eth0")
-            .env("CNI_PATH", &self.binaries)
+            .env("CNI_PATH", &self.node.binaries)
             .env(
                 "CNI_ARGS",
                 format!(
@@ -125,7 +132,7 @@ impl Pod {
             "cniVersion": CNI_VERSION,
             "name": "clustermesh",
             "type": "clustermesh-cni",
-            "socket": self.socket,
+            "socket": self.node.socket,
             "queueDir": self.queue_dir(),
         });
         if let (Some(config), Value::Object(more)) = (config.as_object_mut(), more) {
@@ -157,7 +164,7 @@ impl Pod {
     /// Where DELs wait for an agent that does not run.
     #[must_use]
     pub fn queue_dir(&self) -> PathBuf {
-        self.folder.join("state/cni-queue")
+        self.node.folder.join("state/cni-queue")
     }
 
     /// The container's id.
@@ -187,9 +194,10 @@ impl Pod {
     /// # Errors
     /// When it does not get ready.
     pub async fn start(&self, label: &str, arguments: &[&str]) -> Result<Process> {
-        let mut command = self.command(&self.binaries.join("clustermesh-lab-traffic"));
+        let mut command = self.command(&self.node.binaries.join("clustermesh-lab-traffic"));
         command.args(arguments);
         let log = self
+            .node
             .folder
             .join(format!("{}-{}-{label}.log", self.namespace, self.name));
         Process::start_ready(&format!("{label} in {}", self.name), &mut command, &log).await
@@ -200,7 +208,7 @@ impl Pod {
     /// # Errors
     /// When it fails or prints no JSON.
     pub async fn traffic(&self, arguments: &[&str]) -> Result<Value> {
-        let mut command = self.command(&self.binaries.join("clustermesh-lab-traffic"));
+        let mut command = self.command(&self.node.binaries.join("clustermesh-lab-traffic"));
         let output = run(command.args(arguments)).await?;
         let text = String::from_utf8_lossy(&output.stdout);
         let last = text.lines().last().context("no report")?;

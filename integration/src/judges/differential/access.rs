@@ -1,5 +1,7 @@
 //! Calls about users and roles.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use clustermesh_api::etcd::rpc::auth_client::AuthClient;
 use clustermesh_api::etcd::rpc::{
@@ -9,9 +11,10 @@ use clustermesh_api::etcd::rpc::{
     AuthUserChangePasswordRequest, AuthUserDeleteRequest, AuthUserGetRequest,
     AuthUserGrantRoleRequest, AuthUserListRequest, AuthUserRevokeRoleRequest, AuthenticateRequest,
 };
+use tonic::Request;
 use tonic::transport::Channel;
 
-use super::perform::{Answer, Tokens};
+use super::answer::Answer;
 
 /// An operation about users and roles.
 #[derive(Clone, Debug)]
@@ -107,5 +110,24 @@ impl AccessOp {
             Self::RoleGrantPermission(request) => ask!(role_grant_permission, request.clone()),
             Self::RoleRevokePermission(request) => ask!(role_revoke_permission, request.clone()),
         })
+    }
+}
+
+/// Tokens of users, by name.
+#[derive(Default)]
+pub(super) struct Tokens(BTreeMap<String, String>);
+
+impl Tokens {
+    pub(super) fn keep(&mut self, user: &str, token: String) {
+        self.0.insert(user.to_owned(), token);
+    }
+
+    /// A request with the token of `user`, where there is one.
+    pub(super) fn asked_by<T>(&self, user: Option<&str>, message: T) -> Result<Request<T>> {
+        let mut request = Request::new(message);
+        if let Some(token) = user.and_then(|user| self.0.get(user)) {
+            request.metadata_mut().insert("token", token.parse()?);
+        }
+        Ok(request)
     }
 }

@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use clustermesh_api::etcd::election::LeaderKey;
-use clustermesh_api::etcd::rpc::TxnRequest;
 use clustermesh_api::etcd::rpc::watch_create_request::FilterType;
 use clustermesh_api::etcd::rpc::{
     CompactionRequest, DeleteRangeRequest, HashKvRequest, LeaseGrantRequest, LeaseKeepAliveRequest,
@@ -18,17 +17,14 @@ use clustermesh_api::etcd::rpc::{
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt};
 
-use super::access::AccessOp;
-use super::perform::Answer;
-use super::queue::QueueOp;
+use super::answer::Answer;
+use super::operation::Op;
 use super::watching::{Lane, UNKNOWN_WATCH, WatchOp};
 
 /// Keys that operations are about.
 const KEYS: [&[u8]; 10] = [
     b"a", b"b", b"c", b"ab", b"a/1", b"a/2", b"a/2/x", b"b\xff", b"\xff", b"\x00",
 ];
-/// Written only to see that watches have got everything before it.
-pub(super) const SENTINEL_KEY: &[u8] = b"zz-sentinel";
 /// Leases that operations are about.
 const LEASES: i64 = 8;
 /// A lease that is never granted.
@@ -41,76 +37,6 @@ const PAST_WATCHES_MAX: usize = 8;
 const STEPS_PER_BARRIER: usize = 25;
 /// Steps between two comparisons of everything stored.
 const STEPS_PER_HASH: usize = 60;
-
-/// One operation on both servers.
-#[derive(Clone, Debug)]
-pub enum Op {
-    Range(RangeRequest),
-    RangeStream(RangeRequest),
-    Put(PutRequest),
-    DeleteRange(DeleteRangeRequest),
-    Txn(TxnRequest),
-    Compact(CompactionRequest),
-    LeaseGrant(LeaseGrantRequest),
-    LeaseRevoke(LeaseRevokeRequest),
-    LeaseKeepAlive(LeaseKeepAliveRequest),
-    LeaseTimeToLive(LeaseTimeToLiveRequest),
-    LeaseLeases(LeaseLeasesRequest),
-    HashKv(HashKvRequest),
-    Watch(WatchOp),
-    Queue(QueueOp),
-    Access(AccessOp),
-    /// With this user's token, or with none.
-    As {
-        user: Option<&'static str>,
-        op: Box<Op>,
-    },
-}
-
-impl Op {
-    /// Whether it leaves both servers as they were.
-    #[must_use]
-    pub fn only_reads(&self) -> bool {
-        match self {
-            Self::Range(_)
-            | Self::RangeStream(_)
-            | Self::LeaseTimeToLive(_)
-            | Self::LeaseLeases(_)
-            | Self::HashKv(_)
-            | Self::Watch(WatchOp::Try(_))
-            | Self::Queue(QueueOp::Leader(_)) => true,
-            Self::Access(op) => op.only_reads(),
-            Self::As { op, .. } => op.only_reads(),
-            _ => false,
-        }
-    }
-
-    /// Name in reports.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Range(_) => "range",
-            Self::RangeStream(_) => "range-stream",
-            Self::Put(_) => "put",
-            Self::DeleteRange(_) => "delete-range",
-            Self::Txn(_) => "txn",
-            Self::Compact(_) => "compact",
-            Self::LeaseGrant(_) => "lease-grant",
-            Self::LeaseRevoke(_) => "lease-revoke",
-            Self::LeaseKeepAlive(_) => "lease-keep-alive",
-            Self::LeaseTimeToLive(_) => "lease-time-to-live",
-            Self::LeaseLeases(_) => "lease-leases",
-            Self::HashKv(_) => "hash-kv",
-            Self::Watch(WatchOp::Create(..)) => "watch-create",
-            Self::Watch(WatchOp::Try(..)) => "watch-try",
-            Self::Watch(WatchOp::Cancel(..)) => "watch-cancel",
-            Self::Watch(WatchOp::Barrier { .. }) => "watch-events",
-            Self::Queue(op) => op.name(),
-            Self::Access(op) => op.name(),
-            Self::As { op, .. } => op.name(),
-        }
-    }
-}
 
 /// Makes operations, and remembers enough of the answers to make them meaningful.
 pub struct Generator {

@@ -12,7 +12,7 @@ use clustermesh_api::etcd::lock::lock_client::LockClient;
 use clustermesh_api::etcd::lock::{LockRequest, UnlockRequest};
 use tonic::{Code, Request, Streaming, transport::Channel};
 
-use super::perform::{Answer, set_ids_aside};
+use super::answer::{Answer, set_ids_aside};
 
 /// Nobody stands in the way of any of these calls.
 const WAIT_MAX: Duration = Duration::from_secs(10);

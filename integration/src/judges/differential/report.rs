@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::generate::Op;
-use super::perform::Answer;
+use super::answer::Answer;
+use super::operation::Op;
 
 /// Differences that are kept; the others are only counted.
 const DIFFERENCES_KEPT: usize = 20;

@@ -21,8 +21,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use super::generate::SENTINEL_KEY;
-use super::perform::{Answer, Tokens, set_ids_aside};
+use super::access::Tokens;
+use super::answer::{Answer, set_ids_aside};
 
 /// Requests waiting to be sent.
 const REQUESTS_QUEUED: usize = 64;
@@ -38,6 +38,8 @@ const QUIET: Duration = Duration::from_millis(30);
 pub(super) const UNKNOWN_WATCH: i64 = 777;
 /// After the last write, what a watch has not got by then does not come.
 const LAST_EVENTS: Duration = Duration::from_millis(400);
+/// Written only to see that watches have got everything before it.
+pub(super) const SENTINEL_KEY: &[u8] = b"zz-sentinel";
 /// Id of the watch that sees the sentinel.
 const SENTINEL_WATCH: i64 = 100_000;
 
