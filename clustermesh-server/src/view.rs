@@ -95,8 +95,7 @@ fn catch_up(index: &mut ClusterIndex, cluster: &str, view: StateView<'_>) {
         return;
     };
     for event in groups.iter().flat_map(|group| &group.events) {
-        let value = event.kv().value();
-        let value = (event.kind() == EventKind::Put).then_some(value.as_ref());
+        let value = (event.kind() == EventKind::Put).then(|| event.kv().value_bytes());
         index.apply(event.key(), value);
     }
     index.advance(revision);

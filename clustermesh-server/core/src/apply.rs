@@ -17,6 +17,7 @@ use crate::{
     check,
     error::{ApplyError, KvError},
     hash_kv::HashCursor,
+    index::key_of,
     limits::{BATCH_FORMAT_QUOTA, DROPPED_EVENTS_PER_ENTRY, FEATURE_LEVEL},
     pb::{self, proposal::Command},
     peer::PeerCursor,
@@ -421,11 +422,13 @@ impl State {
         let pins = self.pins.live();
         let compact_revision = self.compact_revision;
         let keys = self.keyspace.index().iter();
-        let keys: Vec<Bytes> = keys.map(|(key, _)| key.clone()).collect();
+        let keys: Vec<Bytes> = keys
+            .map(|versions| Bytes::copy_from_slice(key_of(versions)))
+            .collect();
         for key in keys {
             self.keyspace.trim(&key, compact_revision, |version| {
                 for pin in &pins {
-                    pin.keep(&version);
+                    pin.keep(version.clone());
                 }
             });
         }
@@ -459,7 +462,7 @@ impl State {
                 for event in &group.events {
                     self.keyspace.trim(event.key(), floor, |version| {
                         for pin in &pins {
-                            pin.keep(&version);
+                            pin.keep(version.clone());
                         }
                     });
                 }

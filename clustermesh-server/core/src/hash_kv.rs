@@ -10,7 +10,7 @@ use clustermesh_api::etcd::mvcc::KeyValue;
 use prost::Message;
 
 use crate::{
-    error::KvError, keyspace::visible_at, limits::MAX_HASHED_CHUNK_KEYS, pin::Pin,
+    error::KvError, index::key_of, keyspace::visible_at, limits::MAX_HASHED_CHUNK_KEYS, pin::Pin,
     snapshot::SnapshotError, state::State, version::Version,
 };
 
@@ -31,7 +31,7 @@ pub struct KvHash {
 /// A change in etcd's order, and whether a reader at the hashed revision still sees it.
 #[derive(Debug)]
 struct Change {
-    version: Arc<Version>,
+    version: Version,
     kept: bool,
 }
 
@@ -126,18 +126,19 @@ impl HashCursor {
                     self.complete = true;
                     break;
                 }
-                (Some((key, _)), None) | (None, Some((key, _))) => *key,
-                (Some((indexed_key, _)), Some((pinned_key, _))) => *indexed_key.min(pinned_key),
+                (Some(versions), None) => key_of(versions),
+                (None, Some((key, _))) => *key,
+                (Some(versions), Some((key, _))) => key_of(versions).min(key),
             };
-            self.next_key = key.clone();
+            self.next_key = Bytes::copy_from_slice(key);
             if looked_at >= MAX_HASHED_CHUNK_KEYS {
                 break;
             }
             let old = pinned.next_if(|(other, _)| *other == key);
-            let new = indexed.next_if(|(other, _)| *other == key);
+            let new = indexed.next_if(|versions| key_of(versions) == key);
             // Compaction takes from the front: what the pin kept is older than what the index still has.
             let old = old.map_or(&[][..], |(_, versions)| versions.as_slice());
-            let new = new.map_or(&[][..], |(_, versions)| versions.as_slice());
+            let new = new.map_or(&[][..], |versions| versions.as_slice());
             looked_at += 1 + (old.len() + new.len()) / MAX_VERSIONS_PER_STEP;
             self.see(old, new);
         }
@@ -153,8 +154,8 @@ impl HashCursor {
     }
 
     /// Takes what the hash needs of one key's versions.
-    fn see(&mut self, old: &[Arc<Version>], new: &[Arc<Version>]) {
-        let all: Vec<Arc<Version>>;
+    fn see(&mut self, old: &[Version], new: &[Version]) {
+        let all: Vec<Version>;
         let versions = if old.is_empty() {
             new
         } else {
@@ -165,18 +166,20 @@ impl HashCursor {
         let deleted_at_revision = versions
             .iter()
             .any(|version| version.mod_revision() == self.revision && version.is_tombstone());
-        let seen = visible_at(versions, self.revision).filter(|_| !deleted_at_revision);
+        let seen = visible_at(versions, self.revision)
+            .filter(|_| !deleted_at_revision)
+            .map(Version::revision);
         self.any_kept |= seen.is_some() || (self.compaction && deleted_at_revision);
-        let at_compact = visible_at(versions, self.compact_revision);
+        let at_compact = visible_at(versions, self.compact_revision).map(Version::revision);
         for version in versions {
             let is_new = version.mod_revision() > self.compact_revision;
             if version.mod_revision() > self.revision {
                 break;
             }
-            if is_new || at_compact.is_some_and(|other| Arc::ptr_eq(other, version)) {
+            if is_new || at_compact == Some(version.revision()) {
                 self.changes.push(Change {
-                    version: Arc::clone(version),
-                    kept: is_new || seen.is_some_and(|seen| Arc::ptr_eq(seen, version)),
+                    version: version.clone(),
+                    kept: is_new || seen == Some(version.revision()),
                 });
             }
         }
@@ -186,7 +189,7 @@ impl HashCursor {
     #[must_use]
     pub fn finish(mut self) -> KvHash {
         self.changes
-            .sort_unstable_by_key(|change| (change.version.mod_revision(), change.version.sub()));
+            .sort_unstable_by_key(|change| change.version.revision());
         let mut hash = crc32c::crc32c(BUCKET);
         let mut tombstone = BytesMut::new();
         for change in &self.changes {
@@ -199,7 +202,7 @@ impl HashCursor {
             if version.is_tombstone() {
                 tombstone.clear();
                 let stored = KeyValue {
-                    key: version.key().clone(),
+                    key: Bytes::copy_from_slice(version.key()),
                     ..KeyValue::default()
                 };
                 // A buffer that grows takes everything.

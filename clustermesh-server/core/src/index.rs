@@ -1,18 +1,15 @@
 //! The ordered index of keys: leaves of bounded size that know how many of their keys live, so that counting a range costs by leaves and not
-//! by keys, and that are filled more densely than a `BTreeMap`'s nodes.
+//! by keys, and that are filled more densely than a `BTreeMap`'s nodes. A key stands in its versions only.
 
-use std::{
-    ops::{Bound, Range},
-    sync::Arc,
-};
+use std::ops::{Bound, Range};
 
 use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::version::Version;
 
-/// Versions of one key, by (mod revision, sub), at least one. Most keys have one.
-pub(crate) type Versions = SmallVec<[Arc<Version>; 2]>;
+/// Versions of one key, by their places, at least one. Most keys have one.
+pub(crate) type Versions = SmallVec<[Version; 2]>;
 
 /// Keys of one leaf; a fuller one is split.
 #[cfg(not(test))]
@@ -20,8 +17,6 @@ const MAX_LEAF_KEYS: usize = 128;
 /// In tests few, so that leaves are split and go.
 #[cfg(test)]
 const MAX_LEAF_KEYS: usize = 4;
-
-type Entry = (Bytes, Versions);
 
 /// Where a key is or would be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,12 +29,14 @@ struct Place {
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     /// None of them is empty.
-    leaves: Vec<Vec<Entry>>,
+    leaves: Vec<Vec<Versions>>,
     /// For each leaf a key that none of its own is below. That of the first leaf counts as the lowest of all.
     lowest: Vec<Bytes>,
     /// For each leaf how many of its keys live.
     live: Vec<u32>,
     len: usize,
+    /// Where the next key is expected: keys often come in order.
+    next: Option<Place>,
 }
 
 /// Whether the newest version of a key is a value.
@@ -49,35 +46,27 @@ fn lives(versions: &Versions) -> bool {
         .is_some_and(|version| !version.is_tombstone())
 }
 
-fn key_of((key, _): &Entry) -> &[u8] {
-    key
+/// The key of which these are the versions.
+pub(crate) fn key_of(versions: &[Version]) -> &[u8] {
+    versions.first().map_or(&[], Version::key)
 }
 
 impl Index {
-    /// Of keys in ascending order.
-    pub(crate) fn from_sorted(sorted: impl IntoIterator<Item = Entry>) -> Self {
-        let mut index = Self::default();
-        for (key, versions) in sorted {
-            index.push_last(key, versions);
-        }
-        for leaf in &mut index.leaves {
-            leaf.shrink_to_fit();
-        }
-        index
-    }
-
-    fn push_last(&mut self, key: Bytes, versions: Versions) {
+    /// Adds a key above all that are there.
+    pub(crate) fn push_last(&mut self, versions: Versions) {
         let lives = u32::from(lives(&versions));
         self.len += 1;
         match (self.leaves.last_mut(), self.live.last_mut()) {
             (Some(leaf), Some(live)) if leaf.len() < MAX_LEAF_KEYS => {
-                leaf.push((key, versions));
+                leaf.push(versions);
                 *live += lives;
             }
             _ => {
-                self.lowest.push(key.clone());
+                self.lowest.push(Bytes::copy_from_slice(key_of(&versions)));
                 self.live.push(lives);
-                self.leaves.push(vec![(key, versions)]);
+                let mut leaf = Vec::with_capacity(MAX_LEAF_KEYS);
+                leaf.push(versions);
+                self.leaves.push(leaf);
             }
         }
     }
@@ -90,8 +79,7 @@ impl Index {
 
     pub(crate) fn get(&self, key: &[u8]) -> Option<&Versions> {
         let place = self.find(key).ok()?;
-        let (_, versions) = self.leaves.get(place.leaf)?.get(place.entry)?;
-        Some(versions)
+        self.leaves.get(place.leaf)?.get(place.entry)
     }
 
     /// Changes the versions of a key; it goes when none are left. `None` where there is no such key.
@@ -103,7 +91,7 @@ impl Index {
         let place = self.find(key).ok()?;
         let leaf = self.leaves.get_mut(place.leaf)?;
         let live = self.live.get_mut(place.leaf)?;
-        let (_, versions) = leaf.get_mut(place.entry)?;
+        let versions = leaf.get_mut(place.entry)?;
         *live -= u32::from(lives(versions));
         let changed = change(versions);
         *live += u32::from(lives(versions));
@@ -120,18 +108,10 @@ impl Index {
     }
 
     /// Adds a key that is not there.
-    pub(crate) fn insert(&mut self, key: Bytes, versions: Versions) {
-        let (Ok(place) | Err(place)) = self.find(&key);
-        // Keys often come in order: the leaf before then stays full.
-        if place.leaf + 1 >= self.leaves.len()
-            && self
-                .leaves
-                .last()
-                .is_none_or(|leaf| place.entry == leaf.len())
-        {
-            self.push_last(key, versions);
-            return;
-        }
+    pub(crate) fn insert(&mut self, versions: Versions) {
+        let key = key_of(&versions);
+        let (Ok(place) | Err(place)) = self.find(key);
+        let place = self.make_room(place, key);
         let (Some(leaf), Some(live)) = (
             self.leaves.get_mut(place.leaf),
             self.live.get_mut(place.leaf),
@@ -139,39 +119,59 @@ impl Index {
             return;
         };
         *live += u32::from(lives(&versions));
-        leaf.insert(place.entry, (key, versions));
+        leaf.insert(place.entry, versions);
         self.len += 1;
-        if leaf.len() > MAX_LEAF_KEYS {
-            let upper = leaf.split_off(leaf.len() / 2);
-            let upper_live = upper
-                .iter()
-                .map(|(_, versions)| u32::from(lives(versions)))
-                .sum();
-            *live -= upper_live;
-            let lowest = upper.first().map(|(key, _)| key.clone());
-            self.lowest
-                .insert(place.leaf + 1, lowest.unwrap_or_default());
-            self.live.insert(place.leaf + 1, upper_live);
-            self.leaves.insert(place.leaf + 1, upper);
-        }
+        self.next = Some(Place {
+            entry: place.entry + 1,
+            ..place
+        });
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (&Bytes, &Versions)> {
-        self.leaves
-            .iter()
-            .flatten()
-            .map(|(key, versions)| (key, versions))
+    /// Where a key that is to be added belongs once its leaf, if that was full, is split.
+    fn make_room(&mut self, place: Place, key: &[u8]) -> Place {
+        let mut upper = Vec::new();
+        let (number, at) = match self.leaves.get_mut(place.leaf) {
+            Some(leaf) if leaf.len() < MAX_LEAF_KEYS => return place,
+            Some(leaf) => {
+                // A run of keys fills the lower half: split in the middle, all that it leaves behind would stay half empty.
+                let goes_on = self.next == Some(place) || place.entry == leaf.len();
+                let at = if goes_on { place.entry } else { leaf.len() / 2 };
+                upper.reserve_exact(MAX_LEAF_KEYS);
+                upper.extend(leaf.drain(at..));
+                (place.leaf + 1, at)
+            }
+            None => (0, 0),
+        };
+        let lowest = upper.first().map_or(key, |versions| key_of(versions));
+        self.lowest.insert(number, Bytes::copy_from_slice(lowest));
+        let moved = upper.iter().map(|versions| u32::from(lives(versions)));
+        let moved = moved.sum();
+        if let Some(live) = self.live.get_mut(place.leaf) {
+            *live -= moved;
+        }
+        self.live.insert(number, moved);
+        let is_new = upper.is_empty();
+        self.leaves.insert(number, upper);
+        if is_new || place.entry > at {
+            return Place {
+                leaf: number,
+                entry: place.entry - at,
+            };
+        }
+        place
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Versions> {
+        self.leaves.iter().flatten()
     }
 
     /// Keys within bounds, in order.
     pub(crate) fn range<'a>(
         &'a self,
         bounds: (Bound<&[u8]>, Bound<&[u8]>),
-    ) -> impl Iterator<Item = (&'a Bytes, &'a Versions)> + use<'a> {
+    ) -> impl Iterator<Item = &'a Versions> + use<'a> {
         let Range { start, end } = self.places(bounds);
-        self.leaves_of(start, end)
-            .flat_map(|(_, entries)| entries)
-            .map(|(key, versions)| (key, versions))
+        self.leaves_of(start, end).flat_map(|(_, entries)| entries)
     }
 
     /// Number of keys within bounds that live.
@@ -185,17 +185,14 @@ impl Index {
                     .is_some_and(|all| all.len() == entries.len());
                 match self.live.get(leaf) {
                     Some(live) if whole => usize::try_from(*live).unwrap_or(usize::MAX),
-                    _ => entries
-                        .iter()
-                        .filter(|(_, versions)| lives(versions))
-                        .count(),
+                    _ => entries.iter().filter(|versions| lives(versions)).count(),
                 }
             })
             .sum()
     }
 
     /// For each leaf between two places its number and the entries that lie between them.
-    fn leaves_of(&self, start: Place, end: Place) -> impl Iterator<Item = (usize, &[Entry])> {
+    fn leaves_of(&self, start: Place, end: Place) -> impl Iterator<Item = (usize, &[Versions])> {
         let last = end.leaf.saturating_add(1).min(self.leaves.len());
         let numbers = start.leaf..last.max(start.leaf);
         numbers.filter_map(move |number| {
@@ -253,12 +250,15 @@ impl Index {
         }
         let mut all = 0;
         for (leaf, lowest) in self.leaves.iter().zip(&self.lowest).skip(1) {
-            if leaf.first().is_none_or(|(key, _)| key < lowest) {
+            if leaf
+                .first()
+                .is_none_or(|versions| key_of(versions) < lowest)
+            {
                 return Err(format!("a leaf of the index has keys below {lowest:?}"));
             }
         }
         for (leaf, live) in self.leaves.iter().zip(&self.live) {
-            let counted = leaf.iter().filter(|(_, versions)| lives(versions)).count();
+            let counted = leaf.iter().filter(|versions| lives(versions)).count();
             if usize::try_from(*live) != Ok(counted) {
                 return Err(format!(
                     "a leaf counts {live} keys that live, it has {counted}"
@@ -274,7 +274,7 @@ impl Index {
         if all != self.len {
             return Err(format!("the index counts {} keys, it has {all}", self.len));
         }
-        if !self.iter().is_sorted_by(|(a, _), (b, _)| a < b) {
+        if !self.iter().is_sorted_by(|a, b| key_of(a) < key_of(b)) {
             return Err("keys of the index are out of order".to_owned());
         }
         Ok(())

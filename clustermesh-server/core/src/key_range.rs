@@ -28,11 +28,6 @@ impl KeyRange {
         }
     }
 
-    /// All keys.
-    pub(crate) const fn all() -> Self {
-        Self::From(Bytes::new())
-    }
-
     /// Whether `key` lies in the range.
     #[must_use]
     pub fn contains(&self, key: &[u8]) -> bool {

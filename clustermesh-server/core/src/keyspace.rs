@@ -1,6 +1,6 @@
 //! The multi-version index: for each key its versions, oldest first, and what compaction may drop of them.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use smallvec::SmallVec;
@@ -9,7 +9,7 @@ use crate::{
     index::{Index, Versions},
     key_range::KeyRange,
     peer::{PeerUsage, cached_cluster},
-    version::{Version, VersionNumbers},
+    version::{Revision, Version, VersionNumbers},
 };
 
 /// Ordered index over all keys that have a version which is still readable.
@@ -23,30 +23,19 @@ pub(crate) struct Keyspace {
 
 /// A version that was added, with what watchers are to see as the one before.
 pub(crate) struct Added {
-    pub(crate) version: Arc<Version>,
+    pub(crate) version: Version,
     /// Newest live version below the new revision.
-    pub(crate) before_revision: Option<Arc<Version>>,
+    pub(crate) before_revision: Option<Version>,
     /// Live version that this one replaced, perhaps of the same revision.
-    pub(crate) replaced: Option<Arc<Version>>,
+    pub(crate) replaced: Option<Version>,
 }
 
 impl Keyspace {
-    /// Of keys in ascending order.
-    pub(crate) fn from_sorted(sorted: impl IntoIterator<Item = (Bytes, Versions)>) -> Self {
-        let mut keyspace = Self::default();
-        let mut bytes = 0;
-        let index = Index::from_sorted(sorted.into_iter().inspect(|(_, versions)| {
-            bytes += versions
-                .iter()
-                .map(|version| version.approximate_bytes())
-                .sum::<u64>();
-            keyspace.count_copy(None, versions.last().and_then(live));
-        }));
-        Self {
-            index,
-            bytes,
-            ..keyspace
-        }
+    /// Adds a key above all that are there, with its versions.
+    pub(crate) fn push_last(&mut self, versions: Versions) {
+        self.bytes += versions.iter().map(Version::approximate_bytes).sum::<u64>();
+        self.count_copy(None, versions.last().and_then(live));
+        self.index.push_last(versions);
     }
 
     /// What a peer's copy holds.
@@ -60,7 +49,7 @@ impl Keyspace {
     }
 
     /// Counts the change of one key's newest live version.
-    fn count_copy(&mut self, before: Option<&Arc<Version>>, after: Option<&Arc<Version>>) {
+    fn count_copy(&mut self, before: Option<&Version>, after: Option<&Version>) {
         let Some(cluster) = before
             .or(after)
             .and_then(|version| cached_cluster(version.key()))
@@ -94,7 +83,7 @@ impl Keyspace {
     }
 
     /// Newest live version of a key.
-    pub(crate) fn latest(&self, key: &[u8]) -> Option<&Arc<Version>> {
+    pub(crate) fn latest(&self, key: &[u8]) -> Option<&Version> {
         live(self.index.get(key)?.last()?)
     }
 
@@ -103,12 +92,12 @@ impl Keyspace {
         &'a self,
         range: &'a KeyRange,
         revision: i64,
-    ) -> impl Iterator<Item = &'a Arc<Version>> + 'a {
+    ) -> impl Iterator<Item = &'a Version> + 'a {
         range
             .bounds()
             .into_iter()
             .flat_map(|bounds| self.index.range(bounds))
-            .filter_map(move |(_, versions)| visible_at(versions, revision))
+            .filter_map(move |versions| visible_at(versions, revision))
     }
 
     /// Number of keys in a range that live now.
@@ -121,33 +110,24 @@ impl Keyspace {
     pub(crate) fn put(
         &mut self,
         key: &[u8],
-        value: &Bytes,
+        value: &[u8],
         lease: i64,
-        revision: i64,
-        sub: u32,
+        revision: Revision,
     ) -> Added {
         let known = self.index.update(key, |versions| {
             let replaced = versions.last().and_then(live).cloned();
-            let shared_key = versions.first().map_or_else(
-                || Bytes::copy_from_slice(key),
-                |version| version.key().clone(),
-            );
-            let (create_revision, version) = replaced.as_ref().map_or((revision, 1), |old| {
+            let (create_revision, version) = replaced.as_ref().map_or((revision.main, 1), |old| {
                 (old.create_revision(), old.version() + 1)
             });
-            let before_revision = visible_at(versions, revision - 1).cloned();
-            let added = Arc::new(Version::put(
-                shared_key,
-                value,
-                VersionNumbers {
-                    mod_revision: revision,
-                    sub,
-                    create_revision,
-                    version,
-                    lease,
-                },
-            ));
-            versions.push(Arc::clone(&added));
+            let before_revision = visible_at(versions, revision.main - 1).cloned();
+            let numbers = VersionNumbers {
+                revision,
+                create_revision,
+                version,
+                lease,
+            };
+            let added = Version::put(key, value, numbers);
+            versions.push(added.clone());
             Added {
                 version: added,
                 before_revision,
@@ -159,22 +139,15 @@ impl Keyspace {
             self.count_copy(added.replaced.as_ref(), Some(&added.version));
             return added;
         }
-        // A copy: a slice of the request would keep the whole log entry in memory.
-        let own_key = Bytes::copy_from_slice(key);
-        let added = Arc::new(Version::put(
-            own_key.clone(),
-            value,
-            VersionNumbers {
-                mod_revision: revision,
-                sub,
-                create_revision: revision,
-                version: 1,
-                lease,
-            },
-        ));
+        let numbers = VersionNumbers {
+            revision,
+            create_revision: revision.main,
+            version: 1,
+            lease,
+        };
+        let added = Version::put(key, value, numbers);
         self.bytes += added.approximate_bytes();
-        self.index
-            .insert(own_key, SmallVec::from_iter([Arc::clone(&added)]));
+        self.index.insert(SmallVec::from_iter([added.clone()]));
         self.count_copy(None, Some(&added));
         Added {
             version: added,
@@ -184,12 +157,12 @@ impl Keyspace {
     }
 
     /// Adds a tombstone; `None` where the key does not live.
-    pub(crate) fn delete(&mut self, key: &[u8], revision: i64, sub: u32) -> Option<Added> {
+    pub(crate) fn delete(&mut self, key: &[u8], revision: Revision) -> Option<Added> {
         let added = self.index.update(key, |versions| {
-            let replaced = Arc::clone(live(versions.last()?)?);
-            let before_revision = visible_at(versions, revision - 1).cloned();
-            let added = Arc::new(Version::tombstone(replaced.key().clone(), revision, sub));
-            versions.push(Arc::clone(&added));
+            let replaced = live(versions.last()?)?.clone();
+            let before_revision = visible_at(versions, revision.main - 1).cloned();
+            let added = Version::tombstone(key, revision);
+            versions.push(added.clone());
             Some(Added {
                 version: added,
                 before_revision,
@@ -220,7 +193,7 @@ impl Keyspace {
         &mut self,
         key: &[u8],
         compact_revision: i64,
-        mut dropped: impl FnMut(Arc<Version>),
+        mut dropped: impl FnMut(Version),
     ) {
         let mut bytes = 0;
         self.index.update(key, |versions| {
@@ -251,7 +224,7 @@ impl Keyspace {
 }
 
 /// The version that a reader at `revision` sees.
-pub(crate) fn visible_at(versions: &[Arc<Version>], revision: i64) -> Option<&Arc<Version>> {
+pub(crate) fn visible_at(versions: &[Version], revision: i64) -> Option<&Version> {
     let newest = versions.last()?;
     if newest.mod_revision() <= revision {
         return live(newest);
@@ -260,6 +233,6 @@ pub(crate) fn visible_at(versions: &[Arc<Version>], revision: i64) -> Option<&Ar
     live(versions.get(end.checked_sub(1)?)?)
 }
 
-fn live(version: &Arc<Version>) -> Option<&Arc<Version>> {
+fn live(version: &Version) -> Option<&Version> {
     (!version.is_tombstone()).then_some(version)
 }

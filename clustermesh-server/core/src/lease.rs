@@ -68,7 +68,7 @@ impl LeaseTable {
     }
 
     /// Moves a key from one lease to another; 0 is no lease.
-    pub(crate) fn move_key(&mut self, key: &Bytes, from: i64, to: i64) {
+    pub(crate) fn move_key(&mut self, key: &[u8], from: i64, to: i64) {
         if from == to {
             return;
         }
@@ -76,7 +76,7 @@ impl LeaseTable {
             lease.keys.remove(key);
         }
         if let Some(lease) = self.leases.get_mut(&to) {
-            lease.keys.insert(key.clone());
+            lease.keys.insert(Bytes::copy_from_slice(key));
         }
     }
 
@@ -115,7 +115,7 @@ impl LeaseTable {
         self.leases.values().map(|lease| lease.keys.len()).sum()
     }
 
-    pub(crate) fn is_attached(&self, id: i64, key: &Bytes) -> bool {
+    pub(crate) fn is_attached(&self, id: i64, key: &[u8]) -> bool {
         self.leases
             .get(&id)
             .is_some_and(|lease| lease.keys.contains(key))

@@ -53,7 +53,7 @@ pub(crate) struct Pin {
 pub(crate) struct Kept {
     /// Keys below are in the snapshot already; `None` when all are.
     position: Option<Bytes>,
-    pub(crate) versions: BTreeMap<Bytes, Vec<Arc<Version>>>,
+    pub(crate) versions: BTreeMap<Bytes, Vec<Version>>,
 }
 
 impl Kept {
@@ -80,7 +80,7 @@ impl Pin {
     }
 
     /// Takes a version that leaves the index, if the snapshot still needs it.
-    pub(crate) fn keep(&self, version: &Arc<Version>) {
+    pub(crate) fn keep(&self, version: Version) {
         if version.mod_revision() > self.revision {
             return;
         }
@@ -91,9 +91,9 @@ impl Pin {
             .is_some_and(|position| version.key() >= position)
         {
             kept.versions
-                .entry(version.key().clone())
+                .entry(Bytes::copy_from_slice(version.key()))
                 .or_default()
-                .push(Arc::clone(version));
+                .push(version);
         }
     }
 

@@ -1,7 +1,5 @@
 //! Range: filters, order, limit and counts of etcd's `RangeRequest`.
 
-use std::sync::Arc;
-
 use clustermesh_api::etcd::rpc::{
     RangeRequest, RangeResponse,
     range_request::{SortOrder, SortTarget},
@@ -65,7 +63,7 @@ impl ReadView<'_> {
         } else {
             limit.saturating_add(1)
         };
-        let mut versions: Vec<&Arc<Version>> = found.by_ref().take(fetch).collect();
+        let mut versions: Vec<&Version> = found.by_ref().take(fetch).collect();
         // The count is that of the whole range: limit and filters do not change it.
         let count = if counted && is_newest && versions.len() == fetch {
             length(self.keyspace.count_live(&range))
@@ -131,7 +129,7 @@ fn passes(request: &RangeRequest, version: &Version) -> bool {
     )
 }
 
-fn sort(request: &RangeRequest, versions: &mut [&Arc<Version>]) {
+fn sort(request: &RangeRequest, versions: &mut [&Version]) {
     let target = request.sort_target();
     let descending = request.sort_order() == SortOrder::Descend;
     match target {
@@ -141,9 +139,9 @@ fn sort(request: &RangeRequest, versions: &mut [&Arc<Version>]) {
                 versions.reverse();
             }
         }
-        SortTarget::Version => sort_by(versions, descending, |version| version.version()),
-        SortTarget::Create => sort_by(versions, descending, |version| version.create_revision()),
-        SortTarget::Mod => sort_by(versions, descending, |version| version.mod_revision()),
+        SortTarget::Version => sort_by(versions, descending, Version::version),
+        SortTarget::Create => sort_by(versions, descending, Version::create_revision),
+        SortTarget::Mod => sort_by(versions, descending, Version::mod_revision),
         SortTarget::Value => {
             versions.sort_by(|a, b| {
                 let order = a.value_bytes().cmp(b.value_bytes());
@@ -153,7 +151,7 @@ fn sort(request: &RangeRequest, versions: &mut [&Arc<Version>]) {
     }
 }
 
-fn sort_by(versions: &mut [&Arc<Version>], descending: bool, number: impl Fn(&Version) -> i64) {
+fn sort_by(versions: &mut [&Version], descending: bool, number: impl Fn(&Version) -> i64) {
     versions.sort_by(|a, b| {
         let order = number(a).cmp(&number(b));
         if descending { order.reverse() } else { order }

@@ -15,11 +15,13 @@ use auth::AuthPart;
 
 use crate::{
     group::Group,
+    index::key_of,
     limits::{MAX_SNAPSHOT_CHUNK_KEYS, SNAPSHOT_FORMAT, SNAPSHOT_FORMAT_GROUP},
     pb,
     peer::CopyPlace,
     pin::Pin,
     state::{FIRST_REVISION, State},
+    version::Revision,
 };
 
 /// What a lease, a key or a version adds to a chunk beside its bytes: tags, lengths and numbers at their longest.
@@ -91,8 +93,8 @@ pub struct SnapshotCursor {
     sequence: u64,
     /// Next key to look at.
     next_key: Bytes,
-    /// Last (mod revision, sub) of `next_key` that was sent.
-    sent: Option<(i64, u32)>,
+    /// Last version of `next_key` that was sent.
+    sent: Option<Revision>,
     counts: pb::SnapshotTrailer,
 }
 
@@ -241,11 +243,12 @@ impl SnapshotCursor {
         let complete = loop {
             let key = match (indexed.peek(), pinned.peek()) {
                 (None, None) => break true,
-                (Some((key, _)), None) | (None, Some((key, _))) => *key,
-                (Some((indexed_key, _)), Some((pinned_key, _))) => *indexed_key.min(pinned_key),
+                (Some(versions), None) => key_of(versions),
+                (None, Some((key, _))) => *key,
+                (Some(versions), Some((key, _))) => key_of(versions).min(key),
             };
-            if key != &self.next_key {
-                self.next_key = key.clone();
+            if key != self.next_key {
+                self.next_key = Bytes::copy_from_slice(key);
                 self.sent = None;
             }
             if bytes >= max_bytes || looked_at >= MAX_SNAPSHOT_CHUNK_KEYS {
@@ -253,39 +256,40 @@ impl SnapshotCursor {
             }
             looked_at += 1;
             let old = pinned.next_if(|(other, _)| *other == key);
-            let new = indexed.next_if(|(other, _)| *other == key);
+            let new = indexed.next_if(|versions| key_of(versions) == key);
             // Compaction takes from the front: what the pin kept is older than what the index still has.
             let versions = old
                 .into_iter()
                 .flat_map(|(_, versions)| versions)
-                .chain(new.into_iter().flat_map(|(_, versions)| versions));
+                .chain(new.into_iter().flatten());
             let mut entry = pb::SnapshotKey {
-                key: key.clone(),
+                key: self.next_key.clone(),
                 versions: Vec::new(),
             };
             let first_part = self.sent.is_none();
             let mut whole = true;
             for version in versions {
-                let place = (version.mod_revision(), version.sub());
-                if place.0 > self.header.revision || self.sent.is_some_and(|sent| place <= sent) {
+                let revision = version.revision();
+                if revision.main > self.header.revision
+                    || self.sent.is_some_and(|sent| revision <= sent)
+                {
                     continue;
                 }
                 if bytes >= max_bytes {
                     whole = false;
                     break;
                 }
-                // A copy: a slice would leave every version with a count of its owners, for as long as it lives.
-                let value = Bytes::copy_from_slice(version.value_bytes());
+                let value = version.value();
                 bytes += value.len() + ITEM_OVERHEAD_BYTES;
                 entry.versions.push(pb::SnapshotVersion {
-                    mod_revision: place.0,
-                    sub: place.1,
+                    mod_revision: revision.main,
+                    sub: revision.sub,
                     create_revision: version.create_revision(),
                     version: version.version(),
                     lease: version.lease(),
                     value,
                 });
-                self.sent = Some(place);
+                self.sent = Some(revision);
             }
             if !entry.versions.is_empty() {
                 bytes += key.len() + ITEM_OVERHEAD_BYTES;

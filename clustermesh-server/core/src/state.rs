@@ -14,7 +14,7 @@ use crate::{
     error::{Compacted, KvError},
     group::Group,
     hash::Fnv64,
-    key_range::KeyRange,
+    index::key_of,
     keyspace::{Keyspace, visible_at},
     lease::{LeaseTable, LeaseView},
     limits::{LEASE_OVERHEAD_BYTES, NUMBERED_COPIES_LEVEL},
@@ -23,7 +23,7 @@ use crate::{
     pin::Pins,
     range::ReadView,
     txn::Plan,
-    version::EventGroup,
+    version::{EventGroup, Version},
 };
 
 /// Revision of an empty store: the first write gets 2, as in etcd.
@@ -361,12 +361,11 @@ impl State {
         hash.u64(self.cluster_id);
         hash.i64(self.revision);
         hash.i64(self.compact_revision);
-        for (_, versions) in self.keyspace.index().iter() {
+        for versions in self.keyspace.index().iter() {
             // Compacted versions that are still to be dropped do not count.
-            let seen = visible_at(versions, self.compact_revision);
+            let seen = visible_at(versions, self.compact_revision).map(Version::revision);
             for version in versions.iter().filter(|version| {
-                version.mod_revision() >= self.compact_revision
-                    || seen.is_some_and(|seen| Arc::ptr_eq(seen, version))
+                version.mod_revision() >= self.compact_revision || seen == Some(version.revision())
             }) {
                 hash.bytes(version.key());
                 hash.bytes(version.value_bytes());
@@ -441,7 +440,8 @@ impl State {
             for event in &group.events {
                 let stored = self.keyspace.index().get(event.key());
                 if !stored.is_some_and(|versions| versions.contains(event.kv())) {
-                    return Err(format!("event of {:?} is not in the index", event.key()));
+                    let name = event.key().escape_ascii();
+                    return Err(format!("event of {name} is not in the index"));
                 }
             }
         }
@@ -458,21 +458,25 @@ impl State {
         let floor = self.floor_revision();
         let mut bytes = 0;
         let mut attached = 0;
+        let mut copies = BTreeMap::new();
         self.keyspace.index().check()?;
-        for (key, versions) in self.keyspace.index().iter() {
+        for versions in self.keyspace.index().iter() {
+            let key = key_of(versions);
+            let name = key.escape_ascii();
             let newest = versions
                 .last()
-                .ok_or_else(|| format!("{key:?} has no version"))?;
+                .ok_or_else(|| "a key has no version".to_owned())?;
             if newest.is_tombstone() && newest.mod_revision() < floor {
-                return Err(format!("{key:?} keeps a compacted tombstone"));
+                return Err(format!("{name} keeps a compacted tombstone"));
             }
             for version in versions {
                 bytes += version.approximate_bytes();
                 if version.key() != key {
-                    return Err(format!("{key:?} holds a version of {:?}", version.key()));
+                    let other = version.key().escape_ascii();
+                    return Err(format!("{name} holds a version of {other}"));
                 }
                 if version.mod_revision() > self.revision {
-                    return Err(format!("{key:?} has a version of the future"));
+                    return Err(format!("{name} has a version of the future"));
                 }
             }
             // Of what the floor hides, only the version that a reader there sees may stay.
@@ -484,15 +488,21 @@ impl State {
                         && (one.is_tombstone() || next.mod_revision() <= floor)
                 });
             if hidden {
-                return Err(format!("{key:?} keeps a compacted version"));
+                return Err(format!("{name} keeps a compacted version"));
             }
-            if !versions.is_sorted_by_key(|version| (version.mod_revision(), version.sub())) {
-                return Err(format!("versions of {key:?} are out of order"));
+            if !versions.is_sorted_by_key(Version::revision) {
+                return Err(format!("versions of {name} are out of order"));
+            }
+            if !newest.is_tombstone()
+                && let Some(cluster) = cached_cluster(key)
+            {
+                let usage: &mut PeerUsage = copies.entry(cluster).or_default();
+                usage.add(key, newest.value_bytes());
             }
             if newest.lease() != 0 {
                 attached += 1;
                 if !self.leases.is_attached(newest.lease(), key) {
-                    return Err(format!("{key:?} is not attached to its lease"));
+                    return Err(format!("{name} is not attached to its lease"));
                 }
             }
         }
@@ -501,14 +511,6 @@ impl State {
                 "counted {} bytes, there are {bytes}",
                 self.keyspace.bytes()
             ));
-        }
-        let all = KeyRange::all();
-        let mut copies = BTreeMap::new();
-        for version in self.keyspace.visible(&all, self.revision) {
-            if let Some(cluster) = cached_cluster(version.key()) {
-                let usage: &mut PeerUsage = copies.entry(cluster).or_default();
-                usage.add(version.key(), version.value_bytes());
-            }
         }
         let counted = self
             .keyspace

@@ -1,7 +1,5 @@
 //! Writes of one request under one main revision: puts, deletes and transactions, as etcd evaluates them.
 
-use std::sync::Arc;
-
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::{
     Compare, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse, RangeRequest,
@@ -10,6 +8,7 @@ use clustermesh_api::etcd::rpc::{
     request_op::Request,
     response_op::Response,
 };
+use smallvec::SmallVec;
 
 use crate::{
     error::KvError,
@@ -17,7 +16,7 @@ use crate::{
     keyspace::{Added, Keyspace},
     lease::LeaseTable,
     range::ReadView,
-    version::{EventGroup, StoredEvent, Version},
+    version::{EventGroup, Revision, StoredEvent, Version},
 };
 
 /// Whether a transaction holds no write in any branch: it can be answered without a log entry.
@@ -248,13 +247,13 @@ pub(crate) struct WriteTxn<'a> {
     /// Revision before this request.
     base_revision: i64,
     compact_revision: i64,
-    events: Vec<StoredEvent>,
+    events: SmallVec<[StoredEvent; 1]>,
     /// For each event the lease that its key had before.
     leases_before: Vec<i64>,
 }
 
 impl<'a> WriteTxn<'a> {
-    pub(crate) const fn new(
+    pub(crate) fn new(
         keyspace: &'a mut Keyspace,
         leases: &'a mut LeaseTable,
         base_revision: i64,
@@ -265,7 +264,7 @@ impl<'a> WriteTxn<'a> {
             leases,
             base_revision,
             compact_revision,
-            events: Vec::new(),
+            events: SmallVec::new(),
             leases_before: Vec::new(),
         }
     }
@@ -284,11 +283,15 @@ impl<'a> WriteTxn<'a> {
         }
     }
 
-    fn sub(&self) -> u32 {
-        u32::try_from(self.events.len()).unwrap_or(u32::MAX)
+    /// That of the next write.
+    fn next_revision(&self) -> Revision {
+        Revision {
+            main: self.revision(),
+            sub: u32::try_from(self.events.len()).unwrap_or(u32::MAX),
+        }
     }
 
-    fn record(&mut self, added: Added, lease: i64) -> Option<Arc<Version>> {
+    fn record(&mut self, added: Added, lease: i64) -> Option<Version> {
         let before = added.replaced.as_ref().map_or(0, |old| old.lease());
         self.leases.move_key(added.version.key(), before, lease);
         self.leases_before.push(before);
@@ -323,31 +326,21 @@ impl<'a> WriteTxn<'a> {
     }
 
     /// Writes a value and returns the live version that it replaced.
-    pub(crate) fn put_value(
-        &mut self,
-        key: &[u8],
-        value: &Bytes,
-        lease: i64,
-    ) -> Option<Arc<Version>> {
-        let added = self
-            .keyspace
-            .put(key, value, lease, self.revision(), self.sub());
+    pub(crate) fn put_value(&mut self, key: &[u8], value: &Bytes, lease: i64) -> Option<Version> {
+        let added = self.keyspace.put(key, value, lease, self.next_revision());
         self.record(added, lease)
     }
 
     pub(crate) fn delete_range(&mut self, request: &DeleteRangeRequest) -> DeleteRangeResponse {
         let mut response = DeleteRangeResponse::default();
         let range = KeyRange::new(&request.key, &request.range_end);
-        let keys: Vec<Bytes> = match &range {
-            KeyRange::Single(key) => vec![key.clone()],
-            _ => self
-                .keyspace
-                .visible(&range, self.revision())
-                .map(|version| version.key().clone())
-                .collect(),
-        };
-        for key in keys {
-            if let Some(old) = self.delete_key(&key) {
+        let found: Vec<Version> = self
+            .keyspace
+            .visible(&range, self.revision())
+            .cloned()
+            .collect();
+        for version in found {
+            if let Some(old) = self.delete_key(version.key()) {
                 response.deleted += 1;
                 if request.prev_kv {
                     response.prev_kvs.push(old.to_key_value());
@@ -358,13 +351,13 @@ impl<'a> WriteTxn<'a> {
     }
 
     /// Deletes a key and returns what it was; `None` where it does not live.
-    pub(crate) fn delete_key(&mut self, key: &[u8]) -> Option<Arc<Version>> {
-        let added = self.keyspace.delete(key, self.revision(), self.sub())?;
+    pub(crate) fn delete_key(&mut self, key: &[u8]) -> Option<Version> {
+        let added = self.keyspace.delete(key, self.next_revision())?;
         self.record(added, 0)
     }
 
     /// The newest live version of a key.
-    pub(crate) fn latest(&self, key: &[u8]) -> Option<&Arc<Version>> {
+    pub(crate) fn latest(&self, key: &[u8]) -> Option<&Version> {
         self.keyspace.latest(key)
     }
 
@@ -378,7 +371,9 @@ impl<'a> WriteTxn<'a> {
     }
 
     /// Hands out the events; `None` when nothing was written, and then no revision is used.
-    pub(crate) fn commit(self) -> Option<EventGroup> {
+    pub(crate) fn commit(mut self) -> Option<EventGroup> {
+        // It may stay for as long as there is history.
+        self.events.shrink_to_fit();
         (!self.events.is_empty()).then_some(EventGroup {
             revision: self.base_revision + 1,
             events: self.events,

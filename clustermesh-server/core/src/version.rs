@@ -1,18 +1,32 @@
 //! One version of a key and the events that watchers get, each encoded once.
 
-use std::sync::Arc;
-
 use bytes::{BufMut, Bytes};
 use clustermesh_api::etcd::mvcc::{Event, KeyValue, event::EventType};
-use prost::{
-    Message,
-    encoding::{self, WireType},
-};
+use prost::encoding::{self, WireType};
+use smallvec::SmallVec;
+use triomphe::ThinArc;
 
 use crate::limits::VERSION_OVERHEAD_BYTES;
 
-/// `prev_kv` in `mvccpb.Event`.
-const PREV_KV_TAG: u32 = 3;
+/// Fields of `mvccpb.Event`.
+mod event_tag {
+    pub(super) const TYPE: u32 = 1;
+    pub(super) const KV: u32 = 2;
+    pub(super) const PREV_KV: u32 = 3;
+}
+
+/// Fields of `mvccpb.KeyValue`.
+mod kv_tag {
+    pub(super) const KEY: u32 = 1;
+    pub(super) const CREATE_REVISION: u32 = 2;
+    pub(super) const MOD_REVISION: u32 = 3;
+    pub(super) const VERSION: u32 = 4;
+    pub(super) const VALUE: u32 = 5;
+    pub(super) const LEASE: u32 = 6;
+}
+
+/// The longest that comes before an event's key and value: its type, their tag and length.
+const MAX_EVENT_HEADER_BYTES: usize = 13;
 
 /// What an event did to its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,192 +39,277 @@ pub enum EventKind {
 
 /// A key as one change left it: a value, or a tombstone.
 ///
-/// The value is a slice of the encoded event: one allocation holds both, and it is a copy, so that no version keeps a whole log entry in memory.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Version {
-    key: Bytes,
-    encoded: Bytes,
-    value_start: usize,
-    value_len: usize,
-    mod_revision: i64,
-    create_revision: i64,
-    version: i64,
-    lease: i64,
-    sub: u32,
+/// One allocation holds it, as the encoded event that watchers get: of very many keys each further one would cost more than
+/// what it saves. Clones share it. Key and value are copies, so that no version keeps a whole log entry in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version(ThinArc<Revision, u8>);
+
+/// etcd's full revision of a change. No two changes have the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Revision {
+    /// What clients call the revision.
+    pub(crate) main: i64,
+    /// Number among the changes of the same main revision, from 0.
+    pub(crate) sub: u32,
 }
 
 /// Numbers of a new version.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct VersionNumbers {
-    pub(crate) mod_revision: i64,
-    pub(crate) sub: u32,
+    pub(crate) revision: Revision,
     pub(crate) create_revision: i64,
     pub(crate) version: i64,
     pub(crate) lease: i64,
 }
 
+/// What an encoded `mvccpb.KeyValue` says.
+struct Fields<'a> {
+    key: &'a [u8],
+    create_revision: i64,
+    version: i64,
+    value: &'a [u8],
+    lease: i64,
+}
+
+/// An encoded event as the owner of buffers that are parts of it.
+struct Shared(Version);
+
+impl AsRef<[u8]> for Shared {
+    fn as_ref(&self) -> &[u8] {
+        self.0.encoded()
+    }
+}
+
 impl Version {
-    pub(crate) fn put(key: Bytes, value: &Bytes, numbers: VersionNumbers) -> Self {
-        let event = Event {
-            r#type: EventType::Put.into(),
-            kv: Some(KeyValue {
-                key: key.clone(),
-                create_revision: numbers.create_revision,
-                mod_revision: numbers.mod_revision,
-                version: numbers.version,
-                value: value.clone(),
-                lease: numbers.lease,
-            }),
-            prev_kv: None,
-        };
-        let encoded = Bytes::from(event.encode_to_vec());
-        // In tag order only the lease follows the value.
-        let lease_len = if numbers.lease == 0 {
-            0
-        } else {
-            prost::encoding::int64::encoded_len(6, &numbers.lease)
-        };
-        Self {
-            key,
-            value_start: encoded.len() - lease_len - value.len(),
-            value_len: value.len(),
-            encoded,
-            mod_revision: numbers.mod_revision,
-            create_revision: numbers.create_revision,
-            version: numbers.version,
-            lease: numbers.lease,
-            sub: numbers.sub,
-        }
+    pub(crate) fn put(key: &[u8], value: &[u8], numbers: VersionNumbers) -> Self {
+        Self::new(EventKind::Put, key, value, numbers)
     }
 
-    pub(crate) fn tombstone(key: Bytes, mod_revision: i64, sub: u32) -> Self {
-        let event = Event {
-            r#type: EventType::Delete.into(),
-            kv: Some(KeyValue {
-                key: key.clone(),
-                mod_revision,
-                ..KeyValue::default()
-            }),
-            prev_kv: None,
-        };
-        Self {
-            key,
-            encoded: Bytes::from(event.encode_to_vec()),
-            value_start: 0,
-            value_len: 0,
-            mod_revision,
+    pub(crate) fn tombstone(key: &[u8], revision: Revision) -> Self {
+        let numbers = VersionNumbers {
+            revision,
             create_revision: 0,
             version: 0,
             lease: 0,
-            sub,
+        };
+        Self::new(EventKind::Delete, key, &[], numbers)
+    }
+
+    fn new(kind: EventKind, key: &[u8], value: &[u8], numbers: VersionNumbers) -> Self {
+        let before = [
+            (kv_tag::CREATE_REVISION, numbers.create_revision),
+            (kv_tag::MOD_REVISION, numbers.revision.main),
+            (kv_tag::VERSION, numbers.version),
+        ];
+        let after = (kv_tag::LEASE, numbers.lease);
+        let numbers_len: usize = before.iter().chain([&after]).map(number_len).sum();
+        let kv_len = slice_len(key) + slice_len(value) + numbers_len;
+        let mut event = Vec::with_capacity(MAX_EVENT_HEADER_BYTES + kv_len);
+        if kind == EventKind::Delete {
+            encoding::int32::encode(event_tag::TYPE, &EventType::Delete.into(), &mut event);
         }
+        encoding::encode_key(event_tag::KV, WireType::LengthDelimited, &mut event);
+        encoding::encode_varint(kv_len as u64, &mut event);
+        put_slice(kv_tag::KEY, key, &mut event);
+        for (tag, number) in before {
+            put_number(tag, number, &mut event);
+        }
+        put_slice(kv_tag::VALUE, value, &mut event);
+        put_number(after.0, after.1, &mut event);
+        Self(ThinArc::from_header_and_slice(numbers.revision, &event))
+    }
+
+    /// The event in protobuf, without `prev_kv`.
+    fn encoded(&self) -> &[u8] {
+        &self.0.slice
     }
 
     /// `mvccpb.KeyValue` in protobuf; that of a tombstone has key and revision only.
     pub(crate) fn encoded_key_value(&self) -> &[u8] {
         // The event's type comes before its key and value; 0, for a put, is left out.
-        let kv_len = prost::encoding::decode_varint(&mut self.after_tag())
-            .ok()
-            .and_then(|len| usize::try_from(len).ok())
-            .unwrap_or_default();
-        let start = self.encoded.len().saturating_sub(kv_len);
-        self.encoded.get(start..).unwrap_or_default()
+        let skipped = if self.is_tombstone() { 3 } else { 1 };
+        let mut rest = self.encoded().get(skipped..).unwrap_or_default();
+        take_varint(&mut rest);
+        rest
     }
 
-    /// The encoded event from the length of its `kv` on.
-    fn after_tag(&self) -> &[u8] {
-        let skipped = if self.is_tombstone() { 3 } else { 1 };
-        self.encoded.get(skipped..).unwrap_or_default()
+    fn fields(&self) -> Fields<'_> {
+        let mut rest = self.encoded_key_value();
+        let key = take_slice(kv_tag::KEY, &mut rest);
+        let create_revision = take_number(kv_tag::CREATE_REVISION, &mut rest);
+        take_number(kv_tag::MOD_REVISION, &mut rest);
+        Fields {
+            key,
+            create_revision,
+            version: take_number(kv_tag::VERSION, &mut rest),
+            value: take_slice(kv_tag::VALUE, &mut rest),
+            lease: take_number(kv_tag::LEASE, &mut rest),
+        }
     }
 
     /// Whether this is a deletion.
     #[must_use]
-    pub const fn is_tombstone(&self) -> bool {
-        self.version == 0
+    pub fn is_tombstone(&self) -> bool {
+        self.encoded().first() == Some(&tag_byte(event_tag::TYPE, WireType::Varint))
     }
 
     /// The key.
     #[must_use]
-    pub const fn key(&self) -> &Bytes {
-        &self.key
+    pub fn key(&self) -> &[u8] {
+        take_slice(kv_tag::KEY, &mut self.encoded_key_value())
     }
 
     /// The value, shared; empty for a tombstone.
     #[must_use]
     pub fn value(&self) -> Bytes {
-        if self.value_len == 0 {
-            return Bytes::new();
-        }
-        self.encoded
-            .slice(self.value_start..self.value_start + self.value_len)
+        self.shared().slice_ref(self.value_bytes())
     }
 
     /// The value's bytes; empty for a tombstone.
     #[must_use]
     pub fn value_bytes(&self) -> &[u8] {
-        self.encoded
-            .get(self.value_start..self.value_start + self.value_len)
-            .unwrap_or_default()
+        self.fields().value
     }
 
     /// Revision of the change.
     #[must_use]
-    pub const fn mod_revision(&self) -> i64 {
-        self.mod_revision
+    pub fn mod_revision(&self) -> i64 {
+        self.revision().main
     }
 
     /// Revision at which the key was created; 0 for a tombstone.
     #[must_use]
-    pub const fn create_revision(&self) -> i64 {
-        self.create_revision
+    pub fn create_revision(&self) -> i64 {
+        self.fields().create_revision
     }
 
     /// Number of changes since the creation, from 1; 0 for a tombstone.
     #[must_use]
-    pub const fn version(&self) -> i64 {
-        self.version
+    pub fn version(&self) -> i64 {
+        self.fields().version
     }
 
     /// Id of the attached lease; 0 for none.
     #[must_use]
-    pub const fn lease(&self) -> i64 {
-        self.lease
+    pub fn lease(&self) -> i64 {
+        self.fields().lease
     }
 
     /// Place among the changes of the same revision, from 0.
     #[must_use]
-    pub const fn sub(&self) -> u32 {
-        self.sub
+    pub fn sub(&self) -> u32 {
+        self.revision().sub
     }
 
-    /// The protobuf form; values are shared. A tombstone has key and `mod_revision` only, as in etcd's events.
+    pub(crate) fn revision(&self) -> Revision {
+        self.0.header.header
+    }
+
+    /// The event as a buffer that shares this version's memory.
+    fn shared(&self) -> Bytes {
+        Bytes::from_owner(Shared(self.clone()))
+    }
+
+    /// The protobuf form; key and value are shared. A tombstone has key and `mod_revision` only, as in etcd's events.
     #[must_use]
     pub fn to_key_value(&self) -> KeyValue {
+        let shared = self.shared();
+        let fields = self.fields();
         KeyValue {
-            key: self.key.clone(),
-            create_revision: self.create_revision,
-            mod_revision: self.mod_revision,
-            version: self.version,
-            value: self.value(),
-            lease: self.lease,
+            key: shared.slice_ref(fields.key),
+            create_revision: fields.create_revision,
+            mod_revision: self.mod_revision(),
+            version: fields.version,
+            value: shared.slice_ref(fields.value),
+            lease: fields.lease,
         }
     }
 
     /// What this version counts in the size of the state.
-    pub(crate) const fn approximate_bytes(&self) -> u64 {
-        self.key.len() as u64 + self.value_len as u64 + VERSION_OVERHEAD_BYTES
+    pub(crate) fn approximate_bytes(&self) -> u64 {
+        let fields = self.fields();
+        fields.key.len() as u64 + fields.value.len() as u64 + VERSION_OVERHEAD_BYTES
     }
+}
+
+/// A field's tag as it is encoded: those of these messages are single bytes.
+#[expect(clippy::cast_possible_truncation, reason = "tags here are below 16")]
+const fn tag_byte(tag: u32, kind: WireType) -> u8 {
+    (tag << 3) as u8 | kind as u8
+}
+
+/// What a number takes; 0 is left out.
+fn number_len((tag, number): &(u32, i64)) -> usize {
+    if *number == 0 {
+        0
+    } else {
+        encoding::int64::encoded_len(*tag, number)
+    }
+}
+
+fn put_number(tag: u32, number: i64, buffer: &mut Vec<u8>) {
+    if number != 0 {
+        encoding::int64::encode(tag, &number, buffer);
+    }
+}
+
+/// What bytes take with a tag of one byte; none are left out.
+fn slice_len(bytes: &[u8]) -> usize {
+    if bytes.is_empty() {
+        0
+    } else {
+        1 + encoding::encoded_len_varint(bytes.len() as u64) + bytes.len()
+    }
+}
+
+fn put_slice(tag: u32, bytes: &[u8], buffer: &mut Vec<u8>) {
+    if !bytes.is_empty() {
+        encoding::encode_key(tag, WireType::LengthDelimited, buffer);
+        encoding::encode_varint(bytes.len() as u64, buffer);
+        buffer.extend_from_slice(bytes);
+    }
+}
+
+/// Takes a varint from the front; 0 where there is none, which what is encoded here never shows.
+fn take_varint(rest: &mut &[u8]) -> u64 {
+    encoding::decode_varint(rest).unwrap_or_default()
+}
+
+/// Takes a field of type `int64` from the front, where it is next.
+fn take_number(tag: u32, rest: &mut &[u8]) -> i64 {
+    let Some((_, after)) = rest
+        .split_first()
+        .filter(|(first, _)| **first == tag_byte(tag, WireType::Varint))
+    else {
+        return 0;
+    };
+    *rest = after;
+    take_varint(rest).cast_signed()
+}
+
+/// Takes a field of type `bytes` from the front, where it is next.
+fn take_slice<'a>(tag: u32, rest: &mut &'a [u8]) -> &'a [u8] {
+    let Some((_, mut after)) = rest
+        .split_first()
+        .filter(|(first, _)| **first == tag_byte(tag, WireType::LengthDelimited))
+    else {
+        return &[];
+    };
+    let len = usize::try_from(take_varint(&mut after)).unwrap_or(usize::MAX);
+    let (bytes, after) = after.split_at_checked(len).unwrap_or_default();
+    *rest = after;
+    bytes
 }
 
 /// One change as watchers see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredEvent {
-    kv: Arc<Version>,
-    prev: Option<Arc<Version>>,
+    kv: Version,
+    prev: Option<Version>,
 }
 
 impl StoredEvent {
-    pub(crate) const fn new(kv: Arc<Version>, prev: Option<Arc<Version>>) -> Self {
+    pub(crate) const fn new(kv: Version, prev: Option<Version>) -> Self {
         Self { kv, prev }
     }
 
@@ -226,26 +325,26 @@ impl StoredEvent {
 
     /// The changed key.
     #[must_use]
-    pub fn key(&self) -> &Bytes {
+    pub fn key(&self) -> &[u8] {
         self.kv.key()
     }
 
     /// The key after the change.
     #[must_use]
-    pub const fn kv(&self) -> &Arc<Version> {
+    pub const fn kv(&self) -> &Version {
         &self.kv
     }
 
     /// The key before the event's revision; `None` where it did not exist or that revision is compacted.
     #[must_use]
-    pub const fn prev(&self) -> Option<&Arc<Version>> {
+    pub const fn prev(&self) -> Option<&Version> {
         self.prev.as_ref()
     }
 
     /// `mvccpb.Event` without `prev_kv` in protobuf: made once at apply, shared by all watchers.
     #[must_use]
-    pub fn encoded(&self) -> &Bytes {
-        &self.kv.encoded
+    pub fn encoded(&self) -> &[u8] {
+        self.kv.encoded()
     }
 
     /// The version before, where it is wanted and there is one.
@@ -258,7 +357,7 @@ impl StoredEvent {
     #[must_use]
     pub fn encoded_len(&self, with_prev: bool) -> usize {
         let prev = self.prev_if(with_prev).map_or(0, |prev| {
-            encoding::key_len(PREV_KV_TAG)
+            encoding::key_len(event_tag::PREV_KV)
                 + encoding::encoded_len_varint(prev.len() as u64)
                 + prev.len()
         });
@@ -269,7 +368,7 @@ impl StoredEvent {
     pub fn encode(&self, with_prev: bool, buffer: &mut impl BufMut) {
         buffer.put_slice(self.encoded());
         if let Some(prev) = self.prev_if(with_prev) {
-            encoding::encode_key(PREV_KV_TAG, WireType::LengthDelimited, buffer);
+            encoding::encode_key(event_tag::PREV_KV, WireType::LengthDelimited, buffer);
             encoding::encode_varint(prev.len() as u64, buffer);
             buffer.put_slice(prev);
         }
@@ -300,7 +399,7 @@ pub struct EventGroup {
     /// The main revision.
     pub revision: i64,
     /// At least one.
-    pub events: Vec<StoredEvent>,
+    pub events: SmallVec<[StoredEvent; 1]>,
 }
 
 impl EventGroup {
@@ -317,7 +416,7 @@ impl EventGroup {
             events: self
                 .events
                 .iter()
-                .map(|event| StoredEvent::new(Arc::clone(&event.kv), None))
+                .map(|event| StoredEvent::new(event.kv.clone(), None))
                 .collect(),
         }
     }
@@ -326,10 +425,11 @@ impl EventGroup {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use prost::Message;
 
     use super::*;
 
-    fn version(key: &Bytes) -> impl Strategy<Value = Arc<Version>> + use<> {
+    fn version(key: &Bytes) -> impl Strategy<Value = Version> + use<> {
         let key = key.clone();
         let value = proptest::collection::vec(any::<u8>(), 0..300);
         let numbers = (
@@ -339,21 +439,19 @@ mod tests {
             0_i64..400,
             any::<i64>(),
         );
-        (value, numbers).prop_map(
-            move |(value, (mod_revision, sub, create, version, lease))| {
-                if version == 0 {
-                    return Arc::new(Version::tombstone(key.clone(), mod_revision, sub));
-                }
-                let numbers = VersionNumbers {
-                    mod_revision,
-                    sub,
-                    create_revision: create,
-                    version,
-                    lease,
-                };
-                Arc::new(Version::put(key.clone(), &value.into(), numbers))
-            },
-        )
+        (value, numbers).prop_map(move |(value, (main, sub, create, version, lease))| {
+            let revision = Revision { main, sub };
+            if version == 0 {
+                return Version::tombstone(&key, revision);
+            }
+            let numbers = VersionNumbers {
+                revision,
+                create_revision: create,
+                version,
+                lease,
+            };
+            Version::put(&key, &value, numbers)
+        })
     }
 
     fn event() -> impl Strategy<Value = StoredEvent> {
@@ -370,7 +468,33 @@ mod tests {
             let mut encoded = Vec::new();
             event.encode(with_prev, &mut encoded);
             prop_assert_eq!(encoded.len(), event.encoded_len(with_prev));
-            prop_assert_eq!(encoded, event.to_event(with_prev).encode_to_vec());
+            let message = event.to_event(with_prev);
+            prop_assert_eq!(&encoded, &message.encode_to_vec());
+            prop_assert_eq!(Event::decode(encoded.as_slice()), Ok(message));
+        }
+
+        #[test]
+        fn what_was_put_is_read(
+            key in proptest::collection::vec(any::<u8>(), 1..200),
+            value in proptest::collection::vec(any::<u8>(), 0..20_000),
+            numbers in (1_i64.., any::<u32>(), 1_i64.., 1_i64.., any::<i64>()),
+        ) {
+            let (main, sub, create_revision, version, lease) = numbers;
+            let revision = Revision { main, sub };
+            let numbers = VersionNumbers { revision, create_revision, version, lease };
+            let put = Version::put(&key, &value, numbers);
+            prop_assert!(!put.is_tombstone());
+            prop_assert_eq!(put.key(), &key);
+            prop_assert_eq!(put.value_bytes(), &value);
+            prop_assert_eq!(&put.value(), &value);
+            prop_assert_eq!((put.revision(), put.mod_revision(), put.sub()), (revision, main, sub));
+            prop_assert_eq!(put.create_revision(), create_revision);
+            prop_assert_eq!(put.version(), version);
+            prop_assert_eq!(put.lease(), lease);
+            let deleted = Version::tombstone(&key, revision);
+            prop_assert!(deleted.is_tombstone());
+            prop_assert_eq!((deleted.key(), deleted.revision()), (key.as_slice(), revision));
+            prop_assert_eq!((deleted.version(), deleted.value().len()), (0, 0));
         }
     }
 }

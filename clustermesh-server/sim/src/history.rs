@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use bytes::Bytes;
 use clustermesh_core::{EventGroup, EventKind};
 use clustermesh_oracle::{Change, Committed, Moment, Operation, Watched};
 use parking_lot::Mutex;
@@ -31,7 +32,7 @@ pub fn changes<'e>(
     events
         .into_iter()
         .map(|event| Change {
-            key: event.key().clone(),
+            key: Bytes::copy_from_slice(event.key()),
             value: (event.kind() == EventKind::Put).then(|| event.kv().value()),
             lease: match event.kind() {
                 EventKind::Put => event.kv().lease(),

@@ -99,8 +99,8 @@ impl<'a> Round<'a> {
                 match item {
                     Ok(WatchItem::Events(events)) => {
                         for event in events.events() {
-                            let value = event.kv().value();
-                            let value = (event.kind() == EventKind::Put).then_some(value.as_ref());
+                            let is_put = event.kind() == EventKind::Put;
+                            let value = is_put.then(|| event.kv().value_bytes());
                             self.join.handle(event.key(), value);
                         }
                     }

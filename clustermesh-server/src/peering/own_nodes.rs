@@ -70,7 +70,7 @@ async fn changes(shared: &Shared, watcher: &mut TokioWatcher) -> Result<Infallib
                 continue;
             };
             let addresses = match event.kind() {
-                EventKind::Put => addresses(&event.kv().value()),
+                EventKind::Put => addresses(event.kv().value_bytes()),
                 EventKind::Delete => Vec::new(),
             };
             owners.set_own_node(name, &addresses);

@@ -3,25 +3,27 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::version::VersionNumbers;
+use crate::version::{Revision, VersionNumbers};
 
-fn version(key: &Bytes, lives: bool) -> Arc<Version> {
+fn version(key: &[u8], lives: bool) -> Version {
+    let revision = Revision { main: 2, sub: 0 };
     if !lives {
-        return Arc::new(Version::tombstone(key.clone(), 2, 0));
+        return Version::tombstone(key, revision);
     }
     let numbers = VersionNumbers {
-        mod_revision: 2,
-        sub: 0,
+        revision,
         create_revision: 2,
         version: 1,
         lease: 0,
     };
-    Arc::new(Version::put(key.clone(), &Bytes::new(), numbers))
+    Version::put(key, &[], numbers)
 }
 
 #[derive(Clone, Debug)]
 enum Step {
     Add(u8, bool),
+    /// So many keys in order.
+    Run(u8, u8),
     Drop(u8),
     Count(Bound<u8>, Bound<u8>),
 }
@@ -37,6 +39,7 @@ fn bound() -> impl Strategy<Value = Bound<u8>> {
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => (any::<u8>(), any::<bool>()).prop_map(|(key, lives)| Step::Add(key, lives)),
+        1 => (any::<u8>(), 1_u8..40).prop_map(|(from, count)| Step::Run(from, count)),
         2 => any::<u8>().prop_map(Step::Drop),
         1 => (bound(), bound()).prop_map(|(start, end)| Step::Count(start, end)),
     ]
@@ -54,6 +57,43 @@ fn is_empty(start: &Bound<u8>, end: &Bound<u8>) -> bool {
     }
 }
 
+fn add(
+    index: &mut Index,
+    model: &mut BTreeMap<u8, Versions>,
+    key: u8,
+    lives: bool,
+) -> Result<(), TestCaseError> {
+    let added = version(&[key], lives);
+    if let Some(versions) = model.get_mut(&key) {
+        versions.push(added.clone());
+        prop_assert!(
+            index
+                .update(&[key], |versions| versions.push(added))
+                .is_some()
+        );
+    } else {
+        model.insert(key, SmallVec::from_iter([added.clone()]));
+        index.insert(SmallVec::from_iter([added]));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_run_of_keys_leaves_full_leaves_behind() {
+    let mut index = Index::default();
+    let keys =
+        |of: u8| (0..10 * MAX_LEAF_KEYS).map(move |number| [of, u8::try_from(number).unwrap()]);
+    // Each run is inserted before the one that is there.
+    for of in [2, 1, 0] {
+        for key in keys(of) {
+            index.insert(SmallVec::from_iter([version(&key, true)]));
+        }
+    }
+    assert_eq!(index.check(), Ok(()));
+    assert_eq!(index.len(), 30 * MAX_LEAF_KEYS);
+    assert!(index.leaves.len() <= 33, "{} leaves", index.leaves.len());
+}
+
 proptest! {
     #[test]
     fn the_index_is_an_ordered_map_that_counts(steps in proptest::collection::vec(step(), 0..200)) {
@@ -61,18 +101,10 @@ proptest! {
         let mut model: BTreeMap<u8, Versions> = BTreeMap::new();
         for step in steps {
             match step {
-                Step::Add(key, lives) => {
-                    let name = Bytes::from(vec![key]);
-                    let version = version(&name, lives);
-                    match model.get_mut(&key) {
-                        Some(versions) => {
-                            versions.push(version.clone());
-                            prop_assert!(index.update(&name, |versions| versions.push(version)).is_some());
-                        }
-                        None => {
-                            model.insert(key, SmallVec::from_iter([version.clone()]));
-                            index.insert(name, SmallVec::from_iter([version]));
-                        }
+                Step::Add(key, lives) => add(&mut index, &mut model, key, lives)?,
+                Step::Run(from, count) => {
+                    for key in (from..=u8::MAX).take(count.into()) {
+                        add(&mut index, &mut model, key, true)?;
                     }
                 }
                 Step::Drop(key) => {
@@ -92,7 +124,7 @@ proptest! {
                         start.as_ref().map(|key| key.as_slice()),
                         end.as_ref().map(|key| key.as_slice()),
                     );
-                    let found: Vec<_> = index.range(bounds).map(|(key, _)| key[0]).collect();
+                    let found: Vec<_> = index.range(bounds).map(|versions| key_of(versions)[0]).collect();
                     let expected: Vec<_> = keys.iter().map(|(key, _)| **key).collect();
                     prop_assert_eq!(found, expected);
                     let live = keys.iter().filter(|(_, versions)| lives(versions)).count();
@@ -102,8 +134,8 @@ proptest! {
             prop_assert_eq!(index.check(), Ok(()));
             prop_assert_eq!(index.len(), model.len());
         }
-        let sorted = model.into_iter().map(|(key, versions)| (Bytes::from(vec![key]), versions));
-        let loaded = Index::from_sorted(sorted);
+        let mut loaded = Index::default();
+        model.into_values().for_each(|versions| loaded.push_last(versions));
         prop_assert_eq!(loaded.check(), Ok(()));
         prop_assert!(loaded.iter().eq(index.iter()));
     }

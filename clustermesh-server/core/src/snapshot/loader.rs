@@ -4,16 +4,17 @@ use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
 use prost::Message;
+use smallvec::smallvec;
 
 use crate::{
-    index::Versions,
+    index::{Versions, key_of},
     keyspace::{Keyspace, visible_at},
     limits::{FEATURE_LEVEL, SNAPSHOT_FORMAT_GROUP},
     pb,
     peer::{CopyPlace, PeerCursor},
     snapshot::{SnapshotError, auth},
     state::{FIRST_REVISION, MAX_REVISION, NEVER_COMPACTED, State},
-    version::{EventGroup, StoredEvent, Version, VersionNumbers},
+    version::{EventGroup, Revision, StoredEvent, Version, VersionNumbers},
 };
 
 /// Takes the chunks of a snapshot in order and yields the state that they describe.
@@ -23,7 +24,9 @@ pub struct SnapshotLoader {
     state: Option<State>,
     /// Where the history starts.
     first_revision: i64,
-    keys: Vec<(Bytes, Versions)>,
+    keyspace: Keyspace,
+    /// Versions of the last key so far.
+    last_key: Versions,
     last_lease: Option<i64>,
     counts: pb::SnapshotTrailer,
     ended: bool,
@@ -100,19 +103,21 @@ impl SnapshotLoader {
             return Err(self.damaged("the end is missing"));
         }
         let mut state = self.state.take().ok_or_else(|| self.damaged("no header"))?;
+        self.end_key();
+        state.keyspace = std::mem::take(&mut self.keyspace);
         state.history = self.history(&state)?;
-        let keys = std::mem::take(&mut self.keys);
-        for (key, versions) in &keys {
-            let lease = versions.last().map_or(0, |version| version.lease());
+        for versions in state.keyspace.index().iter() {
+            let lease = versions.last().map_or(0, Version::lease);
             if lease == 0 {
                 continue;
             }
+            let key = key_of(versions);
             if !state.leases.contains(lease) {
-                return Err(self.damaged(format!("key {key:?} has an unknown lease")));
+                let key = key.escape_ascii();
+                return Err(self.damaged(format!("key {key} has an unknown lease")));
             }
             state.leases.move_key(key, 0, lease);
         }
-        state.keyspace = Keyspace::from_sorted(keys);
         // Installing is rare and a replica must never serve a broken state.
         state
             .check_loaded()
@@ -226,28 +231,34 @@ impl SnapshotLoader {
         Ok(())
     }
 
+    /// Nothing more of the last key will come.
+    fn end_key(&mut self) {
+        let versions = std::mem::take(&mut self.last_key);
+        if !versions.is_empty() {
+            self.keyspace.push_last(versions);
+        }
+    }
+
     fn push_key(&mut self, entry: pb::SnapshotKey) -> Result<(), SnapshotError> {
-        // A copy: a slice would keep the whole chunk in memory.
-        let continues = self.keys.last().is_some_and(|(last, _)| *last == entry.key);
-        if !continues {
-            if entry.key.is_empty() || self.keys.last().is_some_and(|(last, _)| *last >= entry.key)
-            {
-                return Err(self.damaged(format!("key {:?} is out of order", entry.key)));
-            }
+        let name = entry.key.escape_ascii();
+        let order = key_of(&self.last_key).cmp(&entry.key);
+        if entry.key.is_empty() || order.is_gt() {
+            return Err(self.damaged(format!("key {name} is out of order")));
+        }
+        if entry.versions.is_empty() {
+            return Err(self.damaged(format!("key {name} has no version")));
+        }
+        if order.is_lt() {
+            self.end_key();
             self.counts.keys += 1;
-            self.keys
-                .push((Bytes::copy_from_slice(&entry.key), Versions::new()));
         }
         let newest_revision = self.state.as_ref().map_or(0, State::revision);
         for version in entry.versions {
-            let Some((key, versions)) = self.keys.last_mut() else {
-                return Err(self.damaged("a version without key"));
-            };
-            if !follows(versions.last(), &version, newest_revision) {
-                let reason = format!("versions of key {key:?} contradict each other");
-                return Err(self.damaged(reason));
+            let last = self.last_key.last();
+            if !follows(last, &version, newest_revision) {
+                return Err(self.damaged(format!("versions of key {name} contradict each other")));
             }
-            versions.push(Arc::new(stored(key, &version)));
+            self.last_key.push(stored(&entry.key, &version));
             self.counts.versions += 1;
         }
         Ok(())
@@ -257,8 +268,9 @@ impl SnapshotLoader {
     fn history(&self, state: &State) -> Result<VecDeque<Arc<EventGroup>>, SnapshotError> {
         let first = self.first_revision;
         let count = usize::try_from(state.revision - first + 1).unwrap_or(0);
-        let mut changes: Vec<(i64, u32, StoredEvent)> = Vec::new();
-        for (_, versions) in &self.keys {
+        // With the revision at hand: events lie all over the memory.
+        let mut changes: Vec<(Revision, StoredEvent)> = Vec::new();
+        for versions in state.keyspace.index().iter() {
             for version in versions {
                 let revision = version.mod_revision();
                 if revision < first {
@@ -267,18 +279,18 @@ impl SnapshotLoader {
                 let prev = visible_at(versions, revision - 1)
                     .filter(|_| revision > state.compact_revision)
                     .cloned();
-                let event = StoredEvent::new(Arc::clone(version), prev);
-                changes.push((revision, version.sub(), event));
+                let event = StoredEvent::new(version.clone(), prev);
+                changes.push((version.revision(), event));
             }
         }
-        changes.sort_unstable_by_key(|(revision, sub, _)| (*revision, *sub));
+        changes.sort_unstable_by_key(|(revision, _)| *revision);
         let mut groups: Vec<EventGroup> = Vec::new();
-        for (revision, _, event) in changes {
+        for (Revision { main: revision, .. }, event) in changes {
             match groups.last_mut() {
                 Some(group) if group.revision == revision => group.events.push(event),
                 _ => groups.push(EventGroup {
                     revision,
-                    events: vec![event],
+                    events: smallvec![event],
                 }),
             }
         }
@@ -286,38 +298,42 @@ impl SnapshotLoader {
         if groups.len() != count {
             return Err(self.damaged(format!("history has {} revisions of {count}", groups.len())));
         }
-        Ok(groups.into_iter().map(Arc::new).collect())
+        let shrunk = groups.into_iter().map(|mut group| {
+            group.events.shrink_to_fit();
+            Arc::new(group)
+        });
+        Ok(shrunk.collect())
     }
 }
 
 /// Whether a version has possible numbers and comes after `last`.
-fn follows(
-    last: Option<&Arc<Version>>,
-    version: &pb::SnapshotVersion,
-    newest_revision: i64,
-) -> bool {
-    let place = (version.mod_revision, version.sub);
+fn follows(last: Option<&Version>, version: &pb::SnapshotVersion, newest_revision: i64) -> bool {
+    let revision = revision_of(version);
     let possible = 1..=version.mod_revision;
     let numbers_fit = version.version == 0
         || (possible.contains(&version.version) && possible.contains(&version.create_revision));
     numbers_fit
         && (1..=newest_revision).contains(&version.mod_revision)
-        && last.is_none_or(|last| (last.mod_revision(), last.sub()) < place)
+        && last.is_none_or(|last| last.revision() < revision)
 }
 
-fn stored(key: &Bytes, version: &pb::SnapshotVersion) -> Version {
-    if version.version == 0 {
-        return Version::tombstone(key.clone(), version.mod_revision, version.sub);
+fn revision_of(version: &pb::SnapshotVersion) -> Revision {
+    Revision {
+        main: version.mod_revision,
+        sub: version.sub,
     }
-    Version::put(
-        key.clone(),
-        &version.value,
-        VersionNumbers {
-            mod_revision: version.mod_revision,
-            sub: version.sub,
-            create_revision: version.create_revision,
-            version: version.version,
-            lease: version.lease,
-        },
-    )
+}
+
+fn stored(key: &[u8], version: &pb::SnapshotVersion) -> Version {
+    let revision = revision_of(version);
+    if version.version == 0 {
+        return Version::tombstone(key, revision);
+    }
+    let numbers = VersionNumbers {
+        revision,
+        create_revision: version.create_revision,
+        version: version.version,
+        lease: version.lease,
+    };
+    Version::put(key, &version.value, numbers)
 }

@@ -111,7 +111,10 @@ impl Reader {
         let seen = self.got.last().map_or(0, |(revision, _)| *revision);
         match item.unwrap() {
             WatchItem::Events(events) => {
-                let keys = events.events().map(|event| event.key().clone()).collect();
+                let keys = events
+                    .events()
+                    .map(|event| Bytes::copy_from_slice(event.key()))
+                    .collect();
                 self.got.push((events.revision(), keys));
             }
             WatchItem::Cursor { cursor, .. } => {
@@ -150,7 +153,7 @@ impl Reader {
                     group
                         .events
                         .iter()
-                        .map(|e| e.key().clone())
+                        .map(|event| Bytes::copy_from_slice(event.key()))
                         .filter(wants)
                         .collect(),
                 )
