@@ -27,6 +27,8 @@ pub use replica::ReplicaSection;
 pub const MAX_ENDPOINTS_PER_PEER: usize = 16;
 /// `auth_token_ttl_seconds`.
 const AUTH_TOKEN_TTL_SECONDS: std::ops::RangeInclusive<u32> = 1..=86_400;
+/// `snapshot_log_bytes`.
+const SNAPSHOT_LOG_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=4 << 30;
 /// The configuration file has at most so many bytes.
 pub const MAX_CONFIG_FILE_BYTES: u64 = 1 << 20;
 
@@ -61,6 +63,9 @@ pub struct Config {
     /// Live and historic data stay below so many bytes: past it writes are refused and the NOSPACE alarm stands. 0 for no limit.
     #[serde(default = "default_quota_bytes")]
     pub quota_bytes: u64,
+    /// A snapshot is taken after so many bytes of log; up to three times as much of it is kept.
+    #[serde(default = "default_snapshot_log_bytes")]
+    pub snapshot_log_bytes: u64,
     /// A user's token ends after so long without use, in seconds.
     #[serde(default = "default_auth_token_ttl_seconds")]
     pub auth_token_ttl_seconds: u32,
@@ -223,6 +228,10 @@ fn default_quota_bytes() -> u64 {
     clustermesh_raft::DEFAULT_QUOTA_BYTES
 }
 
+fn default_snapshot_log_bytes() -> u64 {
+    clustermesh_raft::DEFAULT_SNAPSHOT_LOG_BYTES
+}
+
 /// etcd's `--auth-token-ttl`.
 fn default_auth_token_ttl_seconds() -> u32 {
     300
@@ -360,6 +369,13 @@ impl Config {
                     AUTH_TOKEN_TTL_SECONDS.start(),
                     AUTH_TOKEN_TTL_SECONDS.end()
                 ),
+            ));
+        }
+        if !SNAPSHOT_LOG_BYTES.contains(&self.snapshot_log_bytes) {
+            let (low, high) = (SNAPSHOT_LOG_BYTES.start(), SNAPSHOT_LOG_BYTES.end());
+            return Err(fault(
+                "snapshot_log_bytes",
+                format!("{} is outside {low} to {high}", self.snapshot_log_bytes),
             ));
         }
         self.log

@@ -312,6 +312,7 @@ async fn start_replica(
         .policy()
         .map_err(|(key, reason)| anyhow::anyhow!("{key}: {reason}"))?;
     replica.quota_bytes = config.quota_bytes;
+    replica.snapshot_log_bytes = config.snapshot_log_bytes;
     let context = || format!("data_dir {}", config.data_dir.display());
     let Some(section) = &config.replica else {
         let started = Replica::start(replica).await.with_context(context)?;

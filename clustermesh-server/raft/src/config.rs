@@ -80,6 +80,8 @@ pub(crate) const CLOSE_TIMEOUT_MS: u64 = 5000;
 
 /// Live and historic data of a group unless set otherwise, bytes (etcd's default quota).
 pub const DEFAULT_QUOTA_BYTES: u64 = 2 << 30;
+/// Bytes of log after which a snapshot is taken, unless configured.
+pub const DEFAULT_SNAPSHOT_LOG_BYTES: u64 = 64 << 20;
 
 /// Where a replica keeps its data.
 #[derive(Debug, Clone)]
@@ -243,7 +245,7 @@ impl ReplicaConfig {
             // etcd's: 5 s and two election timeouts.
             request_timeout: Duration::from_secs(7),
             start_timeout: Duration::from_secs(60),
-            snapshot_log_bytes: 64 << 20,
+            snapshot_log_bytes: DEFAULT_SNAPSHOT_LOG_BYTES,
             auto_compaction: AutoCompaction::default(),
             quota_bytes: DEFAULT_QUOTA_BYTES,
             compare_every: COMPARE_INTERVAL,

@@ -48,8 +48,8 @@ pub use backup_file::{BackupError, BackupFile, BackupSummary, Restore, Restored}
 pub use check_data::{CheckReport, Finding, Severity, SnapshotFound, check_data};
 pub use clustermesh_store::{DiskFault, DiskFaults, Node, ReplicaId, SnapshotFile, StoreError};
 pub use config::{
-    AutoCompaction, DEFAULT_QUOTA_BYTES, Data, InitialMember, MemoryData, ReplicaConfig, Start,
-    wall_clock,
+    AutoCompaction, DEFAULT_QUOTA_BYTES, DEFAULT_SNAPSHOT_LOG_BYTES, Data, InitialMember,
+    MemoryData, ReplicaConfig, Start, wall_clock,
 };
 pub use error::{ProposeError, ReadError, StartError, WatchEnd};
 pub use group::AuthChanges;

@@ -96,6 +96,11 @@ fn impossible_values_are_refused_with_their_key() {
             "auth_token_ttl_seconds = 0\n[cluster]",
             "auth_token_ttl_seconds",
         ),
+        (
+            "[cluster]",
+            "snapshot_log_bytes = 1000\n[cluster]",
+            "snapshot_log_bytes",
+        ),
         ("[tls]", "[log]\nformat = \"xml\"\n[tls]", "log.format"),
     ] {
         let error = refused(from, to);

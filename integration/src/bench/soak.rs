@@ -1,8 +1,6 @@
 //! Growth: what a group takes on disk and in memory while the same keys are put over and over and history is compacted.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -18,30 +16,37 @@ use crate::judges::programs::Programs;
 
 /// Clients that put.
 const CLIENTS: u32 = 8;
-/// Revisions that a compaction leaves.
-const KEPT_REVISIONS: i64 = 1_000;
-/// How often history is compacted, and growth looked at.
-const LOOK_INTERVAL: Duration = Duration::from_millis(500);
-/// The first part of the run is no measure of growth: logs and snapshots reach their sizes in it.
+/// The first part of the looks is no measure of growth: logs and snapshots reach their sizes in it.
 const WARM_UP_SHARE: f64 = 0.4;
 /// The second half of the rest may take so much more than the first.
 const GROWTH_MAX: f64 = 1.15;
 /// Below so many looks nothing can be said.
 const LOOKS_MIN: usize = 20;
 
-/// How long, and on what.
+/// What is put to, and for how long.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Replicas of the group.
     pub replicas: u8,
-    /// Keys that are put in turn.
+    /// Keys that are put in turn: each client has some of them.
     pub keys: u32,
-    /// The run ends after so many puts,
-    pub puts: u64,
-    /// or after this time.
+    /// Revisions that a compaction leaves.
+    pub kept_revisions: i64,
+    /// Bytes of log after which a replica takes a snapshot; `None` for what it does unless told.
+    pub snapshot_log_bytes: Option<u64>,
+    /// A soak that takes longer has failed.
     pub time: Duration,
     /// Where data folders are made.
     pub folder: PathBuf,
+}
+
+/// Whether history goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum History {
+    /// It is compacted before each look.
+    Compacted,
+    /// All of it stays: what every soak must notice.
+    Kept,
 }
 
 /// What the group took at one moment.
@@ -55,13 +60,30 @@ pub struct Look {
     pub resident_mib: f64,
 }
 
-/// What a run came to.
+/// What was seen.
 #[derive(Clone, Debug)]
 pub struct Soaked {
     /// In their order.
     pub looks: Vec<Look>,
     /// Time that it took.
     pub time: Duration,
+}
+
+/// How much more was taken late than early, as a ratio.
+#[derive(Clone, Copy, Debug)]
+pub struct Growth {
+    /// On disk.
+    pub disk: f64,
+    /// In memory.
+    pub memory: f64,
+}
+
+impl Growth {
+    /// Whether both are more than a log that is cut off now and then explains.
+    #[must_use]
+    pub fn is_seen_in_both(self) -> bool {
+        self.disk > GROWTH_MAX && self.memory > GROWTH_MAX
+    }
 }
 
 impl Soaked {
@@ -75,9 +97,7 @@ impl Soaked {
             "{} looks are too few",
             self.looks.len()
         );
-        let disk = self.halves(|look| look.disk_mib);
-        let memory = self.halves(|look| look.resident_mib);
-        for (what, (early, late)) in [("disk", disk), ("memory", memory)] {
+        for (what, (early, late)) in [("disk", self.disk()), ("memory", self.memory())] {
             ensure!(
                 late <= early * GROWTH_MAX,
                 "{what} grew from {early:.0} to {late:.0} MiB over {} puts",
@@ -87,10 +107,28 @@ impl Soaked {
         Ok(())
     }
 
-    /// Puts of the whole run.
+    /// What was taken late against what was taken early.
+    #[must_use]
+    pub fn growth(&self) -> Growth {
+        let ratio = |(early, late): (f64, f64)| late / early;
+        Growth {
+            disk: ratio(self.disk()),
+            memory: ratio(self.memory()),
+        }
+    }
+
+    /// Puts of the whole soak.
     #[must_use]
     pub fn puts(&self) -> u64 {
         self.looks.last().map_or(0, |look| look.puts)
+    }
+
+    fn disk(&self) -> (f64, f64) {
+        self.halves(|look| look.disk_mib)
+    }
+
+    fn memory(&self) -> (f64, f64) {
+        self.halves(|look| look.resident_mib)
     }
 
     /// The most that was taken in the first and in the second half after the warm-up.
@@ -124,97 +162,161 @@ impl std::fmt::Display for Soaked {
     }
 }
 
-/// Puts until the end of the run, with compactions.
-///
-/// # Errors
-/// When the group cannot be run or does not answer.
-pub async fn run(options: &Options, programs: &Programs) -> Result<Soaked> {
-    let settings = Settings {
-        replicas: options.replicas,
-        durable: true,
-    };
-    let mut group = Group::start(Kind::Ours, settings, programs, &options.folder).await?;
-    let start = Instant::now();
-    let put = Arc::new(AtomicU64::new(0));
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut clients = JoinSet::new();
-    for client in 0..CLIENTS {
-        let channel = group.connect(usize::try_from(client)?).await?.channel();
-        let (put, stop) = (Arc::clone(&put), Arc::clone(&stop));
-        clients.spawn(put_in_turn(channel, client, options.keys, put, stop));
+/// A group that is put to and looked at.
+#[derive(Debug)]
+pub struct Soak {
+    options: Options,
+    group: Group,
+    clients: Vec<Client>,
+    kv: KvClient<Channel>,
+    start: Instant,
+    puts: u64,
+    looks: Vec<Look>,
+}
+
+impl Soak {
+    /// Starts the group.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub async fn start(options: Options, programs: &Programs) -> Result<Self> {
+        let settings = Settings {
+            replicas: options.replicas,
+            durable: true,
+            snapshot_log_bytes: options.snapshot_log_bytes,
+        };
+        let group = Group::start(Kind::Ours, settings, programs, &options.folder).await?;
+        let mut clients = Vec::new();
+        for number in 0..CLIENTS {
+            let channel = group.connect(usize::try_from(number)?).await?.channel();
+            clients.push(Client {
+                kv: KvClient::new(channel),
+                number,
+                keys: options.keys,
+                batches: load::Batches::new(number, CLIENTS),
+            });
+        }
+        Ok(Self {
+            kv: KvClient::new(group.connect(0).await?.channel()),
+            group,
+            clients,
+            options,
+            start: Instant::now(),
+            puts: 0,
+            looks: Vec::new(),
+        })
     }
-    let mut kv = KvClient::new(group.connect(0).await?.channel());
-    let mut looks = Vec::new();
-    while put.load(Ordering::Relaxed) < options.puts && start.elapsed() < options.time {
-        tokio::time::sleep(LOOK_INTERVAL).await;
-        compact(&mut kv).await?;
-        looks.push(look(&group, put.load(Ordering::Relaxed))?);
-        if let Some(ended) = clients.try_join_next() {
-            ended??;
+
+    /// Puts about so often, and looks so many times meanwhile.
+    ///
+    /// # Errors
+    /// When the group does not answer, or takes too long for it.
+    pub async fn put(&mut self, puts: u64, looks: u64, history: History) -> Result<()> {
+        let each = u64::from(CLIENTS) * u64::from(load::PUTS_PER_TXN) * looks;
+        let txns = puts.div_ceil(each.max(1));
+        for _ in 0..looks {
+            let mut putting = JoinSet::new();
+            for client in self.clients.drain(..) {
+                putting.spawn(client.put(txns));
+            }
+            while let Some(put) = putting.join_next().await {
+                let (client, count) = put??;
+                self.clients.push(client);
+                self.puts += count;
+            }
+            if history == History::Compacted {
+                self.compact().await?;
+            }
+            self.looks.push(self.look()?);
+            ensure!(
+                self.start.elapsed() < self.options.time,
+                "only {} puts in {:?}",
+                self.puts,
+                self.options.time
+            );
+        }
+        Ok(())
+    }
+
+    /// What was seen until now.
+    #[must_use]
+    pub fn seen(&self) -> Soaked {
+        Soaked {
+            looks: self.looks.clone(),
+            time: self.start.elapsed(),
         }
     }
-    let time = start.elapsed();
-    stop.store(true, Ordering::Relaxed);
-    while let Some(ended) = clients.join_next().await {
-        ended??;
-    }
-    for member in 0..group.members().len() {
-        group.stop(member, Signal::SIGTERM).await?;
-    }
-    Ok(Soaked { looks, time })
-}
 
-async fn put_in_turn(
-    channel: Channel,
-    client: u32,
-    keys: u32,
-    put: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
-) -> Result<()> {
-    let mut batches = load::Batches::new(client, CLIENTS);
-    let mut kv = KvClient::new(channel);
-    while !stop.load(Ordering::Relaxed) {
-        let Some((count, request)) = batches.next(keys, 0) else {
-            batches = load::Batches::new(client, CLIENTS);
-            continue;
+    /// Ends the group.
+    ///
+    /// # Errors
+    /// When a replica does not end in order.
+    pub async fn end(mut self) -> Result<Soaked> {
+        let seen = self.seen();
+        for member in 0..self.group.members().len() {
+            self.group.stop(member, Signal::SIGTERM).await?;
+        }
+        Ok(seen)
+    }
+
+    /// As kube-apiserver does, the client decides how much history there is.
+    async fn compact(&mut self) -> Result<()> {
+        let asked = RangeRequest {
+            key: load::key(0),
+            count_only: true,
+            ..RangeRequest::default()
         };
-        kv.txn(request).await.context("puts")?;
-        put.fetch_add(count, Ordering::Relaxed);
+        let header = self.kv.range(asked).await?.into_inner().header;
+        let newest = header.context("an answer without a header")?.revision;
+        let request = CompactionRequest {
+            revision: newest - self.options.kept_revisions,
+            ..CompactionRequest::default()
+        };
+        match self.kv.compact(request).await {
+            Ok(_) => Ok(()),
+            // There is no more than what is to be kept.
+            Err(status) if status.code() == tonic::Code::OutOfRange => Ok(()),
+            Err(status) => Err(status.into()),
+        }
     }
-    Ok(())
+
+    fn look(&self) -> Result<Look> {
+        let mut disk_mib = 0.0_f64;
+        for member in self.group.members() {
+            disk_mib = disk_mib.max(folder_mib(&member.data())?);
+        }
+        Ok(Look {
+            puts: self.puts,
+            disk_mib,
+            resident_mib: usage::resident_mib(&self.group)?,
+        })
+    }
 }
 
-/// As kube-apiserver does, the client decides how much history there is.
-async fn compact(kv: &mut KvClient<Channel>) -> Result<()> {
-    let asked = RangeRequest {
-        key: load::key(0),
-        count_only: true,
-        ..RangeRequest::default()
-    };
-    let header = kv.range(asked).await?.into_inner().header;
-    let revision = header.map_or(0, |header| header.revision) - KEPT_REVISIONS;
-    let request = CompactionRequest {
-        revision,
-        ..CompactionRequest::default()
-    };
-    match kv.compact(request).await {
-        Ok(_) => Ok(()),
-        // Nothing was put since.
-        Err(status) if status.code() == tonic::Code::OutOfRange => Ok(()),
-        Err(status) => Err(status.into()),
-    }
+/// Puts its share of the keys in turn.
+#[derive(Debug)]
+struct Client {
+    kv: KvClient<Channel>,
+    number: u32,
+    keys: u32,
+    batches: load::Batches,
 }
 
-fn look(group: &Group, puts: u64) -> Result<Look> {
-    let mut disk_mib = 0.0_f64;
-    for member in group.members() {
-        disk_mib = disk_mib.max(folder_mib(&member.data())?);
+impl Client {
+    /// Sends so many transactions; with the number of puts in them.
+    async fn put(mut self, txns: u64) -> Result<(Self, u64)> {
+        let mut puts = 0;
+        for _ in 0..txns {
+            let next = self.batches.next(self.keys, 0).or_else(|| {
+                self.batches = load::Batches::new(self.number, CLIENTS);
+                self.batches.next(self.keys, 0)
+            });
+            let (count, request) = next.context("fewer keys than clients")?;
+            self.kv.txn(request).await.context("puts")?;
+            puts += count;
+        }
+        Ok((self, puts))
     }
-    Ok(Look {
-        puts,
-        disk_mib,
-        resident_mib: usage::resident_mib(group)?,
-    })
 }
 
 /// What the files below a folder take on disk; some may go while it is looked at.

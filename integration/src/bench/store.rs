@@ -195,6 +195,7 @@ async fn measure(
     let settings = Settings {
         replicas: options.replicas,
         durable: true,
+        snapshot_log_bytes: None,
     };
     let programs = &contender.programs;
     let mut group = Group::start(contender.kind, settings, programs, &folder).await?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clap::Parser;
-use clustermesh_integration::bench::soak::{Options, run};
+use clustermesh_integration::bench::soak::{History, Options, Soak, Soaked};
 use clustermesh_integration::judges::programs::{Programs, cache_folder};
 use clustermesh_integration::lab::binaries_folder;
 
@@ -20,10 +20,16 @@ struct Arguments {
     /// Replicas
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=5))]
     replicas: u8,
-    /// Ends after so long even if there were fewer puts
+    /// Times that disk and memory are looked at, each after a compaction
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(20..))]
+    looks: u64,
+    /// Fails when it takes longer
     #[arg(long, default_value_t = 3_600)]
     seconds: u64,
 }
+
+/// Revisions that a compaction leaves.
+const KEPT_REVISIONS: i64 = 1_000;
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> Result<()> {
@@ -33,13 +39,21 @@ async fn main() -> Result<()> {
     let options = Options {
         replicas: arguments.replicas,
         keys: arguments.keys,
-        puts: arguments.puts,
+        kept_revisions: KEPT_REVISIONS,
+        snapshot_log_bytes: None,
         time: Duration::from_secs(arguments.seconds),
         folder: folder.clone(),
     };
-    let soaked = run(&options, &programs).await;
+    let soaked = soak(options, &arguments, &programs).await;
     let _ = std::fs::remove_dir_all(&folder);
     let soaked = soaked?;
     println!("{soaked}");
     soaked.check_flat()
+}
+
+async fn soak(options: Options, arguments: &Arguments, programs: &Programs) -> Result<Soaked> {
+    let mut soak = Soak::start(options, programs).await?;
+    soak.put(arguments.puts, arguments.looks, History::Compacted)
+        .await?;
+    soak.end().await
 }

@@ -171,6 +171,7 @@ impl Pair {
         let settings = Settings {
             replicas: 1,
             durable: false,
+            snapshot_log_bytes: None,
         };
         let (etcd_folder, our_folder) = (folder.join("etcd"), folder.join("ours"));
         let (etcd, ours) = tokio::try_join!(

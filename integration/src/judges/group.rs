@@ -46,6 +46,8 @@ pub struct Settings {
     pub replicas: u8,
     /// Every acknowledged write is on disk. Tests of answers do without, for speed, where a server can.
     pub durable: bool,
+    /// Bytes of log after which ours take a snapshot; `None` for what they do unless told.
+    pub snapshot_log_bytes: Option<u64>,
 }
 
 /// Certificates of one comparison.
@@ -340,6 +342,9 @@ impl Group {
             member.folder.join("data"),
             address = member.address,
         );
+        if let Some(bytes) = self.settings.snapshot_log_bytes {
+            writeln!(config, "snapshot_log_bytes = {bytes}")?;
+        }
         write!(
             config,
             "\n[tls]\nca = {:?}\ncert = {cert:?}\nkey = {key:?}\n\n[compaction]\nmode = \"off\"\n\n\

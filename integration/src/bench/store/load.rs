@@ -21,7 +21,7 @@ const READERS: usize = 64;
 /// Load before anything counts.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Puts of one transaction while keys are loaded.
-const PUTS_PER_TXN: u32 = 100;
+pub(in crate::bench) const PUTS_PER_TXN: u32 = 100;
 /// Clients that load keys.
 const LOADERS: u32 = 16;
 
@@ -177,6 +177,7 @@ async fn closed_loop(
 }
 
 /// One loader's share of many keys, many a transaction.
+#[derive(Debug)]
 pub(in crate::bench) struct Batches {
     random: SmallRng,
     first: u32,
