@@ -29,6 +29,8 @@ pub const MAX_ENDPOINTS_PER_PEER: usize = 16;
 const AUTH_TOKEN_TTL_SECONDS: std::ops::RangeInclusive<u32> = 1..=86_400;
 /// `snapshot_log_bytes`.
 const SNAPSHOT_LOG_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=4 << 30;
+/// `drain_seconds`.
+const DRAIN_MAX_SECONDS: u64 = 3_600;
 /// The configuration file has at most so many bytes.
 pub const MAX_CONFIG_FILE_BYTES: u64 = 1 << 20;
 
@@ -151,10 +153,15 @@ pub struct LimitsConfig {
     pub max_unfinished_connections: usize,
     /// HTTP/2 streams of one connection.
     pub max_streams_per_connection: u32,
-    /// A client must have finished its TLS handshake by then, and then have begun with HTTP, in milliseconds.
-    pub handshake_timeout_ms: u64,
+    /// A client must have finished its TLS handshake so long after it has connected, in milliseconds.
+    pub tls_handshake_timeout_ms: u64,
+    /// It must have begun with HTTP so long after that, in milliseconds: with HTTP/2's preface, or the first 24 bytes of an
+    /// HTTP/1.1 request.
+    pub http_start_timeout_ms: u64,
+    /// The head of an HTTP/1.1 request must have arrived so long after the connection was free for it, in milliseconds.
+    pub http1_head_timeout_ms: u64,
     /// A connection on which no frame ends for so long is asked for a sign of life, and closed when none comes within
-    /// the same time, in milliseconds.
+    /// the same time, in milliseconds; so is one whose client takes none of what is sent to it.
     pub keepalive_ms: u64,
     /// A message must have arrived whole by then, in milliseconds.
     pub request_timeout_ms: u64,
@@ -170,7 +177,9 @@ impl Default for LimitsConfig {
             max_connections: 16_384,
             max_unfinished_connections: 1_024,
             max_streams_per_connection: 1_024,
-            handshake_timeout_ms: 10_000,
+            tls_handshake_timeout_ms: 10_000,
+            http_start_timeout_ms: 10_000,
+            http1_head_timeout_ms: 10_000,
             keepalive_ms: 10_000,
             request_timeout_ms: 30_000,
             max_records_per_peer: MAX_PEER_COPY_RECORDS,
@@ -378,6 +387,12 @@ impl Config {
                 format!("{} is outside {low} to {high}", self.snapshot_log_bytes),
             ));
         }
+        if self.drain_seconds > DRAIN_MAX_SECONDS {
+            return Err(fault(
+                "drain_seconds",
+                format!("{} is more than {DRAIN_MAX_SECONDS}", self.drain_seconds),
+            ));
+        }
         self.log
             .format
             .parse::<clustermesh_process::LogFormat>()
@@ -463,10 +478,22 @@ impl Config {
 }
 
 impl LimitsConfig {
-    /// [`Self::handshake_timeout_ms`].
+    /// [`Self::tls_handshake_timeout_ms`].
     #[must_use]
-    pub const fn handshake_timeout(&self) -> Duration {
-        Duration::from_millis(self.handshake_timeout_ms)
+    pub const fn tls_handshake_timeout(&self) -> Duration {
+        Duration::from_millis(self.tls_handshake_timeout_ms)
+    }
+
+    /// [`Self::http_start_timeout_ms`].
+    #[must_use]
+    pub const fn http_start_timeout(&self) -> Duration {
+        Duration::from_millis(self.http_start_timeout_ms)
+    }
+
+    /// [`Self::http1_head_timeout_ms`].
+    #[must_use]
+    pub const fn http1_head_timeout(&self) -> Duration {
+        Duration::from_millis(self.http1_head_timeout_ms)
     }
 
     /// [`Self::keepalive_ms`].
@@ -497,7 +524,12 @@ impl LimitsConfig {
             1 << 20,
         )?;
         for (key, ms) in [
-            ("limits.handshake_timeout_ms", self.handshake_timeout_ms),
+            (
+                "limits.tls_handshake_timeout_ms",
+                self.tls_handshake_timeout_ms,
+            ),
+            ("limits.http_start_timeout_ms", self.http_start_timeout_ms),
+            ("limits.http1_head_timeout_ms", self.http1_head_timeout_ms),
             ("limits.keepalive_ms", self.keepalive_ms),
             ("limits.request_timeout_ms", self.request_timeout_ms),
         ] {

@@ -20,6 +20,7 @@ pub mod serve;
 pub mod server;
 mod status;
 pub mod store;
+pub mod tcp;
 pub mod version;
 pub mod view;
 mod wire;

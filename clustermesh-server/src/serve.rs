@@ -3,6 +3,7 @@
 mod arrival;
 mod handled;
 mod progress;
+mod taking;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -30,6 +31,7 @@ use tracing::{debug, warn};
 use self::arrival::Arrivals;
 use self::handled::{Call, Handled};
 use self::progress::Stuck;
+use self::taking::{OverTcp, Taking};
 use crate::answers::hold_until_sent;
 use crate::auth::Caller;
 use crate::config::LimitsConfig;
@@ -39,6 +41,7 @@ use crate::metrics::ServeMetrics;
 use crate::openings::{Evicted, Opening, Openings};
 use crate::pages::Pages;
 use crate::store::Store;
+use crate::tcp;
 
 /// Receive window of one stream.
 const HTTP2_STREAM_WINDOW_BYTES: u32 = 1 << 20;
@@ -200,9 +203,8 @@ impl Acceptor {
                 debug!(%remote, "connection limit reached");
                 continue;
             };
-            // Small messages (events, acknowledgements) must not wait for more.
-            if let Err(error) = stream.set_nodelay(true) {
-                debug!(%remote, %error, "TCP_NODELAY");
+            if let Err(error) = tcp::prepare(&stream) {
+                debug!(%remote, %error, "TCP options");
             }
             let shared = Arc::clone(&self.shared);
             let drain = self.drain.clone();
@@ -231,7 +233,7 @@ async fn serve_tls(
     drain: &Drain,
 ) {
     let handshake = TlsAcceptor::from(shared.tls.config()).accept(stream);
-    let handshake = tokio::time::timeout(shared.limits.handshake_timeout(), handshake);
+    let handshake = tokio::time::timeout(shared.limits.tls_handshake_timeout(), handshake);
     let shaken = tokio::select! {
         shaken = handshake => shaken,
         () = evicted.told() => return,
@@ -263,7 +265,7 @@ async fn serve_http<S>(
     (opening, mut evicted): (Opening, Evicted),
     drain: &Drain,
 ) where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: AsyncRead + AsyncWrite + OverTcp + Unpin + Send + 'static,
 {
     let service = service_fn(|request: Request<Incoming>| {
         let shared = Arc::clone(shared);
@@ -275,17 +277,22 @@ async fn serve_http<S>(
             Ok::<_, Infallible>(answer(&shared, caller, request).await)
         }
     });
-    let builder = builder(&shared.limits);
+    let limits = &shared.limits;
+    let builder = builder(limits);
+    let stream = Taking::new(
+        stream,
+        limits.keepalive(),
+        shared.metrics.stuck_closed.clone(),
+    );
     let (stream, progress) = progress::followed(stream, opening);
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
-    let limits = &shared.limits;
     let outcome = tokio::select! {
         outcome = connection.as_mut() => outcome,
-        stuck = progress.stuck(limits.handshake_timeout(), limits.keepalive()) => {
+        stuck = progress.stuck(limits.http_start_timeout(), limits.keepalive()) => {
             match stuck {
                 Stuck::NoHttp => shared.metrics.handshakes_failed.inc(),
-                Stuck::InFrame | Stuck::Blocked => shared.metrics.stuck_closed.inc(),
+                Stuck::InFrame => shared.metrics.stuck_closed.inc(),
             };
             debug!(%remote, ?stuck, "connection given up");
             return;
@@ -318,7 +325,7 @@ fn builder(limits: &LimitsConfig) -> auto::Builder<TokioExecutor> {
     builder
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(limits.handshake_timeout());
+        .header_read_timeout(limits.http1_head_timeout());
     builder
         .http2()
         .timer(TokioTimer::new())

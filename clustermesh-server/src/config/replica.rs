@@ -151,8 +151,13 @@ impl ReplicaSection {
                 ),
             ));
         }
-        for url in self.join.iter().chain(&self.peer_url) {
-            check_url(url).map_err(|reason| fault("replica.join", reason))?;
+        for (key, url) in (self.join.iter().map(|url| ("replica.join", url)))
+            .chain(self.peer_url.iter().map(|url| ("replica.peer_url", url)))
+        {
+            check_url(url).map_err(|reason| fault(key, reason))?;
+        }
+        for url in &self.client_urls {
+            check_client_url(url).map_err(|reason| fault("replica.client_urls", reason))?;
         }
         if self.own_peer_url().is_empty() {
             return Err(fault(
@@ -199,15 +204,25 @@ impl ReplicaSection {
 }
 
 fn check_url(url: &str) -> Result<(), String> {
-    let malformed = || format!("{url:?} is not https://HOST:PORT");
-    let uri: http::Uri = url.parse().map_err(|_| malformed())?;
-    let is_root = uri.path() == "/" || uri.path().is_empty();
-    if uri.scheme_str() != Some("https")
-        || uri.port_u16().is_none()
-        || !is_root
-        || url.ends_with('/')
-    {
-        return Err(malformed());
+    if scheme_of(url).is_some_and(|scheme| scheme == "https") {
+        return Ok(());
     }
-    Ok(())
+    Err(format!("{url:?} is not https://HOST:PORT"))
+}
+
+/// Clients of this machine may come in clear.
+fn check_client_url(url: &str) -> Result<(), String> {
+    if scheme_of(url).is_some_and(|scheme| scheme == "https" || scheme == "http") {
+        return Ok(());
+    }
+    Err(format!("{url:?} is not https://HOST:PORT"))
+}
+
+/// The scheme of an address that has a host and a port, and nothing else.
+fn scheme_of(url: &str) -> Option<String> {
+    let uri: http::Uri = url.parse().ok()?;
+    let is_root = uri.path() == "/" || uri.path().is_empty();
+    (uri.port_u16().is_some() && is_root && !url.ends_with('/'))
+        .then(|| uri.scheme_str().map(str::to_owned))
+        .flatten()
 }

@@ -101,6 +101,11 @@ fn impossible_values_are_refused_with_their_key() {
             "snapshot_log_bytes = 1000\n[cluster]",
             "snapshot_log_bytes",
         ),
+        (
+            "[cluster]",
+            "drain_seconds = 4000\n[cluster]",
+            "drain_seconds",
+        ),
         ("[tls]", "[log]\nformat = \"xml\"\n[tls]", "log.format"),
     ] {
         let error = refused(from, to);
@@ -136,6 +141,14 @@ fn a_replica_names_the_group_that_it_begins_or_joins() {
         ("", "replica.initial_cluster"),
         ("join = [\"https://s1:2380\"]", "replica.peer_url"),
         (
+            "peer_url = \"s4:2380\"\njoin = [\"https://s1:2380\"]",
+            "replica.peer_url",
+        ),
+        (
+            "client_urls = [\"s1\"]\ninitial_cluster = [\"r1=https://s1:2380\"]",
+            "replica.client_urls",
+        ),
+        (
             "initial_cluster = [\"r2=https://s2:2380\"]",
             "replica.peer_url",
         ),
@@ -155,4 +168,87 @@ fn a_replica_names_the_group_that_it_begins_or_joins() {
         let reason = load(&section(wrong)).unwrap_err().to_string();
         assert!(reason.contains(key), "{wrong}: {reason}");
     }
+}
+
+/// Key, default and meaning, as `docs/server.md` lists them.
+fn documented() -> Vec<(String, String)> {
+    let cell = |text: &str| text.trim().trim_matches('`').to_owned();
+    include_str!("../../../docs/server.md")
+        .lines()
+        .filter_map(|line| {
+            let mut cells = line.strip_prefix("| `")?.split('|');
+            Some((cell(cells.next()?), cell(cells.next()?)))
+        })
+        .collect()
+}
+
+/// What a section may hold, as its refusal of another key says it.
+fn keys_of<T: serde::de::DeserializeOwned + std::fmt::Debug>(section: &str) -> Vec<String> {
+    let error = toml::from_str::<T>("unheard_of = 0").unwrap_err();
+    let expected = error.message().split("expected").nth(1).unwrap_or_default();
+    let keys = expected.split('`').skip(1).step_by(2);
+    keys.map(|key| format!("{section}{key}")).collect()
+}
+
+#[test]
+fn the_reference_lists_every_key_and_no_other() {
+    let sections = [
+        "cluster",
+        "tls",
+        "replica",
+        "peers",
+        "limits",
+        "compaction",
+        "log",
+    ];
+    let mut keys = keys_of::<Config>("");
+    keys.retain(|key| !sections.contains(&key.as_str()));
+    keys.extend(keys_of::<ClusterConfig>("cluster."));
+    keys.extend(keys_of::<TlsConfig>("tls."));
+    keys.extend(keys_of::<ReplicaSection>("replica."));
+    keys.extend(keys_of::<PeerConfig>("peers."));
+    keys.extend(keys_of::<LimitsConfig>("limits."));
+    keys.extend(keys_of::<CompactionConfig>("compaction."));
+    keys.extend(keys_of::<LogConfig>("log."));
+    keys.sort();
+    let mut listed: Vec<_> = documented().into_iter().map(|(key, _)| key).collect();
+    listed.sort();
+    assert_eq!(listed, keys);
+}
+
+#[test]
+fn the_reference_tells_the_defaults() {
+    let base = format!(
+        "{GOOD}\n[replica]\nname = \"r1\"\npeer_url = \"https://a:1\"\njoin = [\"https://b:1\"]\n"
+    );
+    let read = |table: &toml::Table| {
+        let text = toml::to_string(table).unwrap();
+        Config::parse(&text, Path::new("server.toml")).unwrap()
+    };
+    let base: toml::Table = base.parse().unwrap();
+    let mut told = 0;
+    for (key, default) in documented() {
+        if ["none", "required"].contains(&default.as_str()) {
+            continue;
+        }
+        told += 1;
+        let value: toml::Table = format!("default = {default}").parse().unwrap();
+        let mut said = base.clone();
+        let (table, name) = match key.split_once('.') {
+            Some((section, name)) => (
+                said.entry(section)
+                    .or_insert_with(|| toml::Table::new().into())
+                    .as_table_mut()
+                    .unwrap(),
+                name,
+            ),
+            None => (&mut said, key.as_str()),
+        };
+        let before = table.insert(name.to_owned(), value["default"].clone());
+        // `join` stands there for want of what the group begins with.
+        if before.is_none() {
+            assert_eq!(read(&said), read(&base), "{key} = {default}");
+        }
+    }
+    assert!(told > 20, "{told}");
 }

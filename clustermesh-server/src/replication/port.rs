@@ -29,6 +29,7 @@ use super::{
 };
 use crate::metrics::PeerPortMetrics;
 use crate::openings::Openings;
+use crate::tcp;
 
 /// Connections of other replicas.
 const MAX_CONNECTIONS: usize = 256;
@@ -140,9 +141,7 @@ async fn open(
     tls: &ServerTls,
     cluster: Option<&str>,
 ) -> Result<TlsStream<TcpStream>, String> {
-    stream
-        .set_nodelay(true)
-        .map_err(|error| error.to_string())?;
+    tcp::prepare(&stream).map_err(|error| error.to_string())?;
     let handshake = TlsAcceptor::from(tls.config()).accept(stream);
     let stream = tokio::time::timeout(TLS_HANDSHAKE_TIMEOUT, handshake)
         .await

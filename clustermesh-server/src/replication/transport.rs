@@ -29,6 +29,7 @@ use super::{
     CONNECTION_WINDOW_BYTES, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_PEER_MESSAGE_BYTES,
     STREAM_WINDOW_BYTES,
 };
+use crate::tcp;
 
 /// Time to resolve, connect and shake hands.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -253,7 +254,7 @@ impl tower::Service<Uri> for Dial {
         let tls = self.tls.clone();
         Box::pin(async move {
             let stream = TcpStream::connect((host.as_str(), port)).await?;
-            stream.set_nodelay(true)?;
+            tcp::prepare(&stream)?;
             let connecting = TlsConnector::from(tls.config()).connect(name, stream);
             let stream = connecting.await.inspect_err(|error| {
                 let place = "connection to another replica";

@@ -1,6 +1,5 @@
-//! Whether a connection comes forward: before a client has begun to speak HTTP no timeout of the HTTP library runs, one
-//! byte of a frame after the other looks to it like a client that is busy, and a client that takes nothing can keep it from
-//! closing the connection.
+//! Whether what a client sends comes forward: before it has begun to speak HTTP no timeout of the HTTP library runs, and
+//! one byte of a frame after the other looks to it like a client that is busy.
 
 use std::io;
 use std::pin::Pin;
@@ -39,10 +38,6 @@ struct Shared {
     frames: AtomicU64,
     /// A frame came in part, or HEADERS without their end.
     in_frame: AtomicBool,
-    /// Bytes that were taken from us.
-    written: AtomicU64,
-    /// The client has to take some first.
-    blocked: AtomicBool,
 }
 
 /// Why a connection is given up.
@@ -52,12 +47,10 @@ pub(super) enum Stuck {
     NoHttp,
     /// A frame does not end.
     InFrame,
-    /// The client takes nothing.
-    Blocked,
 }
 
 impl Progress {
-    /// Resolves when HTTP has not begun within `begin`, or a frame or a write has not come forward for `step`, twice that at most.
+    /// Resolves when HTTP has not begun within `begin`, or a frame has not come forward for `step`, twice that at most.
     pub(super) async fn stuck(&self, begin: Duration, step: Duration) -> Stuck {
         let Self(shared) = self;
         tokio::time::sleep(begin).await;
@@ -66,21 +59,14 @@ impl Progress {
         }
         let look = || {
             let in_frame = shared.in_frame.load(Ordering::Relaxed);
-            let blocked = shared.blocked.load(Ordering::Relaxed);
-            (
-                in_frame.then(|| shared.frames.load(Ordering::Relaxed)),
-                blocked.then(|| shared.written.load(Ordering::Relaxed)),
-            )
+            in_frame.then(|| shared.frames.load(Ordering::Relaxed))
         };
         let mut before = look();
         loop {
             tokio::time::sleep(step).await;
             let now = look();
-            if now.0.is_some() && now.0 == before.0 {
+            if now.is_some() && now == before {
                 return Stuck::InFrame;
-            }
-            if now.1.is_some() && now.1 == before.1 {
-                return Stuck::Blocked;
             }
             before = now;
         }
@@ -188,17 +174,6 @@ impl<S> Followed<S> {
             .in_frame
             .store(self.frames.in_frame(), Ordering::Relaxed);
     }
-
-    fn wrote(&self, written: &Poll<io::Result<usize>>) {
-        self.shared
-            .blocked
-            .store(written.is_pending(), Ordering::Relaxed);
-        if let Poll::Ready(Ok(count)) = written {
-            self.shared
-                .written
-                .fetch_add(*count as u64, Ordering::Relaxed);
-        }
-    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Followed<S> {
@@ -222,25 +197,15 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Followed<S> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.wrote(&written);
-        written
+        Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let flushed = Pin::new(&mut self.stream).poll_flush(context);
-        self.shared
-            .blocked
-            .store(flushed.is_pending(), Ordering::Relaxed);
-        flushed
+        Pin::new(&mut self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let ended = Pin::new(&mut self.stream).poll_shutdown(context);
-        self.shared
-            .blocked
-            .store(ended.is_pending(), Ordering::Relaxed);
-        ended
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 
     fn poll_write_vectored(
@@ -248,9 +213,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Followed<S> {
         context: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(context, bufs);
-        self.wrote(&written);
-        written
+        Pin::new(&mut self.stream).poll_write_vectored(context, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use clustermesh_api::etcd::rpc::WatchCreateRequest;
 use clustermesh_client::Client;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::http2::{HTTP2_PREFACE, closed, frame, http2};
@@ -81,8 +81,9 @@ async fn dripping(stream: impl AsyncRead + AsyncWrite + Unpin, piece: &[u8]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_is_too_slow_to_ask_is_cut_off() {
     const LIMIT: Duration = Duration::from_secs(1);
+    const LIMITS: &str = "limits = { tls_handshake_timeout_ms = 1000, http_start_timeout_ms = 1000, http1_head_timeout_ms = 1000 }";
     let pki = Pki::new();
-    let cluster = Cluster::start_with(&pki, 1, &[], "limits.handshake_timeout_ms = 1000").await;
+    let cluster = Cluster::start_with(&pki, 1, &[], LIMITS).await;
     let client = cluster.operator(&pki);
     let address = cluster.address();
     let tls = pki.issue("operator", "c1", "admin-c1");
@@ -134,7 +135,7 @@ async fn a_frame_that_never_ends_costs_its_own_connection() {
     const STEP: Duration = Duration::from_secs(2);
     let pki = Pki::new();
     // A frame is looked at after one second and three; an unanswered ping ends the connection after four.
-    let limits = "limits = { handshake_timeout_ms = 1000, keepalive_ms = 2000 }";
+    let limits = "limits = { http_start_timeout_ms = 1000, keepalive_ms = 2000 }";
     let cluster = Cluster::start_with(&pki, 1, &[], limits).await;
     let client = cluster.operator(&pki);
     let tls = pki.issue("operator", "c1", "admin-c1");
@@ -212,7 +213,7 @@ async fn connections_that_never_begin_keep_nobody_out() {
     const MOST: usize = 16;
     let pki = Pki::new();
     // No time limit helps within this test.
-    let limits = "limits = { handshake_timeout_ms = 600000, max_unfinished_connections = 16 }";
+    let limits = "limits = { tls_handshake_timeout_ms = 600000, http_start_timeout_ms = 600000, max_unfinished_connections = 16 }";
     let cluster = Cluster::start_with(&pki, 1, &[], limits).await;
     let tls = pki.issue("operator", "c1", "admin-c1");
     let mut unfinished = Vec::new();
@@ -241,5 +242,61 @@ async fn connections_that_never_begin_keep_nobody_out() {
     for rest in unfinished {
         rest.abort();
     }
+    assert_serves(&client).await;
+}
+
+/// Reads 1.3 MB values as JSON, in a receive buffer that holds little of them.
+async fn large_answer(cluster: &Cluster) -> TcpStream {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(16 << 10).unwrap();
+    let address = cluster.server().clear_address().unwrap();
+    let mut stream = socket.connect(address).await.unwrap();
+    let body = r#"{"key":"bGFyZ2Uv","range_end":"bGFyZ2Uw"}"#;
+    let head = format!(
+        "POST /v3/kv/range HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_takes_nothing_is_cut_off_and_whoever_takes_little_is_not() {
+    const STEP: Duration = Duration::from_millis(1500);
+    /// Of about 100 KB a second.
+    const PIECE_BYTES: usize = 5_000;
+    let pki = Pki::new();
+    let extra = "listen_client_clear = \"127.0.0.1:0\"\nlimits.keepalive_ms = 1500";
+    let cluster = Cluster::start_with(&pki, 1, &[], extra).await;
+    let client = cluster.operator(&pki);
+    for number in 0..8 {
+        let key = format!("large/{number}");
+        client.put(put(&key, &"x".repeat(1_300_000))).await.unwrap();
+    }
+    let begun = Instant::now();
+    let nothing = large_answer(&cluster).await;
+    let mut little = large_answer(&cluster).await;
+    let taking = async {
+        let mut piece = vec![0; PIECE_BYTES];
+        loop {
+            little.read_exact(&mut piece).await.unwrap();
+            tokio::time::sleep(DRIP).await;
+        }
+    };
+    let cut = async {
+        while metric(&cluster, &pki, "client_port_stuck_connections_closed").await == 0 {
+            tokio::time::sleep(DRIP).await;
+        }
+        assert!(begun.elapsed() >= STEP, "{:?}", begun.elapsed());
+        // As long again as the other one had at most.
+        tokio::time::sleep(2 * STEP).await;
+    };
+    tokio::select! {
+        () = taking => unreachable!(),
+        () = soon("the end of who takes nothing", cut) => {}
+    }
+    let closed = metric(&cluster, &pki, "client_port_stuck_connections_closed").await;
+    assert_eq!(closed, 1);
+    drop(nothing);
     assert_serves(&client).await;
 }
