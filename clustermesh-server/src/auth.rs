@@ -157,6 +157,16 @@ impl Caller {
         &self.role
     }
 
+    /// Under which name what it takes is counted; `None` for who may have as much as there is.
+    #[must_use]
+    pub fn holder(&self) -> Option<String> {
+        match &self.role {
+            Role::Node { name } => Some(format!("node {name}")),
+            Role::Peer { cluster } => Some(format!("peer {cluster}")),
+            Role::Operator { .. } | Role::Nobody { .. } => None,
+        }
+    }
+
     /// Whether every key of the range may be read.
     #[must_use]
     pub fn may_read(&self, key: &[u8], range_end: &[u8]) -> bool {

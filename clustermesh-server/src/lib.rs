@@ -14,6 +14,7 @@ pub mod news;
 pub mod openings;
 pub mod pages;
 pub mod peering;
+pub mod places;
 pub mod planner;
 pub mod replication;
 pub mod serve;

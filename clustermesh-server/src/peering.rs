@@ -5,6 +5,7 @@ mod error;
 mod link;
 mod listing;
 mod own_nodes;
+mod refusals;
 mod status;
 mod sync;
 mod timing;

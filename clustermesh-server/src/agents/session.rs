@@ -2,6 +2,7 @@
 
 mod task;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use clustermesh_api::limits::SESSION_QUEUE_MESSAGES;
@@ -9,7 +10,8 @@ use clustermesh_api::v1::node_session_server::NodeSession;
 use clustermesh_api::v1::{SessionRequest, SessionResponse};
 use clustermesh_mesh::ClusterSettings;
 use clustermesh_process::Drain;
-use tokio::sync::mpsc;
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -33,6 +35,19 @@ struct Shared {
     registry: Registry,
     metrics: SessionMetrics,
     drain: Drain,
+    /// Nodes whose sessions have ended, until they are back or lost: one wait for each, which ends when its sender does.
+    losing: Mutex<BTreeMap<String, oneshot::Sender<()>>>,
+}
+
+impl Shared {
+    /// Begins to wait for a node; a wait before it ends.
+    fn begin_losing(&self, node: &str) -> oneshot::Receiver<()> {
+        let (replaced_by_drop, wait) = oneshot::channel();
+        let mut losing = self.losing.lock();
+        losing.retain(|_, wait| !wait.is_closed());
+        losing.insert(node.to_owned(), replaced_by_drop);
+        wait
+    }
 }
 
 impl NodeSessionService {
@@ -54,6 +69,7 @@ impl NodeSessionService {
                 registry,
                 metrics,
                 drain,
+                losing: Mutex::default(),
             }),
         }
     }

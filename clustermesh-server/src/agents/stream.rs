@@ -1,6 +1,5 @@
 //! `clustermesh.v1.AgentStream`: one ordered view of everything that a machine of this cluster may read.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use clustermesh_api::limits::{MAX_SESSIONS, STREAM_MESSAGE_TARGET_BYTES};
@@ -12,18 +11,21 @@ use clustermesh_api::v1::{
 use clustermesh_process::Drain;
 use clustermesh_raft::{WatchEnd, WatchItem, WatchSpec};
 use futures_util::FutureExt;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::agents::listing::{ListingPlace, can_resume, visible_ranges};
 use crate::auth::Caller;
 use crate::metrics::WatchMetrics;
+use crate::places::{Full, Places};
 use crate::status::kv_status;
 use crate::store::{Store, TokioWatcher};
 
 /// Messages made ahead of what the connection takes. Past it the watcher falls back to stored history.
 const AGENT_QUEUE_MESSAGES: usize = 4;
+/// Streams of one node: those of an agent that was cut off stay until that is noticed.
+const MAX_STREAMS_OF_ONE_NODE: usize = 8;
 /// When only invisible records change, the agent hears of the revision this soon.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -36,7 +38,7 @@ pub struct AgentStreamService {
     peers: Vec<String>,
     metrics: WatchMetrics,
     drain: Drain,
-    slots: Arc<Semaphore>,
+    places: Places,
 }
 
 impl AgentStreamService {
@@ -57,7 +59,7 @@ impl AgentStreamService {
             peers,
             metrics,
             drain,
-            slots: Arc::new(Semaphore::new(MAX_SESSIONS)),
+            places: Places::new(MAX_SESSIONS, MAX_STREAMS_OF_ONE_NODE),
         }
     }
 }
@@ -70,11 +72,17 @@ impl AgentStream for AgentStreamService {
         &self,
         request: Request<AgentWatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        Caller::of(&request)?.check_agent_stream()?;
-        let slot = Arc::clone(&self.slots).try_acquire_owned().map_err(|_| {
-            Status::resource_exhausted(format!(
-                "{MAX_SESSIONS} agents' streams are open, which is the limit of one server"
-            ))
+        let caller = Caller::of(&request)?;
+        caller.check_agent_stream()?;
+        let place = self.places.take(caller.holder()).map_err(|full| {
+            Status::resource_exhausted(match full {
+                Full::All(most) => {
+                    format!("{most} agents' streams are open, which is the limit of one server")
+                }
+                Full::OfOne(most) => format!(
+                    "{most} streams of this node are open, which is the limit of one; is its certificate in use on several machines?"
+                ),
+            })
         })?;
         let request = request.into_inner();
         // What the agent saw before must be here before it is told to go on.
@@ -114,7 +122,7 @@ impl AgentStream for AgentStreamService {
                 let _ = messages.send(Err(status)).await;
             }
             metrics.agent_streams.dec();
-            drop(slot);
+            drop(place);
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }

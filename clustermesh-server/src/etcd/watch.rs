@@ -23,6 +23,7 @@ use self::message::{WatchCodec, WatchMessage};
 use crate::auth::Caller;
 use crate::etcd::{MAX_MESSAGE_BYTES, needs_leader};
 use crate::metrics::WatchMetrics;
+use crate::places::Places;
 use crate::store::Store;
 
 /// Responses made ahead of what the connection takes. Past it, watches fall back to stored history.
@@ -45,6 +46,7 @@ pub struct WatchService {
 struct Shared {
     store: Store,
     metrics: WatchMetrics,
+    places: Places,
     drain: Drain,
 }
 
@@ -55,6 +57,7 @@ impl WatchService {
             shared: Arc::new(Shared {
                 store,
                 metrics,
+                places: stream::places(),
                 drain,
             }),
         }
@@ -112,6 +115,7 @@ impl WatchService {
             store,
             caller,
             self.shared.metrics.clone(),
+            self.shared.places.clone(),
             responses.clone(),
             needs_leader(request.metadata().as_ref()),
         );

@@ -16,6 +16,8 @@ use super::report::{RecordedNode, recorded_nodes};
 
 /// Reports are looked at no more often than this.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+/// And no more often than every so many times what a look takes: in a large cluster it reads thousands of nodes.
+const LOOK_PAUSE_FACTOR: u32 = 10;
 /// Without a report, the waiter hears of the state this often.
 const SILENT_INTERVAL: Duration = Duration::from_secs(1);
 /// A peer that did not say its revision is asked again after this.
@@ -67,7 +69,9 @@ async fn wait(shared: &Shared, progress: &Progress) -> Result<(), Status> {
             next_ask = Instant::now() + ASK_INTERVAL;
         }
         changes.mark_unchanged();
+        let begun = Instant::now();
         let now = look(shared, &targets, &silent);
+        let rest = LOOK_INTERVAL.max(begun.elapsed() * LOOK_PAUSE_FACTOR);
         let done = now.done;
         if progress.send(Ok(now)).await.is_err() || done {
             return Ok(());
@@ -79,7 +83,7 @@ async fn wait(shared: &Shared, progress: &Progress) -> Result<(), Status> {
         };
         // The registry outlives this call.
         let _ = tokio::time::timeout(pause, changes.changed()).await;
-        tokio::time::sleep(LOOK_INTERVAL).await;
+        tokio::time::sleep(rest).await;
     }
 }
 

@@ -12,6 +12,7 @@ use tracing::{debug, info, warn};
 
 use super::Shared;
 use super::error::LinkError;
+use super::refusals::RefusalLog;
 use super::sync::Sync;
 use crate::metrics::ClusterLabels;
 
@@ -57,6 +58,7 @@ pub(super) struct Link {
     copy: Option<PeerCopyState>,
     /// The term that `copy` is of.
     term: u64,
+    refusals: RefusalLog,
 }
 
 impl Link {
@@ -73,6 +75,7 @@ impl Link {
             client,
             copy: None,
             term: 0,
+            refusals: RefusalLog::default(),
         })
     }
 
@@ -143,8 +146,15 @@ impl Link {
     ) -> Result<std::convert::Infallible, LinkError> {
         let client = Client::connect(&self.client).await?;
         self.shared.statuses.connected(&self.name, client.clone());
-        let mut sync =
-            Sync::begin(&self.shared, self.term, &self.name, client, &mut self.copy).await?;
+        let mut sync = Sync::begin(
+            &self.shared,
+            self.term,
+            &self.name,
+            client,
+            &mut self.copy,
+            &mut self.refusals,
+        )
+        .await?;
         sync.run(synced).await
     }
 }

@@ -21,6 +21,7 @@ use tracing::{info, warn};
 use super::batch::{Batch, WATCH_CANARIES, WATCH_CONFIG, WATCH_HEARTBEAT, WATCH_RECORDS};
 use super::error::LinkError;
 use super::listing::{self, range_of};
+use super::refusals::{Named, RefusalLog};
 use super::status::config_key;
 use super::timing::Timing;
 use super::writer::Writer;
@@ -40,6 +41,7 @@ pub(super) struct Sync<'a> {
     name: &'a str,
     client: Client,
     copy: &'a mut PeerCopyState,
+    refusals: &'a mut RefusalLog,
     writer: Writer<'a>,
     /// The peer's configuration as it said it.
     config: Bytes,
@@ -61,6 +63,7 @@ impl<'a> Sync<'a> {
         name: &'a str,
         client: Client,
         copy: &'a mut Option<PeerCopyState>,
+        refusals: &'a mut RefusalLog,
     ) -> Result<Self, LinkError> {
         let response = client
             .range(RangeRequest {
@@ -114,6 +117,7 @@ impl<'a> Sync<'a> {
             name,
             client,
             copy: copy.insert(state),
+            refusals,
             writer,
             config,
             store_id,
@@ -439,14 +443,28 @@ impl<'a> Sync<'a> {
         });
     }
 
-    fn log_refused(&self, outcome: &Ingested) {
+    fn log_refused(&mut self, outcome: &Ingested) {
         for refusal in &outcome.refused {
             let labels = ClusterReasonLabels {
                 cluster: self.name.to_owned(),
                 reason: refusal.reason().to_owned(),
             };
             self.shared.metrics.refused.get_or_create(&labels).inc();
-            warn!(peer = self.name, reason = refusal.reason(), %refusal, "record refused");
+            let (peer, reason) = (self.name, refusal.reason());
+            let Some(Named { unnamed, is_last }) = self.refusals.admit(Instant::now()) else {
+                continue;
+            };
+            if unnamed == 0 {
+                warn!(peer, reason, %refusal, "record refused");
+            } else {
+                warn!(peer, reason, %refusal, unnamed, "record refused, as were others that were not named");
+            }
+            if is_last {
+                warn!(
+                    peer,
+                    "further refused records are only counted for a while, by reason in `clustermesh status`"
+                );
+            }
         }
     }
 }

@@ -410,8 +410,11 @@ async fn lose(shared: &Shared, node: &str, instance_id: &str, ttl: Duration, dea
     if !is_lost() {
         return;
     }
+    let superseded = shared.begin_losing(node);
     tokio::select! {
         () = tokio::time::sleep_until(deadline) => {}
+        // A later session of the node has ended, too: its end counts.
+        _ = superseded => return,
         () = shared.drain.draining() => return,
     }
     if !is_lost() {

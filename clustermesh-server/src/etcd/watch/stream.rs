@@ -22,16 +22,24 @@ use super::{Gone, Responses};
 use crate::auth::{Caller, PERMISSION_DENIED};
 use crate::etcd::lease::server_stopped;
 use crate::metrics::WatchMetrics;
+use crate::places::{Full, Place, Places};
 use crate::store::Store;
 
 /// A stream that must not outlive the leader looks for it this often.
 const LEADER_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Watches of all streams of this server.
-const MAX_WATCHES: i64 = 262_144;
+const MAX_WATCHES: usize = 262_144;
+/// Those of one node or of one other cluster: they leave room for operators.
+const MAX_WATCHES_OF_ONE: usize = 4_096;
 /// Below so many watches of a stream, ended ones are not looked for.
 const LOOK_FOR_ENDED_WATCHES_MIN: usize = 64;
 /// Id in responses that belong to no watch or to all.
 const NO_WATCH_ID: i64 = -1;
+
+/// The places of all watches of a server.
+pub(super) fn places() -> Places {
+    Places::new(MAX_WATCHES, MAX_WATCHES_OF_ONE)
+}
 
 /// All watches of one stream.
 #[derive(Debug)]
@@ -39,6 +47,7 @@ pub(super) struct WatchStream {
     store: Store,
     caller: Arc<Caller>,
     metrics: WatchMetrics,
+    places: Places,
     responses: Responses,
     watches: BTreeMap<i64, ActiveWatch>,
     /// Ids of watches that ended by themselves: taken, as in etcd, until the client cancels them.
@@ -62,6 +71,7 @@ struct ActiveWatch {
     asked: Arc<Notify>,
     task: JoinHandle<()>,
     metrics: WatchMetrics,
+    _place: Place,
 }
 
 impl Drop for ActiveWatch {
@@ -76,6 +86,7 @@ impl WatchStream {
         store: Store,
         caller: Arc<Caller>,
         metrics: WatchMetrics,
+        places: Places,
         responses: Responses,
         needs_leader: bool,
     ) -> Self {
@@ -83,6 +94,7 @@ impl WatchStream {
             store,
             caller,
             metrics,
+            places,
             responses,
             watches: BTreeMap::new(),
             ended: BTreeSet::new(),
@@ -174,11 +186,17 @@ impl WatchStream {
             );
             return self.refuse(reason).await;
         }
-        if self.metrics.watches.get() >= MAX_WATCHES {
-            let reason =
-                format!("clustermesh: {MAX_WATCHES} watches on this server; watch ranges instead");
-            return self.refuse(reason).await;
-        }
+        let place = match self.places.take(self.caller.holder()) {
+            Ok(place) => place,
+            Err(full) => {
+                let (most, whose) = match full {
+                    Full::All(most) => (most, "on this server"),
+                    Full::OfOne(most) => (most, "of this certificate's holder"),
+                };
+                let reason = format!("clustermesh: {most} watches {whose}; watch ranges instead");
+                return self.refuse(reason).await;
+            }
+        };
         let id = match request.watch_id {
             0 => {
                 while self.is_taken(self.next_id) {
@@ -238,6 +256,7 @@ impl WatchStream {
                 asked,
                 task,
                 metrics,
+                _place: place,
             },
         );
         Ok(())
