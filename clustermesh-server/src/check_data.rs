@@ -22,8 +22,13 @@ pub enum Form {
 /// Looks through `data_dir`; with `cluster_name` it must be that cluster's ("" for a plain store).
 ///
 /// # Errors
-/// When there is no place for a copy of the log.
+/// When there is no such folder, or no place for a copy of the log.
 pub async fn run(data_dir: &Path, cluster_name: Option<&str>) -> anyhow::Result<CheckReport> {
+    anyhow::ensure!(
+        data_dir.is_dir(),
+        "there is no folder {}; give the `data_dir` of the server",
+        data_dir.display()
+    );
     let scratch = std::env::temp_dir().join(format!("{SCRATCH_PREFIX}-{}", std::process::id()));
     std::fs::create_dir(&scratch).with_context(|| {
         format!(

@@ -1,5 +1,6 @@
 //! The server's configuration file: TOML, unknown keys refused, checked once as a whole.
 
+mod address;
 mod compaction;
 mod replica;
 
@@ -44,13 +45,20 @@ pub struct Config {
     #[serde(default = "default_data_dir")]
     pub data_dir: PathBuf,
     /// gRPC and HTTP over mutual TLS.
-    #[serde(default = "default_listen_client")]
+    #[serde(
+        default = "default_listen_client",
+        deserialize_with = "address::deserialize"
+    )]
     pub listen_client: SocketAddr,
     /// The client port once more, in clear and without certificates: every process of this machine has an operator's
     /// rights there. Loopback only; absent: none.
+    #[serde(default, deserialize_with = "address::deserialize_some")]
     pub listen_client_clear: Option<SocketAddr>,
     /// Metrics and health in clear; loopback only.
-    #[serde(default = "default_listen_admin")]
+    #[serde(
+        default = "default_listen_admin",
+        deserialize_with = "address::deserialize"
+    )]
     pub listen_admin: SocketAddr,
     /// This server's certificate, and the CA of its clients.
     pub tls: TlsConfig,
@@ -264,7 +272,7 @@ pub enum ConfigError {
         reason: String,
     },
     /// Not TOML, an unknown key or a value of another type.
-    #[error("{path}: {source}")]
+    #[error("{path}: {}; docs/server.md lists all keys", said(source))]
     Parse {
         /// The file.
         path: String,
@@ -605,6 +613,11 @@ impl ClusterConfig {
         v4.into_iter()
             .chain(self.service_cidr_v6.map(IpNetwork::V6))
     }
+}
+
+/// The parser's picture of the place ends in an empty line.
+fn said(error: &toml::de::Error) -> String {
+    error.to_string().trim_end().to_owned()
 }
 
 fn fault(key: &str, reason: impl Into<String>) -> (String, String) {

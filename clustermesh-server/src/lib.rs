@@ -3,6 +3,7 @@
 pub mod agents;
 pub mod answers;
 pub mod auth;
+pub mod certificates;
 pub mod check_data;
 pub mod config;
 pub mod controllers;
@@ -16,6 +17,7 @@ pub mod pages;
 pub mod peering;
 pub mod places;
 pub mod planner;
+pub mod ports;
 pub mod replication;
 pub mod serve;
 pub mod server;

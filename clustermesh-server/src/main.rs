@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use clustermesh_process::{
-    EXIT_BAD_CONFIGURATION, LogFormat, logging, notify_ready, notify_stopping, shutdown_signal,
+    EXIT_BAD_CONFIGURATION, LogFormat, logging, notify_ready, notify_stopping, said_once,
+    shutdown_signal,
 };
 use clustermesh_server::check_data::{self, Form};
 use clustermesh_server::config::Config;
@@ -57,7 +58,9 @@ A replica that joins a running group, as learner first:
 Environment:
   CLUSTERMESH_LOG   log filter, for example \"info\" or \"clustermesh_server=debug\"
 
-Exit codes: 0 ended in order, 1 failed or check-data found errors, 64 bad configuration.";
+docs/server.md lists all keys.
+
+Exit codes: 0 ended in order, 1 failed or check-data found errors, 2 wrong usage, 64 bad configuration.";
 
 /// Control plane of one cluster: replicated store with etcd's API, node sessions, peering.
 #[derive(Debug, Parser)]
@@ -154,7 +157,7 @@ fn check(arguments: &CheckDataArguments) -> ExitCode {
         .and_then(|runtime| runtime.block_on(check_data::run(&data_dir, cluster_name.as_deref())));
     let report = match report {
         Ok(report) => report,
-        Err(error) => return failed(1, &error),
+        Err(error) => return failed(1, &said_once(error.as_ref())),
     };
     match arguments.output {
         Form::Text => print!("{}", check_data::to_text(&data_dir, &report)),
@@ -192,7 +195,7 @@ fn serve(arguments: &RunArguments) -> ExitCode {
     match runtime.block_on(run(&config, arguments.force_new_cluster)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
-            error!("{reason:#}");
+            error!("{}", said_once(reason.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -207,15 +210,8 @@ fn load(arguments: &RunArguments) -> Result<Config, String> {
         .map_err(|error| format!("{error}"))?;
     logging::init(format).map_err(|error| error.to_string())?;
     clustermesh_process::install_crypto_provider();
-    let tls = config
-        .peers
-        .iter()
-        .map(|peer| config.peer_tls_paths(peer))
-        .chain([config.server_tls_paths()]);
-    for paths in tls {
-        // Both roles are made of the same files, so one check finds what is wrong with them.
-        clustermesh_process::ServerTls::load(paths).map_err(|error| error.to_string())?;
-    }
+    clustermesh_server::certificates::check(&config)
+        .map_err(|reason| format!("{}: {reason}", arguments.config.display()))?;
     Ok(config)
 }
 

@@ -10,7 +10,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use bytes::Bytes;
 use clustermesh_process::{Drain, PeerIdentity, ServerTls};
 use http::{Request, Response, StatusCode, header};
@@ -40,6 +39,7 @@ use crate::gateway::{self, Gateway};
 use crate::metrics::ServeMetrics;
 use crate::openings::{Evicted, Opening, Openings};
 use crate::pages::Pages;
+use crate::ports::not_bound;
 use crate::store::Store;
 use crate::tcp;
 
@@ -108,7 +108,7 @@ impl ClientPort {
         let bind = async |key: &str, address: SocketAddr| {
             TcpListener::bind(address)
                 .await
-                .with_context(|| format!("{key} {address}"))
+                .map_err(|error| not_bound(key, address, &error))
         };
         Ok(Self {
             listener: bind("listen_client", address).await?,

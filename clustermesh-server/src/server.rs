@@ -32,6 +32,7 @@ use crate::news::News;
 use crate::pages::Pages;
 use crate::peering::Peering;
 use crate::planner::Planner;
+use crate::ports::not_bound;
 use crate::replication::{GrpcTransport, PeerPort};
 use crate::serve::{ClientPort, ClientPortParts};
 use crate::store::{Store, TokioReplica};
@@ -96,7 +97,7 @@ impl Server {
         let pages = AdminPages::new(Arc::new(registry), readiness.clone(), health);
         let admin = AdminServer::bind(config.listen_admin, pages.clone())
             .await
-            .with_context(|| format!("listen_admin {}", config.listen_admin))?;
+            .map_err(|error| not_bound("listen_admin", config.listen_admin, &error))?;
         let admin_address = admin.local_addr()?;
         // Metrics and health outlast the drain.
         tokio::spawn(admin.serve(DrainEnd::of(&drain)));
@@ -334,7 +335,7 @@ async fn start_replica(
         metrics,
     )
     .await
-    .with_context(|| format!("replica.listen_peer {}", section.listen_peer))?;
+    .map_err(|error| not_bound("replica.listen_peer", section.listen_peer, &error))?;
     info!(peers = %port.local_addr()?, name = section.name, "waiting for the group");
     let serving = tokio::spawn(port.serve()).abort_handle();
     let transport = Arc::new(GrpcTransport::new(ClientTls::load(paths)?));

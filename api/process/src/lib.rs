@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod drain;
+pub mod errors;
 pub mod heartbeat;
 pub mod identity;
 pub mod logging;
@@ -11,6 +12,7 @@ pub mod tls;
 
 pub use admin::{AdminPages, AdminServer, DrainEnd, HealthCheck};
 pub use drain::{Drain, DrainPhase, DrainTrigger, drain, shutdown_signal};
+pub use errors::said_once;
 pub use heartbeat::{Heartbeat, Heartbeats};
 pub use identity::{Organisation, PeerIdentity};
 pub use logging::{LogFormat, LoggingError};

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use rustls_pki_types::pem::PemObject;
+use rustls::{ClientConfig, InconsistentKeys, RootCertStore, ServerConfig};
+use rustls_pki_types::pem::{self, PemObject};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tracing::{error, info, warn};
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -44,13 +44,25 @@ pub enum TlsError {
         /// What is wrong.
         reason: String,
     },
-    /// The pieces do not fit together.
-    #[error("TLS material of {cert}: {source}")]
+    /// Certificate and key are of different pairs.
+    #[error(
+        "key file {key} does not belong to certificate file {cert}; give the two that were issued together"
+    )]
+    KeyMismatch {
+        /// The certificate file.
+        cert: String,
+        /// The key file.
+        key: String,
+    },
+    /// The pieces cannot be used together.
+    #[error("certificate file {cert} with key file {key}: {reason}")]
     Material {
         /// The certificate file.
         cert: String,
+        /// The key file.
+        key: String,
         /// What rustls says.
-        source: rustls::Error,
+        reason: rustls::Error,
     },
     /// The own certificate is of no use at this time.
     #[error(
@@ -261,9 +273,15 @@ fn client_config(paths: &TlsPaths) -> Result<ClientConfig, TlsError> {
 }
 
 fn material(paths: &TlsPaths, source: rustls::Error) -> TlsError {
-    TlsError::Material {
-        cert: paths.cert.display().to_string(),
-        source,
+    let (cert, key) = (
+        paths.cert.display().to_string(),
+        paths.key.display().to_string(),
+    );
+    match source {
+        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+            TlsError::KeyMismatch { cert, key }
+        }
+        reason => TlsError::Material { cert, key, reason },
     }
 }
 
@@ -292,7 +310,7 @@ fn chain(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let list: Vec<_> = CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect)
-        .map_err(|error| file(what, path, error))?;
+        .map_err(|error| pem(what, path, error))?;
     if list.is_empty() {
         return Err(file(what, path, "no certificate in it"));
     }
@@ -300,7 +318,16 @@ fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'s
 }
 
 fn key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
-    PrivateKeyDer::from_pem_file(path).map_err(|error| file("key file", path, error))
+    PrivateKeyDer::from_pem_file(path).map_err(|error| pem("key file", path, error))
+}
+
+/// In words of this file, where the library has its own.
+fn pem(what: &'static str, path: &Path, error: pem::Error) -> TlsError {
+    match error {
+        pem::Error::Io(error) => file(what, path, error),
+        pem::Error::NoItemsFound => file(what, path, "there is no such PEM block in it"),
+        error => file(what, path, error),
+    }
 }
 
 #[cfg(test)]

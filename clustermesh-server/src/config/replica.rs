@@ -9,7 +9,7 @@ use clustermesh_process::TlsPaths;
 use clustermesh_raft::{InitialMember, Start};
 use serde::Deserialize;
 
-use super::{TlsConfig, fault};
+use super::{TlsConfig, address, fault};
 
 /// Replicas that a group may begin with.
 const INITIAL_CLUSTER_SIZES: [usize; 3] = [1, 3, 5];
@@ -25,7 +25,10 @@ pub struct ReplicaSection {
     /// Name, unique in the group.
     pub name: String,
     /// Where other replicas reach this one: gRPC over mutual TLS.
-    #[serde(default = "default_listen_peer")]
+    #[serde(
+        default = "default_listen_peer",
+        deserialize_with = "address::deserialize"
+    )]
     pub listen_peer: SocketAddr,
     /// How they reach it, `https://HOST:PORT`; default: its entry in `initial_cluster`.
     pub peer_url: Option<String>,

@@ -63,6 +63,16 @@ fn unknown_keys_are_refused_with_their_line() {
 #[test]
 fn impossible_values_are_refused_with_their_key() {
     for (from, to, key) in [
+        (
+            "[cluster]",
+            "listen_client = \"localhost:2379\"\n[cluster]",
+            "\"localhost:2379\" is not ADDRESS:PORT",
+        ),
+        (
+            "[cluster]",
+            "listen_client_clear = \"2379\"\n[cluster]",
+            "\"2379\" is not ADDRESS:PORT",
+        ),
         ("id = 1", "id = 256", "cluster.id"),
         ("id = 1", "id = 0", "cluster.id"),
         ("name = \"c1\"", "name = \"C1\"", "cluster.name"),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use clustermesh_process::ClientTls;
+use clustermesh_process::{ClientTls, said_once};
 use clustermesh_raft::wire::{
     AppendRequest, AppendResponse, CallRequest, CallResponse, SnapshotPart,
 };
@@ -111,7 +111,7 @@ impl GrpcTransport {
         let channel = connecting
             .await
             .map_err(|_| unreachable(format!("no connection within {CONNECT_TIMEOUT:?}")))?
-            .map_err(|error| unreachable(chain(&error)))?;
+            .map_err(|error| unreachable(said_once(&error)))?;
         let client = PeerClient::new(channel)
             .max_decoding_message_size(MAX_PEER_MESSAGE_BYTES)
             .max_encoding_message_size(usize::MAX);
@@ -134,17 +134,6 @@ fn unreachable(url: &str, reason: String) -> TransportError {
         peer: url.to_owned(),
         reason,
     }
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 impl Transport for GrpcTransport {
