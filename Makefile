@@ -95,8 +95,8 @@ demo: setup build ## The main job on one machine, as a table (KEEP=1 leaves the 
 	@$(CARGO_TARGET_DIR)/debug/clustermesh-demo $(if $(filter 1,$(KEEP)),--keep)
 
 KERNELS ?= 5.10 6.1 6.12
-kernels: ## The kernel programs' tests on other kernels, in virtual machines (KERNELS="6.1 6.12"); not part of test
-	@integration/kernels/check $(KERNELS)
+kernels: ## Kernel programs and WireGuard devices on other kernels, in VMs (KERNELS="6.1 6.12" ONLY=conformance); not part of test
+	@$(if $(ONLY),ONLY=$(ONLY)) integration/kernels/check $(KERNELS)
 
 bench: setup ## Figures against peers, as ratios
 	@cargo build $(WORKSPACE) --release --bins
@@ -114,9 +114,9 @@ soak: setup ## Disk and memory of the store over many puts on the same keys (PUT
 	@$(STORE_BINS)
 	@$(CARGO_TARGET_DIR)/release/clustermesh-soak --puts $(or $(PUTS),10000000)
 
-bench-encryption: setup ## Our WireGuard device against wireguard-go and boringtun, as ratios
-	@cargo build --locked --release -p clustermesh-encryption -p clustermesh-integration --bins
-	@$(CARGO_TARGET_DIR)/release/clustermesh-bench-encryption
+bench-encryption: setup ## Our WireGuard device against wireguard-go and boringtun, as ratios (ROUNDS=5, ONLY=wg-go,wg-rotate)
+	@cargo build $(WORKSPACE) --release --bins
+	@$(CARGO_TARGET_DIR)/release/clustermesh-bench-encryption $(if $(filter-out file,$(origin ROUNDS)),--rounds $(ROUNDS)) $(if $(ONLY),--only $(ONLY))
 
 clean: ## Remove build output and whatever a killed lab left behind
 	@if [ -x $(CARGO_TARGET_DIR)/debug/clustermesh-lab ]; then $(CARGO_TARGET_DIR)/debug/clustermesh-lab clean; fi
