@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use futures_util::{
 };
 use openraft::{
     Raft,
-    async_runtime::{AsyncRuntime, WatchReceiver},
+    async_runtime::{AsyncRuntime, Instant, WatchReceiver},
     raft::TransferLeaderRequest,
 };
 use parking_lot::Mutex;
@@ -41,17 +42,39 @@ use crate::{
     },
 };
 
-/// Refusals that are told: one for each sender and reason.
+/// Refusals that are told within [`REFUSALS_TOLD_INTERVAL`]: one for each sender and reason.
 const MAX_REFUSALS_TOLD: usize = 64;
+/// After so long each is told anew: what goes on is said again, and what has only begun finds room.
+const REFUSALS_TOLD_INTERVAL: Duration = Duration::from_secs(600);
 
 /// Whose messages were refused, and for which reason: senders try again many times a second.
-#[derive(Debug, Default)]
-pub(crate) struct Refused(Mutex<BTreeSet<(ReplicaId, i32)>>);
+#[derive(Debug)]
+pub(crate) struct Refused<I>(Mutex<Told<I>>);
 
-impl Refused {
-    fn is_news(&self, from: ReplicaId, reason: i32) -> bool {
+#[derive(Debug)]
+struct Told<I> {
+    since: Option<I>,
+    refusals: BTreeSet<(ReplicaId, i32)>,
+}
+
+impl<I> Default for Refused<I> {
+    fn default() -> Self {
+        Self(Mutex::new(Told {
+            since: None,
+            refusals: BTreeSet::new(),
+        }))
+    }
+}
+
+impl<I: Instant> Refused<I> {
+    fn is_news(&self, from: ReplicaId, reason: i32, now: I) -> bool {
         let mut told = self.0.lock();
-        told.len() < MAX_REFUSALS_TOLD && told.insert((from, reason))
+        let is_over = |since: I| now.saturating_duration_since(since) >= REFUSALS_TOLD_INTERVAL;
+        if told.since.is_none_or(is_over) {
+            told.since = Some(now);
+            told.refusals.clear();
+        }
+        told.refusals.len() < MAX_REFUSALS_TOLD && told.refusals.insert((from, reason))
     }
 }
 
@@ -71,7 +94,7 @@ pub(crate) struct Bound<R: AsyncRuntime> {
     pub(crate) links: Arc<Links<R>>,
     pub(crate) members: Members<R>,
     pub(crate) incoming: Incoming,
-    pub(crate) refused: Refused,
+    pub(crate) refused: Refused<R::Instant>,
 }
 
 /// Takes what the process of another replica says; an error is its answer.
@@ -207,7 +230,7 @@ impl<R: AsyncRuntime> Bound<R> {
     fn check(&self, header: Option<&Header>) -> Result<(), Refusal> {
         self.judge(header).inspect_err(|refusal| {
             let from = header.map_or(0, |header| header.from);
-            if self.refused.is_news(from, refusal.reason) {
+            if self.refused.is_news(from, refusal.reason, R::Instant::now()) {
                 tracing::warn!(from = %format_args!("{from:016x}"), reason = refusal.message, "messages of another replica are refused");
             }
         })
@@ -470,17 +493,25 @@ impl<R: AsyncRuntime> Bound<R> {
 
 #[cfg(test)]
 mod tests {
+    use openraft_rt_tokio::TokioInstant;
+
     use super::*;
 
     #[test]
-    fn a_refusal_is_told_once_for_each_sender_and_reason_and_not_without_end() {
-        let refused = Refused::default();
+    fn a_refusal_is_told_once_for_each_sender_and_reason_and_again_after_a_while() {
+        let (refused, start) = (Refused::default(), TokioInstant::now());
         let (removed, wrong) = (Reason::Removed.into(), Reason::WrongReplica.into());
-        assert!(refused.is_news(1, removed));
-        assert!(!refused.is_news(1, removed));
-        assert!(refused.is_news(1, wrong));
-        assert!(refused.is_news(2, removed));
-        let told = (3..10_000).filter(|from| refused.is_news(*from, wrong));
+        assert!(refused.is_news(1, removed, start));
+        assert!(!refused.is_news(1, removed, start));
+        assert!(refused.is_news(1, wrong, start));
+        assert!(refused.is_news(2, removed, start));
+        let told = (3..10_000).filter(|from| refused.is_news(*from, wrong, start));
         assert_eq!(told.count(), MAX_REFUSALS_TOLD - 3);
+        let later = start + REFUSALS_TOLD_INTERVAL;
+        let shortly_before = later - Duration::from_secs(1);
+        assert!(!refused.is_news(20_000, wrong, shortly_before));
+        assert!(refused.is_news(20_000, wrong, later));
+        assert!(refused.is_news(1, removed, later));
+        assert!(!refused.is_news(1, removed, later));
     }
 }
