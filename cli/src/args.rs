@@ -174,7 +174,7 @@ pub enum MemberCommand {
     /// Add a replica; it votes once it has caught up. Start it afterwards with this address as `peer_url` and with `join`
     Add {
         /// Where it will listen for other replicas, https://HOST:PORT
-        #[arg(value_name = "PEER_URL")]
+        #[arg(value_name = "PEER_URL", value_parser = parse_peer_url)]
         peer_url: String,
         /// It stays a learner until it is promoted
         #[arg(long)]
@@ -195,7 +195,7 @@ pub enum MemberCommand {
         /// Name or id of the old one
         member: String,
         /// Where the new one will listen for other replicas, https://HOST:PORT
-        #[arg(value_name = "PEER_URL")]
+        #[arg(value_name = "PEER_URL", value_parser = parse_peer_url)]
         peer_url: String,
         /// Longest wait until the new one votes: a number with ms, s or m
         #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = parse_duration)]
@@ -402,7 +402,7 @@ pub struct IssueArgs {
     #[arg(long, value_name = "NAME")]
     pub cluster: String,
     /// Host name or address of a server; can be repeated
-    #[arg(long = "san", value_name = "NAME")]
+    #[arg(long = "san", value_name = "NAME", value_parser = parse_san)]
     pub sans: Vec<String>,
     /// Folder of the authority
     #[arg(long, value_name = "DIR", default_value = "pki")]
@@ -428,6 +428,30 @@ pub enum Role {
     Peer,
     /// A person or tool that may do everything
     Operator,
+}
+
+/// As the server checks it.
+pub fn parse_peer_url(text: &str) -> Result<String, String> {
+    let rest = text.strip_prefix("https://").unwrap_or_default();
+    let is_url = rest.rsplit_once(':').is_some_and(|(host, port)| {
+        !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok_and(|port| port > 0)
+    });
+    if is_url {
+        Ok(text.to_owned())
+    } else {
+        Err("it is not https://HOST:PORT".to_owned())
+    }
+}
+
+/// A host name, with `*` for the first label, or an address: what a certificate can be for.
+fn parse_san(text: &str) -> Result<String, String> {
+    let host = text.strip_prefix("*.").unwrap_or(text);
+    if text.parse::<std::net::IpAddr>().is_ok()
+        || clustermesh_api::names::check_dns_subdomain(host).is_ok()
+    {
+        return Ok(text.to_owned());
+    }
+    Err("it is neither a host name nor an address".to_owned())
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {

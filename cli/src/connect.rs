@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use anyhow::{Error, Result, anyhow, bail};
+use anyhow::{Error, Result, bail};
 use clustermesh_client::{Client, ClientConfig, ClientError, TlsPaths};
-use clustermesh_process::{Organisation, PeerIdentity};
+use clustermesh_process::{Organisation, PeerIdentity, said_once};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject as _;
 
@@ -51,37 +51,61 @@ pub async fn connect(global: &GlobalArgs) -> Result<Client> {
             "give --ca, --cert and --key, or set CLUSTERMESH_CA, CLUSTERMESH_CERT and CLUSTERMESH_KEY"
         );
     }
-    Client::connect(&config).await.map_err(with_remedy)
+    Ok(Client::connect(&config).await?)
 }
 
-/// What the operator can look at when no server takes the connection.
-fn with_remedy(error: ClientError) -> Error {
-    let text = error.to_string();
-    let remedy = match &error {
-        ClientError::Connect(_) if text.contains("invalid peer certificate") => {
-            "--ca must name the CA of the server's certificate, which must be for the endpoint's host or --server-name"
-        }
-        ClientError::Connect(_) if text.contains("received fatal alert") => {
-            "the server does not take the certificate of --cert: its own CA must have signed it"
-        }
-        ClientError::Connect(_) => {
-            "is clustermesh-server running there? --endpoint or CLUSTERMESH_ENDPOINT says where"
-        }
-        _ => return error.into(),
-    };
-    anyhow!("{text}; {remedy}")
-}
-
-/// Whose certificate was used, where the server refuses what it asks for: the server may say less, as etcd does.
-pub fn explain(global: &GlobalArgs, error: Error) -> Error {
-    let denied = error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<ClientError>())
-        .any(ClientError::is_denied);
-    match &global.cert {
-        Some(cert) if denied => anyhow!("{error:#}; {}", holder(cert)),
-        _ => error,
+/// The error as the operator reads it: every cause once, and what to do about it where a connection or a refusal is at
+/// the bottom of it. Servers may say less, as etcd does.
+pub fn explain(global: &GlobalArgs, error: &Error) -> String {
+    if let Some(status) = error.downcast_ref::<tonic::Status>() {
+        return format!("the node agent answers: {}", status.message());
     }
+    let text = said_once(error.as_ref());
+    let client = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<ClientError>());
+    match client.and_then(|client| remedy(global, client)) {
+        Some(remedy) => format!("{text}; {remedy}"),
+        None => text,
+    }
+}
+
+fn remedy(global: &GlobalArgs, error: &ClientError) -> Option<String> {
+    let text = error.to_string();
+    if error.is_denied() {
+        return global.cert.as_deref().map(holder);
+    }
+    if error.is_unimplemented() {
+        return Some(
+            "the server has no such call: a plain store, without [cluster] in its configuration, has no nodes, \
+             services and manifests"
+                .to_owned(),
+        );
+    }
+    let is_clear = global
+        .endpoint
+        .iter()
+        .any(|url| url.starts_with("http://") && text.contains(url));
+    let is_broken = matches!(error, ClientError::Connect(_)) || text.contains("connection error");
+    let remedy = if text.contains("invalid peer certificate") {
+        "--ca must name the CA of the server's certificate, which must be for the endpoint's host or --server-name"
+    } else if text.contains("received fatal alert") {
+        // With TLS 1.3 this is heard after the connection was made.
+        "the server does not take the certificate of --cert: its own CA must have signed it, and it must not have expired"
+    } else if text.contains("corrupt message") {
+        "what listens there does not speak TLS: --endpoint names the server's `listen_client`"
+    } else if is_clear && is_broken {
+        "http:// is for `listen_client_clear`, on the server's own machine; everything else is https://"
+    } else if matches!(error, ClientError::Connect(_)) {
+        "is clustermesh-server running there? --endpoint or CLUSTERMESH_ENDPOINT says where"
+    } else if text.contains("etcdserver: no leader")
+        || text.contains("etcdserver: request timed out")
+    {
+        "more than half of the store's replicas must run and reach each other; their logs say who is missing"
+    } else {
+        return None;
+    };
+    Some(remedy.to_owned())
 }
 
 fn holder(cert: &Path) -> String {
@@ -143,18 +167,50 @@ mod tests {
         assert!(holder(&cert).contains("names nobody"));
     }
 
+    fn told(endpoint: &str, reason: &str) -> String {
+        use clap::Parser as _;
+        let cli = crate::args::Cli::parse_from(["clustermesh", "--endpoint", endpoint, "status"]);
+        let error = ClientError::Connect(format!("{endpoint}: {reason}"));
+        explain(
+            &cli.global,
+            &Error::new(error).context("something asked for"),
+        )
+    }
+
     #[test]
     fn a_failed_connection_comes_with_what_to_look_at() {
-        for (reason, flag) in [
-            ("Connection refused (os error 111)", "--endpoint"),
-            ("invalid peer certificate: UnknownIssuer", "--ca"),
-            ("received fatal alert: UnknownCA", "--cert"),
+        for (endpoint, reason, remedy) in [
+            (
+                "https://s1:2379",
+                "Connection refused (os error 111)",
+                "--endpoint",
+            ),
+            (
+                "https://s1:2379",
+                "invalid peer certificate: UnknownIssuer",
+                "--ca",
+            ),
+            (
+                "https://s1:2379",
+                "received fatal alert: UnknownCA",
+                "--cert",
+            ),
+            (
+                "https://s1:9962",
+                "received corrupt message of type X",
+                "listen_client",
+            ),
+            (
+                "http://s1:2379",
+                "connection error: broken pipe",
+                "https://",
+            ),
         ] {
-            let error = with_remedy(ClientError::Connect(format!("https://s1:2379: {reason}")));
-            let text = format!("{error:#}");
+            let text = told(endpoint, reason);
             assert!(
-                text.starts_with(&format!("cannot connect: https://s1:2379: {reason}; "))
-                    && text.contains(flag),
+                text.starts_with(&format!(
+                    "something asked for: cannot connect: {endpoint}: {reason}; "
+                )) && text.contains(remedy),
                 "{text}"
             );
         }

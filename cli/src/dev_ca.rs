@@ -155,7 +155,8 @@ fn params(days: u16) -> Result<CertificateParams> {
 fn load_ca(dir: &Path) -> Result<(Issuer<'static, KeyPair>, String)> {
     let hint = || {
         format!(
-            "no usable authority in {}; `clustermesh dev-ca init --dir` makes one",
+            "no usable authority in {}; `clustermesh dev-ca init --dir {}` makes one",
+            dir.display(),
             dir.display()
         )
     };

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use clap::ValueEnum as _;
 use clustermesh_api::{
     Record, RecordKey,
     etcd::mvcc::KeyValue,
@@ -33,7 +34,11 @@ pub async fn run(global: &GlobalArgs, args: &GetArgs) -> Result<()> {
         kvs.extend(client_list(&client, &prefix).await?);
     }
     let (rows, faults) = read(&kvs, &own);
+    let found = rows.len();
     let rows: Vec<Row> = rows.into_iter().filter(|row| row.matches(args)).collect();
+    if rows.is_empty() {
+        output::note(&nothing_found(args, found));
+    }
     match global.output {
         Output::Json => output::json(&rows)?,
         Output::Table => output::print(&table(args.kind, &rows).render())?,
@@ -48,6 +53,20 @@ pub async fn run(global: &GlobalArgs, args: &GetArgs) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+/// Why the list is empty: standard error, so that programs read a list.
+fn nothing_found(args: &GetArgs, found: usize) -> String {
+    let kind = args
+        .kind
+        .to_possible_value()
+        .map_or_else(String::new, |value| value.get_name().to_owned());
+    match found {
+        0 => format!("no {kind} are on record"),
+        _ => format!(
+            "no {kind} of this cluster or namespace are on record, {found} of others; see `clustermesh get {kind}`"
+        ),
+    }
 }
 
 async fn client_list(client: &Client, prefix: &str) -> Result<Vec<KeyValue>> {

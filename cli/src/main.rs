@@ -30,7 +30,7 @@ async fn main() -> ExitCode {
     match run(&global, command).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            output::error(&format!("{:#}", connect::explain(&global, error)));
+            output::error(&connect::explain(&global, &error));
             ExitCode::from(EXIT_FAILED)
         }
     }

@@ -69,14 +69,36 @@ pub fn parse(text: &str) -> Result<Vec<Manifest>> {
     );
     let read = |(index, document): (usize, &Value)| {
         let json = serde_json::to_vec(document)?;
-        Manifest::from_json(&json).with_context(|| format!("document {}", index + 1))
+        Manifest::from_json(&json)
+            .map_err(|error| anyhow!("document {}: {}", index + 1, for_people(&error.to_string())))
     };
     documents.iter().enumerate().map(read).collect()
+}
+
+/// Without the place, which is one in JSON that was made of the document, and without names of types.
+fn for_people(error: &str) -> String {
+    let error = match error.rsplit_once(" at line ") {
+        Some((said, place)) if place.contains(" column ") => said,
+        _ => error,
+    };
+    error.replace("expected u16", "expected 0 to 65535")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_value_out_of_range_is_named_without_the_place_in_what_is_read_inside() {
+        let error = format!(
+            "{:#}",
+            parse(&TWO.replace("port: 80,", "port: 80000,")).unwrap_err()
+        );
+        assert!(
+            error.contains("spec.ports[0].port") && error.ends_with("expected 0 to 65535"),
+            "{error}"
+        );
+    }
 
     const TWO: &str = "\
 # a comment

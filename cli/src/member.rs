@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Error, Result, anyhow, bail};
 use clustermesh_api::etcd::rpc::Member;
-use clustermesh_client::Client;
+use clustermesh_client::{Client, ClientError};
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
@@ -22,17 +22,26 @@ pub async fn run(global: &GlobalArgs, args: &MemberArgs) -> Result<()> {
     match &args.command {
         MemberCommand::List => list(&client, global.output).await,
         MemberCommand::Add { peer_url, learner } => {
-            let id = client.add_member(peer_url.clone(), *learner).await?;
+            let id = client
+                .add_member(peer_url.clone(), *learner)
+                .await
+                .map_err(|error| refused("add", peer_url, error))?;
             report(global.output, "added", id)
         }
         MemberCommand::Promote { member } => {
             let id = find(&client, member).await?.id;
-            client.promote_member(id).await?;
+            client
+                .promote_member(id)
+                .await
+                .map_err(|error| refused("promote", member, error))?;
             report(global.output, "promoted", id)
         }
         MemberCommand::Remove { member } => {
             let id = find(&client, member).await?.id;
-            client.remove_member(id).await?;
+            client
+                .remove_member(id)
+                .await
+                .map_err(|error| refused("remove", member, error))?;
             report(global.output, "removed", id)
         }
         MemberCommand::Replace {
@@ -118,7 +127,46 @@ async fn added(client: &Client, old: u64, peer_url: &String) -> Result<u64> {
     let there = members
         .iter()
         .find(|member| member.id != old && member.peer_ur_ls.contains(peer_url));
-    Ok(there.map(|member| member.id).ok_or(refused)?)
+    there
+        .map(|member| member.id)
+        .ok_or_else(|| self::refused("add", peer_url, refused))
+}
+
+/// A change that the group refuses, with the replica that it was about; etcd's texts name neither it nor a remedy.
+fn refused(action: &str, member: &str, error: ClientError) -> Error {
+    let text = error.to_string();
+    let remedies = [
+        (
+            "in sync with leader",
+            "it has not caught up yet: `clustermesh status` shows how far it is behind",
+        ),
+        (
+            "can only promote a learner",
+            "it votes already: see `clustermesh member list`",
+        ),
+        (
+            "not enough started members",
+            "the rest would be no majority that runs: start the other replicas, or add one first",
+        ),
+        (
+            "Peer URLs already exists",
+            "a replica has this address: see `clustermesh member list`",
+        ),
+        (
+            "too many learner members",
+            "promote or remove the learner that is there first",
+        ),
+        (
+            "unhealthy cluster",
+            "another change of the group is under way: try again when it is through",
+        ),
+    ];
+    let remedy = remedies.iter().find(|(said, _)| text.contains(said));
+    let about = format!("cannot {action} replica {member}");
+    match remedy {
+        Some((_, remedy)) => anyhow!("{about}: {text}; {remedy}"),
+        None => Error::new(error).context(about),
+    }
 }
 
 async fn votes(client: &Client, id: u64) -> Result<bool> {

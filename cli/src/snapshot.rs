@@ -10,7 +10,7 @@ use openraft_rt_tokio::TokioRuntime;
 use serde_json::json;
 
 use crate::{
-    args::{GlobalArgs, Output, RestoreArgs, SnapshotArgs, SnapshotCommand},
+    args::{GlobalArgs, Output, RestoreArgs, SnapshotArgs, SnapshotCommand, parse_peer_url},
     connect::connect,
     output,
 };
@@ -111,7 +111,7 @@ fn members(list: &[String]) -> Result<Vec<InitialMember>> {
     let parse = |entry: &String| {
         let (name, peer_url) = entry
             .split_once('=')
-            .filter(|(name, url)| !name.is_empty() && is_peer_url(url))
+            .filter(|(name, url)| !name.is_empty() && parse_peer_url(url).is_ok())
             .with_context(|| {
                 format!("--initial-cluster: {entry:?} is not NAME=https://HOST:PORT")
             })?;
@@ -128,14 +128,6 @@ fn members(list: &[String]) -> Result<Vec<InitialMember>> {
         );
     }
     Ok(members)
-}
-
-/// As the server checks it.
-fn is_peer_url(url: &str) -> bool {
-    let rest = url.strip_prefix("https://").unwrap_or_default();
-    rest.rsplit_once(':').is_some_and(|(host, port)| {
-        !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok_and(|port| port > 0)
-    })
 }
 
 async fn restore(args: &RestoreArgs, form: Output) -> Result<()> {

@@ -25,11 +25,10 @@ pub async fn connect(socket: &Path) -> Result<Channel, String> {
         }))
         .await
         .map_err(|error| {
-            let cause =
-                std::error::Error::source(&error).map_or_else(String::new, |s| format!(" ({s})"));
             format!(
-                "no clustermesh-node answers at {}: {error}{cause}; is it running?",
-                socket.display()
+                "no clustermesh-node answers at {}: {}; is it running, and is that the `run_dir` of its configuration?",
+                socket.display(),
+                crate::error::chain(&error)
             )
         })
 }

@@ -34,6 +34,42 @@ fn flags_are_taken_before_and_after_the_command() {
 }
 
 #[test]
+fn addresses_of_replicas_and_names_in_certificates_are_checked_before_anything_is_asked() {
+    for (url, is_good) in [
+        ("https://s4:2380", true),
+        ("https://[::1]:2380", true),
+        ("s4:2380", false),
+        ("https://s4", false),
+        ("https://s4:2380/x", false),
+    ] {
+        assert_eq!(parse(&["member", "add", url]).is_ok(), is_good, "{url}");
+        let replaced = parse(&["member", "replace", "s2", url]);
+        assert_eq!(replaced.is_ok(), is_good, "{url}");
+    }
+    for (san, is_good) in [
+        ("127.0.0.1", true),
+        ("fd00::1", true),
+        ("c1.mesh.example", true),
+        ("*.mesh.example", true),
+        ("bad host", false),
+        ("https://c1", false),
+        ("", false),
+    ] {
+        let issued = parse(&[
+            "dev-ca",
+            "issue",
+            "server",
+            "s1",
+            "--cluster",
+            "c1",
+            "--san",
+            san,
+        ]);
+        assert_eq!(issued.is_ok(), is_good, "{san}");
+    }
+}
+
+#[test]
 fn durations_have_units() {
     for (text, expected_ms) in [
         ("60s", 60_000),
