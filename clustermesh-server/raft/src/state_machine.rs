@@ -6,7 +6,8 @@ use std::{
 };
 
 use clustermesh_core::{
-    ApplyError, SnapshotLoader, State, limits::BATCH_FORMAT, pb, pb::proposal::Command,
+    ApplyError, SnapshotError, SnapshotLoader, State, limits::BATCH_FORMAT, pb,
+    pb::proposal::Command,
 };
 use clustermesh_store::{
     LogId, Membership, ReplicaId, SnapshotFile, SnapshotMeta, SnapshotStore, StoreError,
@@ -50,11 +51,22 @@ pub(crate) struct StateMachine<R: AsyncRuntime> {
 
 /// Reads a snapshot into a state.
 pub(crate) fn load(snapshot: &SnapshotFile) -> Result<State, StartError> {
+    Ok(read(snapshot)??)
+}
+
+/// Reads a snapshot to its end, whatever is in it: a file that is damaged is no answer to the question what it holds.
+fn read(snapshot: &SnapshotFile) -> Result<Result<State, SnapshotError>, StoreError> {
     let mut loader = SnapshotLoader::new();
-    for chunk in snapshot.read()? {
-        loader.push(chunk?)?;
+    let mut chunks = snapshot.read()?;
+    while let Some(chunk) = chunks.next() {
+        if let Err(error) = loader.push(chunk?) {
+            for rest in chunks {
+                rest?;
+            }
+            return Ok(Err(error));
+        }
     }
-    Ok(loader.finish()?)
+    Ok(loader.finish())
 }
 
 /// Ids that leave the membership are never used again. Every replica sees this entry, so the state may change with it.
@@ -92,10 +104,12 @@ impl<R: AsyncRuntime> StateMachine<R> {
         own: ReplicaId,
         first_request_id: u64,
     ) -> Result<Self, StartError> {
-        let current = snapshots.newest()?;
-        let (state, meta) = match &current {
-            Some(snapshot) => (load(snapshot)?, snapshot.meta().clone()),
-            None => (State::new(), SnapshotMeta::default()),
+        let (current, state, meta) = match snapshots.newest_with(read)? {
+            Some((snapshot, state)) => {
+                let meta = snapshot.meta().clone();
+                (Some(snapshot), state?, meta)
+            }
+            None => (None, State::new(), SnapshotMeta::default()),
         };
         let applied = Applied::new(state, meta);
         let shared = Arc::new(Shared {

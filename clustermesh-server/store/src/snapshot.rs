@@ -103,10 +103,22 @@ impl SnapshotStore {
     /// [`StoreError::Io`] when the folder cannot be used; [`StoreError::Damaged`] when there are snapshots and none is
     /// valid; [`StoreError::NewerFormat`] when a newer release wrote the newest.
     pub fn newest(&self) -> Result<Option<SnapshotFile>, StoreError> {
+        let newest = self.newest_with(SnapshotFile::check)?;
+        Ok(newest.map(|(snapshot, ())| snapshot))
+    }
+
+    /// The same with what `read` makes of it, which reads it to its end: so it is read once only.
+    ///
+    /// # Errors
+    /// As [`SnapshotStore::newest`], and those of `read` that do not tell of damage.
+    pub fn newest_with<T>(
+        &self,
+        read: impl Fn(&SnapshotFile) -> Result<T, StoreError>,
+    ) -> Result<Option<(SnapshotFile, T)>, StoreError> {
         let mut damage = None;
         for found in self.all()? {
-            match found.and_then(|snapshot| snapshot.check().map(|()| snapshot)) {
-                Ok(snapshot) => return Ok(Some(snapshot)),
+            match found.and_then(|snapshot| read(&snapshot).map(|content| (snapshot, content))) {
+                Ok(newest) => return Ok(Some(newest)),
                 Err(error) => {
                     let StoreError::Damaged { path, .. } = &error else {
                         return Err(error);

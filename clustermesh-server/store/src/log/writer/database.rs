@@ -2,10 +2,13 @@
 
 use std::{
     fs,
-    io::ErrorKind,
+    io::{self, ErrorKind},
+    os::{fd::AsRawFd, unix::fs::symlink},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::{error::StoreError, folder};
 
@@ -19,6 +22,10 @@ const REOPEN_TIMEOUT: Duration = Duration::from_secs(5);
 /// sled tells nobody when it lets go, so it is asked this often.
 const REOPEN_RETRY: Duration = Duration::from_millis(2);
 
+/// sled's file of pages.
+pub(super) const DATA: &str = "db";
+/// A larger one is not copied into memory. A log of the usual length has half of it.
+const MAX_REPLAY_IN_MEMORY_BYTES: u64 = 1 << 30;
 /// A database that is being made has this extension.
 const UNFINISHED: &str = "new";
 /// A copy of the database to replay has this extension.
@@ -85,12 +92,20 @@ fn replay(path: &Path) -> Result<(), StoreError> {
     let copy = path.with_extension(REPLAYED);
     remove_folder(&copy)?;
     fs::create_dir(&copy).map_err(StoreError::io("create folder", &copy))?;
+    let mut in_memory = None;
     for found in files(path)? {
         if let Some(name) = found.file_name() {
-            fs::copy(&found, copy.join(name)).map_err(StoreError::io("copy", &found))?;
+            let (is_data, name) = (name == DATA, copy.join(name));
+            if is_data {
+                in_memory = copy_to_memory(&found, &name);
+            }
+            if !is_data || in_memory.is_none() {
+                fs::copy(&found, name).map_err(StoreError::io("copy", &found))?;
+            }
         }
     }
     drop(open_trees(&copy)?);
+    drop(in_memory);
     if let Some(newest) = snapshots(&copy)?.pop()
         && let Some(name) = newest.file_name()
         && !path.join(name).exists()
@@ -109,6 +124,25 @@ fn replay(path: &Path) -> Result<(), StoreError> {
     }
     folder::sync(path)?;
     remove_folder(&copy)
+}
+
+/// A copy of a file that is never written to a disk: by far most of what a replay would cost there. Where this cannot be
+/// (`None`: a file too large, a file system without symbolic links) the copy is a file.
+fn copy_to_memory(file: &Path, name: &Path) -> Option<fs::File> {
+    let mut source = fs::File::open(file).ok()?;
+    if source.metadata().ok()?.len() > MAX_REPLAY_IN_MEMORY_BYTES {
+        return None;
+    }
+    let memory = memfd_create("replay", MFdFlags::MFD_CLOEXEC).ok()?;
+    let mut copy = fs::File::from(memory);
+    io::copy(&mut source, &mut copy).ok()?;
+    symlink(format!("/proc/self/fd/{}", copy.as_raw_fd()), name).ok()?;
+    if name.exists() {
+        return Some(copy);
+    }
+    // There is no /proc here.
+    fs::remove_file(name).ok()?;
+    None
 }
 
 fn files(path: &Path) -> Result<Vec<PathBuf>, StoreError> {

@@ -82,7 +82,7 @@ impl Disk {
     /// Opens the database and reads the whole log once.
     pub(in crate::log) fn open(path: &Path) -> Result<(Self, Tail), StoreError> {
         let database::Opened { db, log, meta } = database::open(path)?;
-        let file_path = path.join("db");
+        let file_path = path.join(database::DATA);
         let file = fs::File::open(&file_path).map_err(StoreError::io("open", &file_path))?;
         let disk = Self {
             path: path.to_owned(),
