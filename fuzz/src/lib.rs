@@ -1,4 +1,4 @@
-//! Fuzz targets: everything that reads bytes of clients, disks, replicas, peers, machines and operators.
+//! Fuzz targets: everything that reads bytes of clients, disks, replicas, peers, machines, operators and the wire.
 //!
 //! A target takes any bytes, panics where a property does not hold, and says whether the bytes got past the first door. `run.sh` feeds the
 //! targets from libFuzzer; the crate's test replays the seeds and `corpus/`.
@@ -14,6 +14,7 @@ mod replicas;
 mod requests;
 mod stored;
 mod txn;
+mod wireguard;
 
 /// One way for bytes into the project.
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +28,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 14] = [
     Target {
         name: "etcd_request",
         run: requests::grpc,
@@ -82,6 +83,21 @@ pub const TARGETS: [Target; 11] = [
         name: "operator_files",
         run: operators::files,
         seeds: operators::seeds,
+    },
+    Target {
+        name: "wireguard_datagram",
+        run: wireguard::datagram,
+        seeds: wireguard::datagram_seeds,
+    },
+    Target {
+        name: "wireguard_offload",
+        run: wireguard::offload,
+        seeds: wireguard::offload_seeds,
+    },
+    Target {
+        name: "wireguard_control",
+        run: wireguard::control,
+        seeds: wireguard::control_seeds,
     },
 ];
 
