@@ -9,11 +9,12 @@ use anyhow::{Context, Result};
 use clustermesh_encryption_core::key::{PrivateKey, PublicKey};
 use clustermesh_encryption_core::mac::Stamper;
 use clustermesh_encryption_core::noise::Initiator;
-use clustermesh_integration::encryption::device::{Maker, run_in};
+use clustermesh_integration::encryption::device::{Device, Maker, run_in};
 use clustermesh_integration::encryption::{Pair, SIDES, Tunnel, Version};
 use clustermesh_integration::lab::host::{command_in, ip_batch, netns_path, run, sh};
 use clustermesh_integration::lab::process::Process;
 use clustermesh_integration::lab::tap::in_netns;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use zeroize::Zeroizing;
 
 /// Longest wait for anything, on a machine that does much else.
@@ -492,5 +493,95 @@ async fn garbage_of_every_length_is_counted_and_hinders_nobody() {
     all_answer(&pair, &tunnel).await.unwrap();
     let log = tunnel.devices[1].log_tail();
     assert!(!log.contains("panicked"), "{log}");
+    end(pair, tunnel).await.unwrap();
+}
+
+/// Collects so many datagrams of one length that leave for a port, then sends them again twice, the last one first; each
+/// time a file has to be there.
+const REPEATER: &str = "import os,socket,sys,time\ncount,length,port=map(int,sys.argv[1:4])\n\
+     s=socket.socket(socket.AF_PACKET,socket.SOCK_RAW,socket.htons(3))\ns.bind(('eth0',0))\nprint('ready',flush=True)\n\
+     seen=[]\nwhile len(seen)<count:\n f,a=s.recvfrom(65535)\n word=lambda at: int.from_bytes(f[at:at+2],'big')\n \
+     if a[2]==4 and word(12)==0x800 and f[23]==17 and word(36)==port and word(38)==length+8:\n  \
+     seen.append(f[:40]+bytes(2)+f[42:])\nprint('collected',flush=True)\nfor file in sys.argv[4:]:\n \
+     while not os.path.exists(file): time.sleep(0.02)\n for f in reversed(seen): s.send(f)";
+/// Bytes of a sealed echo request as ping sends it: 84 filled up to 96, header and tag.
+const SEALED_ECHO_BYTES: &str = "128";
+
+/// A counter of one of our devices.
+async fn counter(device: &Device, name: &str) -> Result<u64> {
+    let mut stream = tokio::net::UnixStream::connect(device.socket()).await?;
+    stream.write_all(b"get=1\n\n").await?;
+    stream.shutdown().await?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await?;
+    let line = text.lines().find_map(|line| {
+        let (key, value) = line.strip_prefix("counter.")?.split_once('=')?;
+        (key == name).then_some(value)
+    });
+    Ok(line.with_context(|| text.clone())?.parse()?)
+}
+
+/// Packets that the device has given its machine.
+async fn delivered(pair: &Pair, side: usize, device: &Device) -> Result<u64> {
+    let mut command = command_in(&pair.netns(side), None, Path::new("ip"));
+    let output = run(command.args(["-s", "-j", "link", "show", device.name()])).await?;
+    let links: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let packets = links[0]["stats64"]["rx"]["packets"].as_u64();
+    packets.with_context(|| links.to_string())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn packets_that_come_late_and_in_disorder_are_taken_and_none_is_taken_twice() {
+    let (pair, tunnel) = two_of_ours().await.unwrap();
+    let target = &tunnel.devices[1];
+    let nft = async |rules: &str| {
+        let mut command = command_in(&pair.netns(1), None, Path::new("nft"));
+        run(command.arg(rules)).await.map(drop)
+    };
+    let port = target.port().to_string();
+    let (late, again) = (pair.folder().join("late"), pair.folder().join("again"));
+    let mut command = command_in(&pair.netns(0), None, Path::new("python3"));
+    command.args(["-c", REPEATER, "20", SEALED_ECHO_BYTES, &port]);
+    command.args([&late, &again]);
+    let log = pair.folder().join("repeater.log");
+    let repeater = Process::start("repeater", &mut command, &log).unwrap();
+    let says = |word: &'static str| {
+        let log = &log;
+        eventually(word, move || async move {
+            Ok(std::fs::read_to_string(log)?.contains(word))
+        })
+    };
+    says("ready").await.unwrap();
+    nft(&format!(
+        "add table inet cut; add chain inet cut in {{ type filter hook input priority 0; }}; \
+         add rule inet cut in udp dport {port} drop"
+    ))
+    .await
+    .unwrap();
+    let before = delivered(&pair, 1, target).await.unwrap();
+    let mut ping = command_in(&pair.netns(0), None, Path::new("ping"));
+    let to = tunnel.address(1, Version::V4);
+    ping.args(["-n", "-c", "20", "-i", "0.01", "-W", "1", &to]);
+    assert!(run(&mut ping).await.is_err(), "nothing arrives yet");
+    says("collected").await.unwrap();
+    nft("delete table inet cut").await.unwrap();
+    assert_eq!(delivered(&pair, 1, target).await.unwrap(), before);
+    let replayed = counter(target, "replayed").await.unwrap();
+    std::fs::write(&late, b"").unwrap();
+    eventually("all of them, the last one first", || async {
+        Ok(delivered(&pair, 1, target).await? == before + 20)
+    })
+    .await
+    .unwrap();
+    assert_eq!(counter(target, "replayed").await.unwrap(), replayed);
+    std::fs::write(&again, b"").unwrap();
+    eventually("each of them a second time", || async {
+        Ok(counter(target, "replayed").await? == replayed + 20)
+    })
+    .await
+    .unwrap();
+    assert_eq!(delivered(&pair, 1, target).await.unwrap(), before + 20);
+    repeater.wait().await.unwrap();
+    all_answer(&pair, &tunnel).await.unwrap();
     end(pair, tunnel).await.unwrap();
 }
