@@ -1,5 +1,7 @@
 //! What the scenario tests share: bounded waiting, manifests, records written by hand.
 
+pub mod encrypted;
+
 use std::future::Future;
 use std::net::IpAddr;
 use std::path::Path;

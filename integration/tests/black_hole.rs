@@ -128,6 +128,13 @@ async fn connections_outlive_a_black_hole(encryption: &'static str, device_bytes
             line.contains("black hole") && line.contains(&own) && line.contains(&other)
         };
         assert_eq!(log.lines().filter(named).count(), 1, "{log}");
+        let status = from.encryption_status().await.unwrap();
+        let shown = &status["black_holes"][0];
+        assert_eq!(
+            (&shown["cluster"], &shown["node"]),
+            (&to.0.into(), &to.1.into()),
+            "{status:#}"
+        );
     }
     // New connections find their size when they begin, and the old ones go on.
     let fresh = transfer(&pod_a, &pod_b, true).await;

@@ -1,11 +1,13 @@
 //! WireGuard devices that hang, vanish or are cut off under the agent, and the proof that packets travel encrypted.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails there")]
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clustermesh_integration::lab::host::{run_unchecked, sh};
 use clustermesh_integration::lab::node::Node;
+use clustermesh_integration::lab::process::Process;
 use clustermesh_integration::lab::{Lab, LabConfig};
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
@@ -67,6 +69,12 @@ async fn until_proved(node: &Node, others: usize) -> Value {
         Ok(report) => report,
         Err(error) => panic!("{error:#}: {:?}", verify(node).await),
     }
+}
+
+/// What the agent says of its node's devices.
+async fn devices(node: &Node) -> Result<Vec<Value>> {
+    let status = node.encryption_status().await?;
+    Ok(status["devices"].as_array().cloned().unwrap_or_default())
 }
 
 async fn until_fault(node: &Node, word: &str) {
@@ -136,6 +144,64 @@ async fn an_agent_starts_over_a_device_that_hangs() {
     node.start_agent().await.unwrap();
     assert_ne!(node.wireguard_pid().unwrap(), device);
     until_proved(lab.cluster(0).node(0), 1).await;
+    assert_eq!(lab.remove().await, Vec::<String>::new());
+}
+
+/// Holds a UDP port, as soon as nobody else does.
+const HOLD_PORT: &str = "import socket,time\ns=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\nwhile True:\n try:\n  \
+                         s.bind(('',51872))\n  break\n except OSError: time.sleep(0.05)\n\
+                         print('held',flush=True)\ntime.sleep(600)";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_next_key_whose_device_is_not_to_be_had_at_a_start_is_kept_until_it_is() {
+    let mut lab = one_cluster("mode = \"all\"\nstrict = true").await;
+    until_proved(lab.cluster(0).node(0), 1).await;
+    // Nobody follows: the change stays in its middle.
+    let other = lab.cluster_mut(0).node_mut(1);
+    other.stop_agent(Signal::SIGKILL).await.unwrap();
+    let node = lab.cluster(0).node(0);
+    node.rotate_keys().await.unwrap();
+    let next = until("a device for the next key", || async {
+        let devices = devices(node).await?;
+        Ok(devices.get(1).map(|device| device["public_key"].clone()))
+    })
+    .await
+    .unwrap();
+    let node = lab.cluster_mut(0).node_mut(0);
+    node.stop_agent(Signal::SIGKILL).await.unwrap();
+    sh("ip", &["-n", node.netns(), "link", "del", "cm_wg1"])
+        .await
+        .unwrap();
+    let mut command = node.command(Path::new("python3"));
+    let log = node.folder().join("hold.log");
+    let holder = Process::start("holder", command.args(["-c", HOLD_PORT]), &log).unwrap();
+    until("the port is held", || async {
+        Ok(holder.log_tail().contains("held").then_some(()))
+    })
+    .await
+    .unwrap();
+    node.start_agent().await.unwrap();
+    until_fault(node, "the device of the next key").await;
+    assert_eq!(devices(node).await.unwrap().len(), 1);
+    holder.stop(Signal::SIGKILL).await.unwrap();
+    until("the device of the same key", || async {
+        let devices = devices(node).await?;
+        let held = devices.get(1).map(|device| &device["public_key"]);
+        Ok((held == Some(&next)).then_some(()))
+    })
+    .await
+    .unwrap();
+    until_fault(node, "").await;
+    let other = lab.cluster_mut(0).node_mut(1);
+    other.start_agent().await.unwrap();
+    let node = lab.cluster(0).node(0);
+    until("the change ends", || async {
+        let devices = devices(node).await?;
+        Ok((devices.len() == 1 && devices[0]["public_key"] == next).then_some(()))
+    })
+    .await
+    .unwrap();
+    until_proved(node, 1).await;
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
 

@@ -4,7 +4,6 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use anyhow::{Context, Result};
 use clustermesh_integration::lab::capture::{Capture, PODS_IN_CLEAR};
 use clustermesh_integration::lab::cluster::Cluster;
 use clustermesh_integration::lab::host::run;
@@ -12,30 +11,16 @@ use clustermesh_integration::lab::node::Node;
 use clustermesh_integration::lab::pod::Pod;
 use clustermesh_integration::lab::process::Process;
 use clustermesh_integration::lab::{Lab, LabConfig};
-use clustermesh_integration::scenario::{NAMESPACE, until, workload};
+use clustermesh_integration::scenario::encrypted::{
+    PORT, Streams, all_backends_answer, all_reach_all, nodes_reach_pods, nothing_in_clear, pods,
+    serve, until_first_reaches_all, until_traffic,
+};
+use clustermesh_integration::scenario::{NAMESPACE, until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 /// Echo requests while keys change: half a minute of them.
 const ECHOES: &str = "1500";
-/// Longest that convergence may take.
-const CONVERGED_SECONDS_MAX: u32 = 30;
-/// Port of the pods' servers.
-const PORT: u16 = 8080;
-/// Longest that one echo may take, milliseconds: far less than a connection that broke.
-const ECHO_MS_MAX: f64 = 5_000.0;
-
-async fn nothing_in_clear(taps: Vec<Capture>) {
-    for tap in taps {
-        let seen = tap.close().await.unwrap();
-        let first = &seen[..seen.len().min(10)];
-        assert!(
-            seen.is_empty(),
-            "{} packets in clear: {first:#?}",
-            seen.len()
-        );
-    }
-}
 
 async fn lab_with(encryption: &'static str, underlay_v6: bool) -> Lab {
     let config = LabConfig {
@@ -48,121 +33,35 @@ async fn lab_with(encryption: &'static str, underlay_v6: bool) -> Lab {
     lab
 }
 
-/// Waits until packets from the node to so many others travel like this.
-async fn until_traffic(node: &Node, traffic: &str, count: usize) -> Value {
-    let what = format!("{count} nodes reached {traffic}");
-    let wait = until(&what, || async {
-        let status = node.encryption_status().await?;
-        let peers = status["peers"].as_array().cloned().unwrap_or_default();
-        let like = peers.iter().filter(|peer| peer["traffic"] == traffic);
-        Ok((like.count() == count).then_some(status))
-    });
-    match wait.await {
-        Ok(status) => status,
-        Err(error) => panic!(
-            "{error:#}: {:?}; {}",
-            node.encryption_status().await,
-            node.agent().unwrap().log_tail()
-        ),
-    }
-}
-
-/// A pod with a server on every node, the first of the list on the first node of the first cluster.
-async fn pods(lab: &Lab) -> (Vec<Pod>, Vec<Process>) {
-    let (mut pods, mut servers) = (Vec::new(), Vec::new());
-    for cluster in lab.clusters() {
-        for node in cluster.nodes() {
-            let name = format!("{}-{}", cluster.name(), node.name());
-            cluster.apply(&workload(&name, "web")).await.unwrap();
-            let pod = node.add_pod(NAMESPACE, &name).await.unwrap();
-            let port = PORT.to_string();
-            let arguments = ["serve", "--name", &name, "--tcp", &port];
-            servers.push(pod.start("serve", &arguments).await.unwrap());
-            pods.push(pod);
-        }
-    }
-    for cluster in lab.clusters() {
-        cluster.wait_converged(CONVERGED_SECONDS_MAX).await.unwrap();
-    }
-    (pods, servers)
-}
-
-fn server_of(pod: &Pod, v6: bool) -> Result<String> {
-    Ok(SocketAddr::new(pod.address(v6)?.parse()?, PORT).to_string())
-}
-
-/// Echo requests and connections from every pod to every other, in both families.
-async fn all_reach_all(pods: &[Pod]) {
-    for from in pods {
-        for to in pods.iter().filter(|to| to.name() != from.name()) {
-            for v6 in [false, true] {
-                let what = format!("{} to {} v6 {v6}", from.name(), to.name());
-                let address = to.address(v6).unwrap();
-                from.ping(address)
-                    .await
-                    .with_context(|| what.clone())
-                    .unwrap();
-                let server = server_of(to, v6).unwrap();
-                let arguments = ["probe", "--to", &server, "--attempts", "5"];
-                let report = from.traffic(&arguments).await;
-                let report = report.with_context(|| what.clone()).unwrap();
-                assert_eq!(report["failed"], 0, "{what}: {report}");
-            }
-        }
-    }
-}
-
-/// A connection in each family from each pod to the next.
-async fn streams(pods: &[Pod]) -> Vec<(Process, String)> {
-    let mut streams = Vec::new();
-    for (from, to) in pods.iter().zip(pods.iter().cycle().skip(1)) {
-        for v6 in [false, true] {
-            let server = server_of(to, v6).unwrap();
-            let label = format!("stream-{v6}");
-            let arguments = ["stream", "--to", &server, "--every-ms", "20"];
-            let stream = from.start(&label, &arguments).await.unwrap();
-            streams.push((stream, format!("{} to {server}", from.name())));
-        }
-    }
-    streams
-}
-
-/// Waits until every stream has gone on for some more echoes, then ends it and looks at its report.
-async fn finish(streams: Vec<(Process, String)>) {
-    for (stream, what) in streams {
-        let report = stream.finish().await.unwrap();
-        assert_eq!(report["broken"], false, "{what}: {report}");
-        assert!(report["echoed"].as_u64().unwrap() > 10, "{what}: {report}");
-        let longest = report["echo_ms_max"].as_f64().unwrap();
-        assert!(longest < ECHO_MS_MAX, "{what}: {report}");
-    }
-}
-
 async fn everything_is_encrypted(underlay_v6: bool) {
     let mut lab = lab_with("mode = \"all\"\nstrict = true", underlay_v6).await;
     let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
     for cluster in lab.clusters() {
         for node in cluster.nodes() {
-            until_traffic(node, "encrypted", 3).await;
+            until_traffic(node, "encrypted", 3).await.unwrap();
         }
     }
-    let (pods, servers) = pods(&lab).await;
-    all_reach_all(&pods).await;
-    let streams = streams(&pods).await;
+    let (pods, servers) = pods(&lab).await.unwrap();
+    all_reach_all(&pods).await.unwrap();
+    all_backends_answer(&lab, &pods).await.unwrap();
+    nodes_reach_pods(&lab, &pods).await.unwrap();
+    let streams = Streams::begin(&pods).await.unwrap();
     // The device outlives the agent: connections notice neither its death nor its return.
     let node = lab.cluster_mut(0).node_mut(0);
     let before = node.encryption_status().await.unwrap();
     node.stop_agent(Signal::SIGKILL).await.unwrap();
-    all_reach_all(&pods).await;
+    all_reach_all(&pods).await.unwrap();
     let node = lab.cluster_mut(0).node_mut(0);
     node.start_agent().await.unwrap();
-    let after = until_traffic(lab.cluster(0).node(0), "encrypted", 3).await;
+    let after = until_traffic(lab.cluster(0).node(0), "encrypted", 3)
+        .await
+        .unwrap();
     assert_eq!(
         before["devices"][0]["public_key"],
         after["devices"][0]["public_key"]
     );
-    all_reach_all(&pods).await;
-    finish(streams).await;
+    all_reach_all(&pods).await.unwrap();
+    streams.finish().await.unwrap();
     for cluster in lab.clusters() {
         for node in cluster.nodes() {
             let status = node.encryption_status().await.unwrap();
@@ -173,7 +72,7 @@ async fn everything_is_encrypted(underlay_v6: bool) {
             }
         }
     }
-    nothing_in_clear(taps).await;
+    nothing_in_clear(taps).await.unwrap();
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
@@ -189,6 +88,34 @@ async fn nothing_between_pods_leaves_in_clear_over_ipv6_also_without_the_agent()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn between_clusters_alone_is_encrypted_where_no_more_is_wanted() {
+    let lab = lab_with("mode = \"inter-cluster\"\nstrict = true", false).await;
+    for cluster in lab.clusters() {
+        for node in cluster.nodes() {
+            until_traffic(node, "encrypted", 2).await.unwrap();
+            until_traffic(node, "clear", 1).await.unwrap();
+        }
+    }
+    let across =
+        "(net 172.30.1.0/24 and net 172.30.2.0/24) or (net fd30:1::/64 and net fd30:2::/64)";
+    let across = format!("udp port 8472 and ({across})");
+    let across = Capture::everywhere(&lab, &across).await.unwrap();
+    let any = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
+    let (pods, servers) = pods(&lab).await.unwrap();
+    all_reach_all(&pods).await.unwrap();
+    all_backends_answer(&lab, &pods).await.unwrap();
+    for tap in any {
+        assert!(
+            !tap.close().await.unwrap().is_empty(),
+            "nothing is in clear"
+        );
+    }
+    nothing_in_clear(across).await.unwrap();
+    drop(servers);
+    assert_eq!(lab.remove().await, Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nodes_without_a_key_are_reached_in_clear_until_they_have_one() {
     let config = LabConfig {
         clusters: vec!["a".to_owned()],
@@ -199,10 +126,12 @@ async fn nodes_without_a_key_are_reached_in_clear_until_they_have_one() {
     lab.cluster_mut(0).node_mut(1).set_encryption("");
     lab.start().await.unwrap();
     let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
-    until_traffic(lab.cluster(0).node(0), "clear", 1).await;
-    let (pods, servers) = pods(&lab).await;
-    all_reach_all(&pods).await;
-    let streams = streams(&pods).await;
+    until_traffic(lab.cluster(0).node(0), "clear", 1)
+        .await
+        .unwrap();
+    let (pods, servers) = pods(&lab).await.unwrap();
+    all_reach_all(&pods).await.unwrap();
+    let streams = Streams::begin(&pods).await.unwrap();
     // The tap does see what is in clear.
     for tap in taps {
         let seen = tap.close().await.unwrap();
@@ -213,26 +142,28 @@ async fn nodes_without_a_key_are_reached_in_clear_until_they_have_one() {
     node.set_encryption("mode = \"all\"");
     node.start_agent().await.unwrap();
     for node in lab.cluster(0).nodes() {
-        until_traffic(node, "encrypted", 1).await;
+        until_traffic(node, "encrypted", 1).await.unwrap();
     }
     let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
-    all_reach_all(&pods).await;
-    nothing_in_clear(taps).await;
+    all_reach_all(&pods).await.unwrap();
+    nothing_in_clear(taps).await.unwrap();
     // And back: its device goes when nobody sends to it any more.
     let node = lab.cluster_mut(0).node_mut(1);
     node.stop_agent(Signal::SIGTERM).await.unwrap();
     node.set_encryption("");
     node.start_agent().await.unwrap();
-    until_traffic(lab.cluster(0).node(0), "clear", 1).await;
-    all_reach_all(&pods).await;
+    until_traffic(lab.cluster(0).node(0), "clear", 1)
+        .await
+        .unwrap();
+    all_reach_all(&pods).await.unwrap();
     until("the device is gone", || async {
         let runs = lab.cluster(0).node(1).wireguard_pid();
         Ok(runs.is_err().then_some(()))
     })
     .await
     .unwrap();
-    all_reach_all(&pods).await;
-    finish(streams).await;
+    all_reach_all(&pods).await.unwrap();
+    streams.finish().await.unwrap();
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
@@ -242,7 +173,7 @@ async fn what_nodes_say_to_each_other_is_encrypted_where_that_is_wanted() {
     let lab = lab_with("mode = \"all\"\nstrict = true\nnodes = true", false).await;
     let nodes: Vec<&Node> = lab.clusters().iter().flat_map(Cluster::nodes).collect();
     for node in &nodes {
-        until_traffic(node, "encrypted", 3).await;
+        until_traffic(node, "encrypted", 3).await.unwrap();
     }
     let either = |way: &str| {
         let hosts = nodes.iter().map(|node| {
@@ -289,7 +220,7 @@ async fn what_nodes_say_to_each_other_is_encrypted_where_that_is_wanted() {
             }
         }
     }
-    nothing_in_clear(taps).await;
+    nothing_in_clear(taps).await.unwrap();
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
@@ -300,12 +231,12 @@ async fn a_device_that_dies_is_started_again_and_nothing_leaves_in_clear_meanwhi
     let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
     for cluster in lab.clusters() {
         for node in cluster.nodes() {
-            until_traffic(node, "encrypted", 3).await;
+            until_traffic(node, "encrypted", 3).await.unwrap();
         }
     }
-    let (pods, servers) = pods(&lab).await;
-    all_reach_all(&pods).await;
-    let streams = streams(&pods).await;
+    let (pods, servers) = pods(&lab).await.unwrap();
+    all_reach_all(&pods).await.unwrap();
+    let streams = Streams::begin(&pods).await.unwrap();
     let node = lab.cluster(0).node(0);
     let before = node.wireguard_pid().unwrap();
     nix::sys::signal::kill(before, Signal::SIGKILL).unwrap();
@@ -315,19 +246,11 @@ async fn a_device_that_dies_is_started_again_and_nothing_leaves_in_clear_meanwhi
     })
     .await
     .unwrap();
-    until_traffic(node, "encrypted", 3).await;
-    until("every pod answers again", || async {
-        for to in &pods[1..] {
-            pods[0].ping(to.address(false)?).await?;
-            to.ping(pods[0].address(true)?).await?;
-        }
-        Ok(Some(()))
-    })
-    .await
-    .unwrap();
-    all_reach_all(&pods).await;
-    finish(streams).await;
-    nothing_in_clear(taps).await;
+    until_traffic(node, "encrypted", 3).await.unwrap();
+    until_first_reaches_all(&pods).await.unwrap();
+    all_reach_all(&pods).await.unwrap();
+    streams.finish().await.unwrap();
+    nothing_in_clear(taps).await.unwrap();
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
@@ -356,12 +279,12 @@ async fn keys_change_on_every_node_without_losing_a_packet() {
     let nodes: Vec<&Node> = lab.clusters().iter().flat_map(Cluster::nodes).collect();
     let mut before = Vec::new();
     for node in &nodes {
-        let status = until_traffic(node, "encrypted", 3).await;
+        let status = until_traffic(node, "encrypted", 3).await.unwrap();
         before.push(status["devices"][0]["public_key"].clone());
     }
-    let (pods, servers) = pods(&lab).await;
-    all_reach_all(&pods).await;
-    let streams = streams(&pods).await;
+    let (pods, servers) = pods(&lab).await.unwrap();
+    all_reach_all(&pods).await.unwrap();
+    let streams = Streams::begin(&pods).await.unwrap();
     let pings = pings(&pods, lab.folder());
     nodes[0].rotate_keys().await.unwrap();
     for (node, before) in nodes.iter().zip(&before) {
@@ -387,13 +310,13 @@ async fn keys_change_on_every_node_without_losing_a_packet() {
         assert!(text.contains(&all), "{what}: {text}");
     }
     for node in &nodes {
-        let status = until_traffic(node, "encrypted", 3).await;
+        let status = until_traffic(node, "encrypted", 3).await.unwrap();
         let peers = status["peers"].as_array().unwrap();
         assert!(peers.iter().all(|peer| peer["epoch"] == 1), "{status:#}");
     }
-    all_reach_all(&pods).await;
-    finish(streams).await;
-    nothing_in_clear(taps).await;
+    all_reach_all(&pods).await.unwrap();
+    streams.finish().await.unwrap();
+    nothing_in_clear(taps).await.unwrap();
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
@@ -420,11 +343,11 @@ async fn a_node_that_boots_while_its_server_is_away_sends_nothing_in_clear() {
     let mut lab = lab_with("mode = \"all\"\nstrict = true", false).await;
     for cluster in lab.clusters() {
         for node in cluster.nodes() {
-            until_traffic(node, "encrypted", 3).await;
+            until_traffic(node, "encrypted", 3).await.unwrap();
         }
     }
-    let (mut pods, mut servers) = pods(&lab).await;
-    all_reach_all(&pods).await;
+    let (mut pods, mut servers) = pods(&lab).await.unwrap();
+    all_reach_all(&pods).await.unwrap();
     let node = lab.cluster(0).node(0);
     until("three nodes and the own range", || async {
         let status = node.agent_status().await?;
@@ -454,7 +377,7 @@ async fn a_node_that_boots_while_its_server_is_away_sends_nothing_in_clear() {
     // Three echoes to each of three pods, in both families, from pod and host: the host has no route for some of them.
     let dropped = node.drops("mesh-unknown").await.unwrap();
     assert!(dropped >= 18, "{dropped}");
-    nothing_in_clear(taps).await;
+    nothing_in_clear(taps).await.unwrap();
     // The world is reached, and so is the own pod.
     let (router, own) = (
         format!("172.30.{}.1", lab.cluster(0).id()),
@@ -470,22 +393,14 @@ async fn a_node_that_boots_while_its_server_is_away_sends_nothing_in_clear() {
         .unwrap();
     let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
     lab.cluster_mut(0).restart_server().await.unwrap();
-    until_traffic(lab.cluster(0).node(0), "encrypted", 3).await;
+    until_traffic(lab.cluster(0).node(0), "encrypted", 3)
+        .await
+        .unwrap();
     pods.insert(0, pod);
-    let port = PORT.to_string();
-    let arguments = ["serve", "--name", &name, "--tcp", &port];
-    servers.push(pods[0].start("serve-again", &arguments).await.unwrap());
-    until("every pod answers again", || async {
-        for to in &pods[1..] {
-            pods[0].ping(to.address(false)?).await?;
-            to.ping(pods[0].address(true)?).await?;
-        }
-        Ok(Some(()))
-    })
-    .await
-    .unwrap();
-    all_reach_all(&pods).await;
-    nothing_in_clear(taps).await;
+    servers.push(serve(&pods[0], "serve-again").await.unwrap());
+    until_first_reaches_all(&pods).await.unwrap();
+    all_reach_all(&pods).await.unwrap();
+    nothing_in_clear(taps).await.unwrap();
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }

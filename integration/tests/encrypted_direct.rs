@@ -10,6 +10,7 @@ use clustermesh_integration::lab::host::run;
 use clustermesh_integration::lab::node::Node;
 use clustermesh_integration::lab::pod::Pod;
 use clustermesh_integration::lab::{Lab, LabConfig, RoutingMode};
+use clustermesh_integration::scenario::encrypted::nothing_in_clear;
 use clustermesh_integration::scenario::{NAMESPACE, until, workload};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
@@ -164,14 +165,6 @@ async fn direct_routing_is_encrypted_and_a_source_is_vouched_for_by_its_nodes_ke
             assert_eq!(status["encrypted_percent"], 100.0, "{status}");
         }
     }
-    for tap in clear {
-        let seen = tap.close().await.unwrap();
-        assert!(
-            seen.is_empty(),
-            "{} packets in clear: {:#?}",
-            seen.len(),
-            &seen[..seen.len().min(10)]
-        );
-    }
+    nothing_in_clear(clear).await.unwrap();
     assert_eq!(lab.remove().await, Vec::<String>::new());
 }
