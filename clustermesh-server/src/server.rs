@@ -185,7 +185,7 @@ impl Server {
         tasks.spawn(port.serve(drain));
         // Otherwise this is said when it is true.
         if store.check_leader().is_ok() {
-            info!(client = %client_address, admin = %admin_address, cluster_id = store.cluster_id(), "server is ready");
+            info!(client = %client_address, admin = %admin_address, cluster_id = %format_args!("{:016x}", store.cluster_id()), "server is ready");
         }
         Ok(Self {
             store,

@@ -271,7 +271,7 @@ async fn whoever_takes_nothing_is_cut_off_and_whoever_takes_little_is_not() {
     let client = cluster.operator(&pki);
     for number in 0..8 {
         let key = format!("large/{number}");
-        client.put(put(&key, &"x".repeat(1_300_000))).await.unwrap();
+        client.put(put(key, "x".repeat(1_300_000))).await.unwrap();
     }
     let begun = Instant::now();
     let nothing = large_answer(&cluster).await;
