@@ -1,7 +1,10 @@
-//! Our WireGuard device against wireguard-go and boringtun's own: throughput, processor time, latency, many peers.
+//! Our WireGuard device against wireguard-go and boringtun's own: throughput, processor time, latency, many peers; and what
+//! pods of real agents notice.
 
+mod agents;
 mod latency;
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -19,8 +22,8 @@ use crate::encryption::{Pair, Tunnel, Version};
 use crate::lab::host::{command_in, run};
 use crate::lab::process::Process;
 
-/// Rows of this suite.
-pub const IDS: [&str; 11] = [
+/// Rows of devices alone.
+const DEVICE_IDS: [&str; 11] = [
     "wg-boringtun",
     "wg-go",
     "wg-go-1core",
@@ -61,15 +64,32 @@ struct Measured {
     cores_per_gbit: f64,
 }
 
-/// Measures all rows.
+/// Measures the rows that are named, or all.
 ///
 /// # Errors
-/// When something cannot be measured; a missed target is no error.
-pub async fn run_all(rounds: usize, progress: &dyn Fn(&str)) -> Result<Vec<Figure>> {
-    let pair = Pair::new().await?;
-    let measured = measure(&pair, rounds, progress).await;
-    pair.remove().await?;
-    measured
+/// When there is no such row, or something cannot be measured; a missed target is no error.
+pub async fn run_all(
+    rounds: usize,
+    only: &[String],
+    progress: &dyn Fn(&str),
+) -> Result<Vec<Figure>> {
+    let known: BTreeSet<&str> = DEVICE_IDS.into_iter().chain(agents::IDS).collect();
+    for name in only {
+        anyhow::ensure!(known.contains(&**name), "no row is named {name}");
+    }
+    let is_wanted = |id: &str| only.is_empty() || only.iter().any(|name| name == id);
+    let mut figures = Vec::new();
+    if DEVICE_IDS.into_iter().any(is_wanted) {
+        let pair = Pair::new().await?;
+        let measured = measure(&pair, rounds, progress).await;
+        pair.remove().await?;
+        figures.extend(measured?);
+    }
+    if agents::IDS.into_iter().any(is_wanted) {
+        figures.extend(agents::rows(rounds, progress).await?);
+    }
+    figures.retain(|figure| is_wanted(&figure.id));
+    Ok(figures)
 }
 
 async fn measure(pair: &Pair, rounds: usize, progress: &dyn Fn(&str)) -> Result<Vec<Figure>> {

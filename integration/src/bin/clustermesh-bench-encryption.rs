@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 use clustermesh_integration::bench::compare::print_table;
-use clustermesh_integration::bench::{encryption, write};
+use clustermesh_integration::bench::{encryption, update};
 use clustermesh_integration::lab::{requirements, teardown};
 
 /// Exit code where the machine lacks something.
@@ -20,7 +20,10 @@ struct Arguments {
     /// Rounds of every row
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
-    /// Where results are written
+    /// Only these rows (default: all)
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Where results are written; rows that are not measured now keep what they had there
     #[arg(long, default_value = "bench-results")]
     results: PathBuf,
 }
@@ -40,7 +43,7 @@ async fn main() -> Result<ExitCode> {
     }
     let progress = |what: &str| eprintln!("bench: {what}");
     let measured = tokio::select! {
-        measured = encryption::run_all(arguments.rounds.into(), &progress) => measured,
+        measured = encryption::run_all(arguments.rounds.into(), &arguments.only, &progress) => measured,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
     };
     // Also what an interrupted run had made.
@@ -48,7 +51,7 @@ async fn main() -> Result<ExitCode> {
         eprintln!("clean-up: {failure}");
     }
     let figures = measured?;
-    write(&arguments.results, "encryption", &figures)?;
+    update(&arguments.results, "encryption", &figures)?;
     print_table(&figures);
     Ok(ExitCode::SUCCESS)
 }
