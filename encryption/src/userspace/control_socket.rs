@@ -66,7 +66,7 @@ impl ControlSocket {
                         // Without descriptors or memory for one client: the next may find them.
                         Err(error) => {
                             tracing::warn!(%error, "a client of the control socket was not served");
-                            std::thread::sleep(ACCEPT_PAUSE);
+                            std::thread::park_timeout(ACCEPT_PAUSE);
                         }
                     }
                 }

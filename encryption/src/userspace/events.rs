@@ -123,7 +123,7 @@ impl Events {
                 }
                 Err(TrySendError::Full(back)) => event = back,
             }
-            std::thread::sleep(LOOK_AGAIN);
+            std::thread::park_timeout(LOOK_AGAIN);
         }
         let left = deadline.saturating_duration_since(Instant::now());
         receiver.recv_timeout(left).map_err(|error| match error {

@@ -122,8 +122,10 @@ pub async fn all_reach_all(pods: &[Pod]) -> Result<()> {
                 let what = || format!("{} to {} v6 {v6}", from.name(), to.name());
                 let address = to.address(v6)?;
                 from.ping(address).await.with_context(what)?;
+                // The first may be answered by "too big": a path has become narrower.
                 let mut ping = from.command(Path::new("ping"));
-                ping.args(["-n", "-c", "1", "-W", "5", "-s", FRAGMENTED_BYTES, address]);
+                ping.args(["-n", "-c", "3", "-i", "0.1", "-W", "5"]);
+                ping.args(["-s", FRAGMENTED_BYTES, address]);
                 run(&mut ping).await.with_context(what)?;
                 let server = server_of(to, v6)?;
                 let arguments = ["probe", "--to", &server, "--attempts", "5"];
