@@ -98,10 +98,20 @@ fn remedy(global: &GlobalArgs, error: &ClientError) -> Option<String> {
         "http:// is for `listen_client_clear`, on the server's own machine; everything else is https://"
     } else if matches!(error, ClientError::Connect(_)) {
         "is clustermesh-server running there? --endpoint or CLUSTERMESH_ENDPOINT says where"
-    } else if text.contains("etcdserver: no leader")
-        || text.contains("etcdserver: request timed out")
+    } else if ["connection closed", "broken pipe", "onnection reset"]
+        .iter()
+        .any(|said| text.contains(said))
     {
-        "more than half of the store's replicas must run and reach each other; their logs say who is missing"
+        "the server ended the connection: its log says why, a certificate in --cert that it does not take for instance"
+    } else if [
+        "etcdserver: no leader",
+        "etcdserver: request timed out",
+        "Timeout expired",
+    ]
+    .iter()
+    .any(|said| text.contains(said))
+    {
+        "more than half of the store's replicas must run and reach each other: `clustermesh status` shows who is missing"
     } else {
         return None;
     };
@@ -165,6 +175,38 @@ mod tests {
         assert!(said(Organisation::Operator).contains("auth"));
         std::fs::write(&cert, "none").unwrap();
         assert!(holder(&cert).contains("names nobody"));
+    }
+
+    #[test]
+    fn a_call_that_fails_without_a_word_comes_with_what_to_look_at() {
+        use clap::Parser as _;
+        let cli = crate::args::Cli::parse_from(["clustermesh", "status"]);
+        for (message, remedy) in [
+            ("cancelled: Timeout expired", "who is missing"),
+            ("unavailable: etcdserver: no leader", "who is missing"),
+            (
+                "cancelled: operation was canceled: connection closed",
+                "--cert",
+            ),
+            ("unimplemented", "plain store"),
+            ("invalid argument: x", "argument: x"),
+        ] {
+            let code = if message == "unimplemented" {
+                tonic::Code::Unimplemented
+            } else {
+                tonic::Code::Unavailable
+            };
+            let error = ClientError::Status {
+                endpoint: "https://s1:2379".to_owned(),
+                message: message.to_owned(),
+                status: Box::new(tonic::Status::new(code, "")),
+            };
+            let text = explain(&cli.global, &Error::new(error));
+            assert!(
+                text.starts_with("https://s1:2379: ") && text.contains(remedy),
+                "{text}"
+            );
+        }
     }
 
     fn told(endpoint: &str, reason: &str) -> String {

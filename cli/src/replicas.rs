@@ -26,10 +26,19 @@ pub struct Replica {
     alarms: Vec<&'static str>,
 }
 
-/// All replicas of the group that `client` is connected to.
+/// All replicas of the group that `client` is connected to; without a quorum as the connected one knows them.
 pub async fn ask(global: &GlobalArgs, client: &Client) -> Result<Vec<Replica>> {
     let (own, members, alarms) =
-        tokio::try_join!(client.store_status(), client.members(), client.alarms())?;
+        tokio::join!(client.store_status(), client.members(), client.alarms());
+    let own = own?;
+    let members = match members {
+        Err(error) if error.is_transient() => client.known_members().await?,
+        answered => answered?,
+    };
+    let alarms = match alarms {
+        Err(error) if error.is_transient() => Vec::new(),
+        answered => answered?,
+    };
     let mut asking = JoinSet::new();
     for (index, member) in members.iter().enumerate() {
         let config = ClientConfig {

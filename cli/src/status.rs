@@ -27,11 +27,15 @@ pub async fn run(global: &GlobalArgs, args: &StatusArgs) -> Result<()> {
     if args.wait {
         wait(&client, args.timeout).await?;
     }
-    let replicas = replicas::ask(global, &client).await?;
-    let status = match client.mesh_status().await {
+    let (replicas, status) = tokio::join!(replicas::ask(global, &client), client.mesh_status());
+    let replicas = replicas?;
+    let (status, failed) = match status {
+        Ok(status) => (Some(status), None),
         // A plain store is no cluster of a mesh.
-        Err(error) if error.is_unimplemented() => None,
-        answered => Some(answered?),
+        Err(error) if error.is_unimplemented() => (None, None),
+        // Without a quorum nothing is known of the cluster, and all the more is asked of its replicas.
+        Err(error) if error.is_transient() => (None, Some(error)),
+        Err(error) => return Err(error.into()),
     };
     match global.output {
         Output::Json => {
@@ -39,15 +43,16 @@ pub async fn run(global: &GlobalArgs, args: &StatusArgs) -> Result<()> {
             if let Some(value) = value.as_object_mut() {
                 value.insert("replicas".to_owned(), replicas::to_json(&replicas).into());
             }
-            output::json(&value)
+            output::json(&value)?;
         }
         Output::Table => {
             let cluster = status.as_ref().map_or_else(String::new, to_text);
             let replicas = indent(&replicas::table(&replicas).render());
             let gap = if cluster.is_empty() { "" } else { "\n" };
-            output::print(&format!("{cluster}{gap}Replicas\n{replicas}"))
+            output::print(&format!("{cluster}{gap}Replicas\n{replicas}"))?;
         }
     }
+    failed.map_or(Ok(()), |error| Err(error.into()))
 }
 
 async fn wait(client: &Client, limit: Duration) -> Result<()> {

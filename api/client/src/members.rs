@@ -18,7 +18,19 @@ impl Client {
     /// # Errors
     /// The call failed.
     pub async fn members(&self) -> Result<Vec<Member>, ClientError> {
-        let request = MemberListRequest { linearizable: true };
+        self.list_members(true).await
+    }
+
+    /// All replicas as the connected one knows them, also while no quorum runs.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub async fn known_members(&self) -> Result<Vec<Member>, ClientError> {
+        self.list_members(false).await
+    }
+
+    async fn list_members(&self, linearizable: bool) -> Result<Vec<Member>, ClientError> {
+        let request = MemberListRequest { linearizable };
         let answer = self.cluster().member_list(timed(request)).await;
         answer
             .map(|answer| answer.into_inner().members)
