@@ -15,7 +15,7 @@ use crate::{error::StoreError, folder};
 /// sled's segment, bytes.
 pub(super) const SEGMENT_BYTES: usize = 8 << 20;
 /// sled's page cache, bytes: small, since recent entries are kept by us.
-const SLED_CACHE_BYTES: u64 = 32 << 20;
+const SLED_CACHE_BYTES: u64 = 8 << 20;
 
 /// How long an open waits for a database of this process to be let go.
 const REOPEN_TIMEOUT: Duration = Duration::from_secs(5);
