@@ -96,6 +96,9 @@ impl<R: AsyncRuntime> Replica<R> {
         if begun && raft.voter_ids().eq(alone) {
             // Nobody else can lead: no need to wait for an election timeout.
             raft.trigger().elect(false).await.map_err(fatal)?;
+        } else if begun {
+            // When all were down, nobody has to wait for an election timeout either: whoever hears a leader refuses this.
+            raft.trigger().elect(true).await.map_err(fatal)?;
         }
         match &config.start {
             _ if begun => {}
