@@ -477,7 +477,7 @@ fn the_encoded_event_is_the_message() {
     for group in &applied.groups {
         let event = &group.events[0];
         assert_eq!(
-            event.encoded().as_ref(),
+            event.encoded(),
             event.to_event(false).encode_to_vec()
         );
     }
