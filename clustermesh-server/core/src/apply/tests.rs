@@ -476,10 +476,7 @@ fn the_encoded_event_is_the_message() {
     );
     for group in &applied.groups {
         let event = &group.events[0];
-        assert_eq!(
-            event.encoded(),
-            event.to_event(false).encode_to_vec()
-        );
+        assert_eq!(event.encoded(), event.to_event(false).encode_to_vec());
     }
     let last = applied.groups[2].events[0].to_event(true);
     assert_eq!(last.kv.unwrap().mod_revision, 4);
