@@ -4,8 +4,9 @@ use clustermesh_core::{CompactionHashes, KvHash};
 use openraft::async_runtime::{AsyncRuntime, Watch, WatchReceiver, WatchSender};
 use parking_lot::Mutex;
 
-/// Hashes of compactions being taken at once; those of further ones are left out.
-const MAX_COMPACTION_HASHES_RUNNING: usize = 16;
+/// Hashes of compactions being taken at once; those of further ones are left out, or a log full of compactions would take
+/// the processors for itself at a start.
+const MAX_COMPACTION_HASHES_RUNNING: usize = 2;
 
 /// Part of what apply and readers share.
 pub(crate) struct Hashes<R: AsyncRuntime> {
