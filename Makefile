@@ -46,8 +46,8 @@ lint: ## Format, clippy, docs, dependency rules
 TEST_JOBS ?= 3
 TEST_FILES := $(wildcard $(foreach folder,* */*,$(folder)/tests/*.rs $(folder)/tests/*/main.rs))
 FOUND := $(addprefix test-,$(filter-out mutants,$(notdir $(basename $(patsubst %/main.rs,%.rs,$(TEST_FILES))))))
-LONG := test-encryption test-faults judged-3 judged-1 test-packet_path test-loader test-continuity unit-tests \
-	test-encrypted test-server test-demo test-seeds mutant-tests
+LONG := test-encrypted test-encryption test-faults judged-3 judged-1 test-packet_path test-loader test-continuity unit-tests \
+	test-server test-demo test-devices test-seeds mutant-tests
 TESTS = $(LONG) $(filter-out $(LONG),$(sort $(FOUND))) doc-tests
 .PHONY: $(sort $(FOUND)) unit-tests doc-tests mutant-tests
 test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces (TEST_JOBS=3)
