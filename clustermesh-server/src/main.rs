@@ -13,10 +13,6 @@ use clustermesh_server::config::Config;
 use clustermesh_server::server::Server;
 use tracing::{error, warn};
 
-/// What a put allocates on one thread is often freed on another, where the C library's allocator takes locks.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// Exit code of a server that could not go on.
 const EXIT_FAILED: i32 = 1;
 
