@@ -3,14 +3,11 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use clustermesh_encryption_core::message::TRANSPORT_OVERHEAD_BYTES;
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
 };
-
-use crate::userspace::udp::{SEGMENTS_MAX, SEND_BYTES_MAX};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
@@ -25,14 +22,6 @@ const IFLA_GSO_MAX_SEGS: u16 = 40;
 const IFLA_INFO_KIND: u16 = 1;
 /// Bytes of `struct nlmsghdr`, and of `struct ifinfomsg`.
 const HEADER_BYTES: usize = 16;
-
-/// Segments of `mtu` bytes that, sealed, go into one call: more would make every super-packet two calls, two wake-ups and
-/// two acknowledgements at the other end.
-#[must_use]
-pub fn segments_per_call(mtu: usize) -> u32 {
-    let segments = SEND_BYTES_MAX / (mtu + TRANSPORT_OVERHEAD_BYTES);
-    u32::try_from(segments.clamp(1, SEGMENTS_MAX)).unwrap_or(1)
-}
 
 /// Limits the super-packets that the kernel hands to the device `name`.
 ///
@@ -132,13 +121,6 @@ fn request(kind: u16, flags: u16, index: u32, attributes: &[u8]) -> io::Result<(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_call_holds_what_fits() {
-        assert_eq!(segments_per_call(1_420), 45);
-        assert_eq!(segments_per_call(65_535), 1);
-        assert_eq!(segments_per_call(100), 64);
-    }
 
     #[test]
     fn a_device_that_is_not_there_is_an_error_to_change_and_fine_to_delete() {

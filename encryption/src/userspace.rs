@@ -101,7 +101,7 @@ impl UserspaceDevice {
             tun::set_mtu(name, mtu).map_err(failed)?;
         }
         let mtu = tun::mtu(name).map_err(failed)?;
-        link::set_segments_max(name, link::segments_per_call(mtu)).map_err(failed)?;
+        link::set_segments_max(name, udp::segments_per_call(mtu)).map_err(failed)?;
         let engine = Engine::new(&mut |room| rand::fill(room));
         let shared = Shared::new(count, engine.index_mask(), mtu)
             .map_err(|error| OpenError::Threads(error.into()))?;

@@ -22,7 +22,7 @@ use super::events::{ApplyError, Event, Events, Handshake};
 use super::outbound::Outbound;
 use super::shared::{Peer, Shared, Sockets, Table, count};
 use super::tun;
-use super::udp::{HANDSHAKE_TOS, Socket};
+use super::udp::{self, HANDSHAKE_TOS, Socket};
 use crate::link;
 
 /// Handshake messages in a second that are taken without asking for a cookie.
@@ -157,7 +157,7 @@ impl Control {
         }
         let mtu = tun::mtu(&self.name)?;
         if self.shared.mtu.swap(mtu, Ordering::Relaxed) != mtu {
-            link::set_segments_max(&self.name, link::segments_per_call(mtu))?;
+            link::set_segments_max(&self.name, udp::segments_per_call(mtu))?;
             self.publish();
         }
         Ok(())

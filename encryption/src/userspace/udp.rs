@@ -11,6 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use clustermesh_encryption_core::message::TRANSPORT_OVERHEAD_BYTES;
 use nix::errno::Errno;
 
 /// Segments in one call (`UDP_MAX_SEGMENTS` of Linux before 6.9).
@@ -35,6 +36,14 @@ const FAMILY_V6: libc::sa_family_t = 10;
 // linux/udp.h
 const UDP_SEGMENT: c_int = 103;
 const UDP_GRO: c_int = 104;
+
+/// Segments of `mtu` bytes that, sealed, go into one call: more would make every super-packet two calls, two wake-ups and
+/// two acknowledgements at the other end.
+#[must_use]
+pub fn segments_per_call(mtu: usize) -> u32 {
+    let segments = SEND_BYTES_MAX / (mtu + TRANSPORT_OVERHEAD_BYTES);
+    u32::try_from(segments.clamp(1, SEGMENTS_MAX)).unwrap_or(1)
+}
 
 /// A buffer of control messages, aligned as they want it.
 #[repr(C, align(8))]

@@ -11,7 +11,7 @@ use clustermesh_api::v1::{
     CniError as WireError, CniGcRequest, CniGcResponse, CniRequest, CniRoute, CniStatusRequest,
     CniStatusResponse,
 };
-use clustermesh_encryption::link::segments_per_call;
+use clustermesh_encryption::userspace::udp::segments_per_call;
 use clustermesh_node_core::change::WorkloadName;
 use clustermesh_node_core::cni::{CniError, code};
 use clustermesh_node_core::ipam::{Attachment, Ipam, IpamError};

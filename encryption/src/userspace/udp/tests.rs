@@ -68,3 +68,10 @@ fn control_messages_with_wrong_lengths_end_the_reading() {
         assert!(seen <= 32);
     }
 }
+
+#[test]
+fn a_call_holds_what_fits() {
+    assert_eq!(segments_per_call(1_420), 45);
+    assert_eq!(segments_per_call(65_535), 1);
+    assert_eq!(segments_per_call(100), 64);
+}
