@@ -3,8 +3,9 @@
 //! * [`etcd`] and [`v1`]: the messages of the etcd v3 API and of our own services; with feature `grpc` also their
 //!   clients and servers.
 //! * [`keys`]: every key of the schema as one typed [`RecordKey`].
-//! * [`records`]: the values, read and written byte for byte as Cilium does, and [`Record`], which decodes by key.
-//! * [`manifest`]: what an operator applies.
+//! * [`records`]: the values, each kind for itself, read and written byte for byte as Cilium does.
+//! * [`manifest`]: what an operator applies, and how it is stored.
+//! * [`record`]: any value of these two as one typed [`Record`], by its key.
 //! * [`identity_split`], [`validate`]: numbering and what a cluster may claim.
 //! * [`limits`]: every limit of the project, with its unit.
 //!
@@ -20,6 +21,7 @@ pub mod keys;
 pub mod limits;
 pub mod manifest;
 pub mod names;
+pub mod record;
 pub mod records;
 pub mod validate;
 
@@ -28,4 +30,4 @@ pub use generated::FILE_DESCRIPTOR_SET;
 pub use generated::{etcd, v1};
 pub use identity_split::IdentitySplit;
 pub use keys::{Kind, RecordKey, Tree};
-pub use records::Record;
+pub use record::{Record, RecordError};

@@ -14,9 +14,8 @@ use crate::{
         MAX_PORTS_PER_ENDPOINT,
     },
     names::{NameError, check_cluster_name, check_dns_subdomain},
-    records::{
-        ClusterConfig, ClusterService, EndpointSlice, Identity, IpIdentityPair, Node, Record,
-    },
+    record::Record,
+    records::{ClusterConfig, ClusterService, EndpointSlice, Identity, IpIdentityPair, Node},
 };
 
 /// Name and id that a cluster of the mesh may have.

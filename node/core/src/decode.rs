@@ -4,11 +4,11 @@ use std::net::IpAddr;
 
 use base64::Engine as _;
 use clustermesh_api::{
-    IdentitySplit, Record, RecordKey, Tree,
+    IdentitySplit, Record, RecordError, RecordKey, Tree,
     address::parse_address,
     keys::{KeyError, Origin},
     manifest::{self, StoredService},
-    records::{self, AddressType, EndpointSlicesExportMode, RecordError, WIREGUARD_PORT_DEFAULT},
+    records::{self, AddressType, EndpointSlicesExportMode, WIREGUARD_PORT_DEFAULT},
     validate::{Claimant, Violation},
 };
 

@@ -8,7 +8,8 @@ use clustermesh_api::identity_split::{
     IDENTITY_HEALTH, IDENTITY_HOST, IDENTITY_INGRESS, IDENTITY_REMOTE_NODE, is_reserved,
 };
 use clustermesh_api::keys::RecordKey;
-use clustermesh_api::records::{AddressType, IpIdentityPair, Node, Record};
+use clustermesh_api::record::Record;
+use clustermesh_api::records::{AddressType, IpIdentityPair, Node};
 use clustermesh_api::validate::{Claimant, ValidationError};
 use ipnetwork::IpNetwork;
 

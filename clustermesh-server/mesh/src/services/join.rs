@@ -10,7 +10,8 @@ use clustermesh_api::keys::{
     STORED_SERVICES_PREFIX, Tree, WORKLOADS_PREFIX,
 };
 use clustermesh_api::manifest::StoredService;
-use clustermesh_api::records::{EndpointSlice, Readiness, Record};
+use clustermesh_api::record::Record;
+use clustermesh_api::records::{EndpointSlice, Readiness};
 
 use super::render::{self, Backend};
 use crate::keys::OWN_ADDRESSES_PREFIX;

@@ -4,6 +4,7 @@ use ipnetwork::IpNetwork;
 use proptest::{collection::btree_map, option, prelude::*};
 
 use super::*;
+use crate::records::*;
 use crate::{
     address::{Cidr, Mask},
     keys::tests::any_address,

@@ -4,6 +4,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use prost::Message as _;
 
 use super::*;
+use crate::records::*;
 use crate::{IdentitySplit, keys::RecordKey, validate::Claimant};
 
 const VECTORS: &str = include_str!("../../tests/vectors/cilium-1.20.jsonl");
