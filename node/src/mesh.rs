@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clustermesh_ebpf::Maps;
 use clustermesh_ebpf::abi::{MeshKey, MeshValue};
-use clustermesh_node_core::mesh::{FixedPrefixes, MESH_PREFIXES_LEARNT_MAX, MeshPrefixes};
+use clustermesh_node_core::mesh_prefixes::{FixedPrefixes, MESH_PREFIXES_LEARNT_MAX, MeshPrefixes};
 use clustermesh_process::Drain;
 use tokio::sync::watch;
 use tracing::{error, info, warn};
@@ -241,7 +241,7 @@ pub async fn run(shared: Arc<Shared>, guard: Arc<MeshGuard>, drain: Drain) {
 #[cfg(test)]
 mod tests {
     use clustermesh_ebpf::abi::{MESH_LISTED, MESH_NODES, MESH_PODS};
-    use clustermesh_node_core::mesh::{MESH_PREFIX_GRACE_MS, mesh_key};
+    use clustermesh_node_core::mesh_prefixes::{MESH_PREFIX_GRACE_MS, mesh_key};
 
     use super::*;
     use crate::fixture::Fixture;

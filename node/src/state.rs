@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use clustermesh_node_core::ipam::{Attachment, Ipam};
-use clustermesh_node_core::mesh::MeshPrefix;
+use clustermesh_node_core::mesh_prefixes::MeshPrefix;
 use ipnetwork::IpNetwork;
 use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;

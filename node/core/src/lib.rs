@@ -9,7 +9,7 @@ pub mod change;
 pub mod cni;
 pub mod decode;
 pub mod ipam;
-pub mod mesh;
+pub mod mesh_prefixes;
 pub mod model;
 pub mod path_mtu;
 pub mod plan;
@@ -18,10 +18,11 @@ pub mod progress;
 pub mod refused;
 pub mod rotation;
 pub mod select;
+pub mod settings;
 pub mod tables;
 
 pub use model::{
-    ABSENCE_GRACE_MS, EMPTY_NODE, EncryptionMode, EncryptionSettings, IPCACHE_WANTED_MAX, Model,
-    PathTarget, PeerState, Protection, ProvableNode, Settings, UnderlayPath, WireguardPeer,
-    WireguardState,
+    ABSENCE_GRACE_MS, EMPTY_NODE, IPCACHE_WANTED_MAX, Model, PathTarget, PeerState, Protection,
+    ProvableNode, WireguardPeer, WireguardState,
 };
+pub use settings::{EncryptionMode, EncryptionSettings, Settings, UnderlayPath};

@@ -9,7 +9,7 @@ mod addresses;
 mod claims;
 mod encryption;
 mod gate;
-mod mesh;
+mod mesh_prefixes;
 mod nodes;
 mod paths;
 mod places;
@@ -17,9 +17,6 @@ mod services;
 mod sources;
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::IpAddr;
-
-use clustermesh_ebpf_abi::IdentitySplit;
 
 use crate::change::{
     Change, ClusterName, ServiceDeclaration, ServiceName, WorkloadDeclaration, WorkloadName,
@@ -27,6 +24,7 @@ use crate::change::{
 use crate::plan::{Keys, Plan, Step, plan_keys};
 use crate::progress::{Position, Vector};
 use crate::refused::{Reason, Refusal, Refused};
+use crate::settings::Settings;
 use crate::tables::Tables;
 
 use absence::Absence;
@@ -36,50 +34,11 @@ use services::Services;
 
 pub use absence::ABSENCE_GRACE_MS;
 pub use addresses::IPCACHE_WANTED_MAX;
-pub use encryption::{
-    EncryptionMode, EncryptionSettings, PeerState, Protection, ProvableNode, WireguardPeer,
-    WireguardState,
-};
+pub use encryption::{PeerState, Protection, ProvableNode, WireguardPeer, WireguardState};
 pub use nodes::NODE_ADDRESSES_WANTED_MAX;
 pub use paths::{EMPTY_NODE, PathTarget};
 pub use services::{BACKENDS_WANTED_MAX, FRONTENDS_WANTED_MAX};
 use sources::Sources;
-
-/// What a path to other nodes is like, for one family of the underlay.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct UnderlayPath {
-    /// Device that leads to the nodes; 0 = let the kernel's routes decide.
-    pub egress_ifindex: u32,
-    /// Largest inner packet, bytes; 0 = not known.
-    pub mtu_bytes: u16,
-    /// The same for packets that are encrypted.
-    pub encrypted_mtu_bytes: u16,
-}
-
-/// What the model must know of its node.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// Own cluster.
-    pub cluster: ClusterName,
-    /// Its id.
-    pub cluster_id: u16,
-    /// Own node name.
-    pub node: Box<str>,
-    /// Own underlay addresses.
-    pub underlay: Vec<IpAddr>,
-    /// How identities are split.
-    pub split: IdentitySplit,
-    /// Traffic to other nodes is routed, not encapsulated.
-    pub direct_routing: bool,
-    /// Path over IPv4, if the node has it.
-    pub path_v4: Option<UnderlayPath>,
-    /// Path over IPv6, if the node has it.
-    pub path_v6: Option<UnderlayPath>,
-    /// Entries of the ipcache that are wanted at most: [`IPCACHE_WANTED_MAX`] of the whole map.
-    pub ipcache_wanted_max: usize,
-    /// What is to be encrypted.
-    pub encryption: EncryptionSettings,
-}
 
 /// Wanted and actual state of the record-driven maps.
 pub struct Model {

@@ -12,42 +12,6 @@ use crate::change::{ClusterName, NodeKey, NodeRecord, WireguardKey};
 use crate::refused::Reason;
 use crate::tables;
 
-/// Which traffic to other nodes is encrypted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum EncryptionMode {
-    /// None.
-    #[default]
-    Off,
-    /// To other clusters.
-    InterCluster,
-    /// All.
-    All,
-}
-
-/// What is to be encrypted.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct EncryptionSettings {
-    /// In general.
-    pub mode: EncryptionMode,
-    /// For single clusters, whatever the mode says.
-    pub clusters: BTreeMap<Box<str>, bool>,
-    /// What cannot be encrypted is dropped.
-    pub strict: bool,
-}
-
-impl EncryptionSettings {
-    /// Whether traffic to nodes of that cluster is to be encrypted.
-    #[must_use]
-    pub fn covers(&self, cluster: &str, is_own: bool) -> bool {
-        match (self.mode, self.clusters.get(cluster)) {
-            (EncryptionMode::Off, _) => false,
-            (_, Some(on)) => *on,
-            (EncryptionMode::All, None) => true,
-            (EncryptionMode::InterCluster, None) => !is_own,
-        }
-    }
-}
-
 /// What a WireGuard device of this node knows of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerState {

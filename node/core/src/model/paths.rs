@@ -7,10 +7,11 @@ use clustermesh_ebpf_abi::{
     NODE_WITHHELD, NodeValue,
 };
 
+use super::Model;
 use super::encryption::Protection;
 use super::sources::SourceId;
-use super::{Model, UnderlayPath};
 use crate::change::{ClusterName, NodeRecord};
+use crate::settings::UnderlayPath;
 use crate::tables;
 
 /// A slot that is not in use.

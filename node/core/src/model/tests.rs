@@ -9,13 +9,14 @@ use crate::change::{
     AddressOwner, Affinity, BackendEndpoint, BackendPort, ClusterConfig, Condition, EndpointGroup,
     NodeRecord, ServicePort, SliceRecord,
 };
+use crate::settings::{EncryptionMode, EncryptionSettings, UnderlayPath};
 use crate::tables::{address, host_key, ip};
 
 mod absence;
 mod encryption;
 mod frontends;
 mod listing;
-mod mesh;
+mod mesh_prefixes;
 mod nodes;
 mod paths;
 mod peers;

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::EncryptionMode;
+use crate::settings::EncryptionMode;
 
 fn prefix(cluster: &str, kind: PrefixKind, prefix: &str) -> MeshPrefix {
     MeshPrefix {

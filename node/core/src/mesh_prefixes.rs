@@ -12,7 +12,7 @@ use clustermesh_ebpf_abi::{
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use crate::model::EncryptionSettings;
+use crate::settings::EncryptionSettings;
 use crate::tables;
 
 /// Prefixes that are learnt at most: the rest of the map is room for the operator's, and for those not removed yet.

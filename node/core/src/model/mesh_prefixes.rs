@@ -9,7 +9,7 @@ use super::Model;
 use super::nodes::routable;
 use super::sources::OWN;
 use crate::change::ClusterName;
-use crate::mesh::{MeshPrefix, PrefixKind};
+use crate::mesh_prefixes::{MeshPrefix, PrefixKind};
 
 impl Model {
     /// The clusters that the store's server is configured to copy; `None` if it does not say.

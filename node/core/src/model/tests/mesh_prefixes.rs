@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::mesh::{MeshPrefix, PrefixKind};
+use crate::mesh_prefixes::{MeshPrefix, PrefixKind};
 
 fn full_node(of: &str, name: &str, underlay: &[&str], cidrs: &[&str]) -> Change {
     Change::Node {
