@@ -22,18 +22,19 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::encryption::{self, Encryption};
-use crate::endpoint::Endpoints;
+use crate::endpoints::Endpoints;
+use crate::endpoints::work_off_queue;
 use crate::flows::Flows;
 use crate::host::{self, HostPair, Underlay};
-use crate::local_api::{LocalApi, work_off_queue};
-use crate::mesh::{self, MeshGuard};
+use crate::local_api::LocalApi;
 use crate::metrics::Metrics;
-use crate::reconcile::{RETRY_AFTER, read_tables};
+use crate::records::reconcile::{RETRY_AFTER, read_tables};
+use crate::records::stream::Follower;
 use crate::session;
 use crate::shared::{Parts, Shared};
-use crate::state::{NodeFacts, StateFiles};
-use crate::stream::Follower;
-use crate::{netlink, path_probe, privileges, probe};
+use crate::state_files::{NodeFacts, StateFiles};
+use crate::strict_mode::{self, MeshGuard};
+use crate::{netlink, paths, privileges, readiness};
 
 /// The underlay is compared with what the kernel's state is made for this often; a change that two looks in a row
 /// have found is followed.
@@ -144,8 +145,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     tokio::spawn(admin.serve(DrainEnd::of(&view)));
     tokio::spawn(api.serve(Arc::clone(&shared), flows, view.clone()));
-    tokio::spawn(probe::run(Arc::clone(&shared), view.clone()));
-    tokio::spawn(path_probe::run(Arc::clone(&shared), view.clone()));
+    tokio::spawn(readiness::run(Arc::clone(&shared), view.clone()));
+    tokio::spawn(paths::run(Arc::clone(&shared), view.clone()));
     if let Some(encryption) = encryption {
         tokio::spawn(encryption::run(
             Arc::clone(&shared),
@@ -155,7 +156,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         ));
     }
     if let Some(mesh) = mesh {
-        tokio::spawn(mesh::run(Arc::clone(&shared), mesh, view.clone()));
+        tokio::spawn(strict_mode::run(Arc::clone(&shared), mesh, view.clone()));
     }
     let identity = session::Identity {
         boot_id: boot_id(),

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::config::Config;
 use crate::encryption;
 use crate::encryption::keys::{KEY_FILE, NEXT_KEY_FILE};
-use crate::state::{MESH_FILE, StateFiles};
+use crate::state_files::{MESH_FILE, StateFiles};
 use crate::{host, netlink, privileges};
 
 /// How the status is printed.

@@ -12,14 +12,14 @@ use clustermesh_node_core::{IPCACHE_WANTED_MAX, Model, Settings, UnderlayPath};
 use prometheus_client::registry::Registry;
 
 use crate::config::Config;
-use crate::endpoint::Endpoints;
+use crate::endpoints::Endpoints;
 use crate::host::Underlay;
-use crate::mesh::MeshGuard;
 use crate::metrics::Metrics;
 use crate::netlink;
-use crate::reconcile::read_tables;
+use crate::records::reconcile::read_tables;
 use crate::shared::{Parts, Shared};
-use crate::state::{NodeFacts, StateFiles};
+use crate::state_files::{NodeFacts, StateFiles};
+use crate::strict_mode::MeshGuard;
 
 /// Largest packet to another node of [`Fixture::add_node`], bytes.
 pub const PATH_BYTES: u16 = 1_450;

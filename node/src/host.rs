@@ -19,7 +19,7 @@ use crate::config::{Config, Routing};
 use crate::encryption::{self, Encryption};
 use crate::netlink::{self, Link, Route, VethPair};
 use crate::shared::RemoteCidrs;
-use crate::state::NodeFacts;
+use crate::state_files::NodeFacts;
 
 /// Host's end: has the router and health addresses, and the routes to pods.
 pub const HOST_DEVICE: &str = "cm_host";

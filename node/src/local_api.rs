@@ -2,7 +2,6 @@
 
 mod agent;
 mod cni;
-mod queue;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -18,8 +17,6 @@ use tokio_stream::wrappers::UnixListenerStream;
 
 use crate::flows::Flows;
 use crate::shared::Shared;
-
-pub use queue::{DelQueue, file_of as queued_del_file, run as work_off_queue};
 
 /// The bound socket.
 pub struct LocalApi {

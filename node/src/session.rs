@@ -23,9 +23,9 @@ use tracing::{info, warn};
 
 use crate::host::Underlay;
 use crate::metrics::label;
-use crate::probe::AddressReadiness;
+use crate::readiness::AddressReadiness;
 use crate::shared::{Applied, Shared};
-use crate::state::NodeFacts;
+use crate::state_files::NodeFacts;
 use claims::Claims;
 
 /// Applied revisions are reported at most this often.

@@ -15,14 +15,14 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::encryption::Encryption;
-use crate::endpoint::Endpoints;
+use crate::endpoints::DelQueue;
+use crate::endpoints::Endpoints;
 use crate::host::Underlay;
-use crate::local_api::DelQueue;
-use crate::mesh::MeshGuard;
 use crate::metrics::Metrics;
-use crate::path_probe::Paths;
-use crate::probe::Prober;
-use crate::state::{NodeFacts, StateFiles, StoredWorkload};
+use crate::paths::Paths;
+use crate::readiness::Prober;
+use crate::state_files::{NodeFacts, StateFiles, StoredWorkload};
+use crate::strict_mode::MeshGuard;
 
 /// ADD waits so long for its workload.
 pub const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
@@ -185,7 +185,7 @@ impl Shared {
     ///
     /// # Errors
     /// The state folder cannot be written.
-    pub fn store_workloads(&self) -> Result<(), crate::state::StateError> {
+    pub fn store_workloads(&self) -> Result<(), crate::state_files::StateError> {
         let mut workloads: Vec<StoredWorkload> = {
             let model = self.model();
             let Some(model) = model.as_ref().filter(|model| model.is_listed()) else {

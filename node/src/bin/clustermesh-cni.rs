@@ -36,7 +36,7 @@ fn run() -> Result<Option<String>, CniError> {
         .enable_all()
         .build()
         .map_err(failed)?
-        .block_on(clustermesh_node::cni::answer(
+        .block_on(clustermesh_node::cni_plugin::answer(
             |name| std::env::var(name).ok(),
             &stdin,
         ))

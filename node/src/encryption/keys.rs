@@ -12,7 +12,7 @@ use clustermesh_ebpf::abi::WIREGUARD_DEVICES_MAX;
 use clustermesh_encryption_core::key::PrivateKey;
 use zeroize::Zeroizing;
 
-use crate::state::write_durably;
+use crate::state_files::write_durably;
 
 /// The key that others encrypt to.
 pub const KEY_FILE: &str = "wireguard.key";

@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 use super::change::Turn;
 use super::{Encryption, OpenDevice, SILENT_MAX, name_of, peers};
 use crate::netlink;
-use crate::reconcile;
+use crate::records::reconcile;
 use crate::shared::Shared;
 
 /// How often the devices are looked at when no record changes.

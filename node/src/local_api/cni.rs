@@ -19,9 +19,9 @@ use prost::Message as _;
 use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
 
-use crate::endpoint::{AddRequest, EndpointError};
+use crate::endpoints::{AddRequest, EndpointError};
 use crate::shared::{Shared, WORKLOAD_WAIT};
-use crate::state::{NodeFacts, StoredEndpoint};
+use crate::state_files::{NodeFacts, StoredEndpoint};
 
 /// ADD waits so long for strict mode.
 const GUARD_WAIT: Duration = Duration::from_secs(5);

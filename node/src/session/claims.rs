@@ -9,7 +9,7 @@ use clustermesh_api::v1::{DeleteEndpoint, SyncEndpoints, UpsertEndpoint};
 use clustermesh_node_core::ipam::Attachment;
 use tracing::warn;
 
-use crate::state::StoredEndpoint;
+use crate::state_files::StoredEndpoint;
 
 /// Refusals that are remembered, so that each is logged once.
 const REFUSALS_TOLD_MAX: usize = 1_024;

@@ -18,7 +18,7 @@ use futures_util::FutureExt as _;
 use tracing::{info, warn};
 
 use crate::metrics::label;
-use crate::reconcile::{RETRY_AFTER, round};
+use crate::records::reconcile::{RETRY_AFTER, round};
 use crate::shared::Shared;
 
 /// Messages that are handled before the maps are written.

@@ -10,7 +10,7 @@ use clustermesh_node_core::ipam::Attachment;
 use clustermesh_process::Drain;
 use tracing::{info, warn};
 
-use crate::endpoint::{Endpoints, interface_name};
+use super::{Endpoints, interface_name};
 use crate::shared::Shared;
 
 /// Files that are looked at in one round.

@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use super::pod::{self, PodPlan, interface_name};
 use crate::host::HostPair;
 use crate::netlink::{self, NetlinkError};
-use crate::state::{NodeFacts, StateError, StateFiles, StoredEndpoint, StoredEndpoints};
+use crate::state_files::{NodeFacts, StateError, StateFiles, StoredEndpoint, StoredEndpoints};
 
 /// Why an endpoint could not be attached or detached.
 #[derive(Debug, thiserror::Error)]

@@ -10,7 +10,7 @@ use clustermesh_node_core::tables::Tables;
 use tracing::{error, warn};
 
 use crate::metrics::label;
-use crate::probe;
+use crate::readiness;
 use crate::shared::{Applied, RemoteCidrs, Shared};
 
 /// After a map call that failed the next try waits so long.
@@ -96,7 +96,7 @@ pub fn round(shared: &Shared) -> bool {
             .send_modify(|n| *n = n.wrapping_add(1));
     }
     if (services || workloads) && listed {
-        probe::refresh_targets(shared);
+        readiness::refresh_targets(shared);
     }
     shared
         .trusted

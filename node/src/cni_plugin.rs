@@ -18,8 +18,8 @@ use prost::Message as _;
 use tonic::Status;
 
 use crate::config::{DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, QUEUE_NAME, SOCKET_NAME};
-use crate::local_api::queued_del_file;
-use crate::state::write_durably;
+use crate::endpoints::queued_del_file;
+use crate::state_files::write_durably;
 use clustermesh_client::local::connect;
 
 /// Longest call: an ADD waits 5 s for its workload.

@@ -14,9 +14,9 @@ use tracing::{error, info, warn};
 
 use crate::config::Config;
 use crate::metrics::label;
-use crate::reconcile::RETRY_AFTER;
+use crate::records::reconcile::RETRY_AFTER;
 use crate::shared::Shared;
-use crate::state::{NodeFacts, StateFiles};
+use crate::state_files::{NodeFacts, StateFiles};
 
 /// Changes of records are carried out together, at most this often.
 const GATHER: Duration = Duration::from_millis(200);
@@ -172,7 +172,7 @@ impl MeshGuard {
         !inner.is_stored
     }
 
-    fn store(&self, files: &StateFiles) -> Result<(), crate::state::StateError> {
+    fn store(&self, files: &StateFiles) -> Result<(), crate::state_files::StateError> {
         let prefixes: Vec<_> = self.lock().prefixes.iter().cloned().collect();
         files.store_mesh_prefixes(&prefixes)?;
         let mut inner = self.lock();

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use crate::echo::{Asker, EchoSocket};
 use crate::metrics::Labels;
-use crate::reconcile;
+use crate::records::reconcile;
 use crate::shared::Shared;
 
 /// What is due is sent this often.
