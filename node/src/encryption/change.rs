@@ -18,9 +18,9 @@ use clustermesh_node_core::rotation::{
 use rtnetlink::Handle;
 use tracing::{info, warn};
 
+use super::devices::{Encryption, Leaving, OpenDevice, name_of};
 use super::keys::{self, NEXT_KEY_FILE};
 use super::task::Task;
-use super::{Encryption, Leaving, OpenDevice, name_of};
 use crate::host::Underlay;
 use crate::netlink;
 

@@ -12,7 +12,8 @@ use rtnetlink::Handle;
 use tracing::{error, info, warn};
 
 use super::change::Turn;
-use super::{Encryption, OpenDevice, SILENT_MAX, name_of, peers};
+use super::devices::{Encryption, OpenDevice, SILENT_MAX, name_of};
+use super::peers;
 use crate::netlink;
 use crate::records::reconcile;
 use crate::shared::Shared;

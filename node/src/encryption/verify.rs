@@ -13,7 +13,7 @@ use clustermesh_node_core::{Protection, ProvableNode};
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use super::Encryption;
+use super::devices::Encryption;
 use crate::echo::ask::{AT_ONCE_MAX, PACKET_BYTES, ask_all};
 use crate::shared::Shared;
 
