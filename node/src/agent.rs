@@ -1,5 +1,7 @@
 //! The agent: start over what the kernel holds, tasks, drain.
 
+mod program_settings;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -35,6 +37,7 @@ use crate::shared::{Parts, Shared};
 use crate::state_files::{NodeFacts, StateFiles};
 use crate::strict_mode::{self, MeshGuard};
 use crate::{netlink, paths, privileges, readiness};
+use program_settings::{ConfigFlags, node_config};
 
 /// The underlay is compared with what the kernel's state is made for this often; a change that two looks in a row
 /// have found is followed.
@@ -468,12 +471,12 @@ impl Node {
     }
 
     fn node_config(&self, facts: &NodeFacts) -> NodeConfig {
-        host::node_config(
+        node_config(
             facts,
             &self.underlay,
             self.pair,
             split_of(facts).local_bits(),
-            host::ConfigFlags {
+            ConfigFlags {
                 flows: self.flows.are_on(),
                 direct: self.shared.config.routing == crate::config::Routing::Direct,
                 encryption: self

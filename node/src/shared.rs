@@ -10,14 +10,13 @@ use clustermesh_node_core::Model;
 use clustermesh_node_core::change::WorkloadName;
 use clustermesh_node_core::ipam::Attachment;
 use clustermesh_node_core::progress::Vector;
-use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::encryption::Encryption;
 use crate::endpoints::DelQueue;
 use crate::endpoints::Endpoints;
-use crate::host::Underlay;
+use crate::host::{RemoteCidrs, Underlay};
 use crate::metrics::Metrics;
 use crate::paths::Paths;
 use crate::readiness::Prober;
@@ -34,15 +33,6 @@ pub struct Applied {
     pub vector: Vector,
     /// Refused records by reason.
     pub refused: Vec<(&'static str, u64)>,
-}
-
-/// What the host must route to other nodes' pods.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RemoteCidrs {
-    /// Pod CIDRs of other nodes, sorted, each with the largest packet that its node's path takes, bytes; 0 = not known.
-    pub cidrs: Vec<(IpNetwork, u16)>,
-    /// Nothing else is: until the records have been listed in full, routes of before stay.
-    pub complete: bool,
 }
 
 /// Shared by all tasks.

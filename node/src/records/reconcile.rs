@@ -9,9 +9,10 @@ use clustermesh_node_core::plan::{Plan, Step};
 use clustermesh_node_core::tables::Tables;
 use tracing::{error, warn};
 
+use crate::host::RemoteCidrs;
 use crate::metrics::label;
 use crate::readiness;
-use crate::shared::{Applied, RemoteCidrs, Shared};
+use crate::shared::{Applied, Shared};
 
 /// After a map call that failed the next try waits so long.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
