@@ -2,6 +2,7 @@
 
 mod change;
 mod devices;
+mod handles;
 pub mod keys;
 mod peers;
 pub mod report;
@@ -9,4 +10,5 @@ mod task;
 pub mod verify;
 
 pub use devices::{DEVICE_NAMES, Encryption, MARK, left_over, remove_devices};
+pub use handles::Handles;
 pub use task::run;

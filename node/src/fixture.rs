@@ -1,33 +1,36 @@
-//! For tests of single tasks: what they share, over the kernel's own maps, without server and network.
+//! For tests of single tasks: what they work with, over the kernel's own maps, without server and network.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use clustermesh_ebpf::abi::IdentitySplit;
-use clustermesh_ebpf::{AttachMode, Datapath, Options};
+use clustermesh_ebpf::{AttachMode, Datapath, Maps, Options};
 use clustermesh_node_core::change::{Change, NodeRecord};
 use clustermesh_node_core::progress::Position;
 use clustermesh_node_core::{IPCACHE_WANTED_MAX, Model, Settings, UnderlayPath};
 use prometheus_client::registry::Registry;
 
 use crate::config::Config;
-use crate::endpoints::Endpoints;
 use crate::host::Underlay;
 use crate::metrics::Metrics;
-use crate::netlink;
-use crate::records::reconcile::read_tables;
-use crate::shared::{Parts, Shared};
+use crate::records::{Reconciler, read_tables};
+use crate::signals::Signals;
 use crate::state_files::{NodeFacts, StateFiles};
-use crate::strict_mode::MeshGuard;
+use crate::strict_mode;
 
 /// Largest packet to another node of [`Fixture::add_node`], bytes.
 pub const PATH_BYTES: u16 = 1_450;
 
 /// An agent without its tasks: node `n1` of cluster `a`.
 pub struct Fixture {
-    pub shared: Arc<Shared>,
-    _datapath: Arc<Mutex<Datapath>>,
+    pub config: Arc<Config>,
+    pub files: Arc<StateFiles>,
+    pub maps: Maps,
+    pub metrics: Metrics,
+    pub signals: Arc<Signals>,
+    pub reconciler: Arc<Reconciler>,
+    _datapath: Datapath,
     _bpffs: Bpffs,
     _dir: tempfile::TempDir,
 }
@@ -73,35 +76,32 @@ impl Fixture {
         };
         let (datapath, _) = Datapath::open(&options).unwrap();
         let maps = datapath.maps().clone();
-        let datapath = Arc::new(Mutex::new(datapath));
         let files = Arc::new(StateFiles::open(&dir.path().join("state")).unwrap());
         let metrics = Metrics::register(&mut Registry::default(), maps.clone());
-        let endpoints = Endpoints::open(
-            Arc::clone(&files),
-            maps.clone(),
-            Arc::clone(&datapath),
-            netlink::connect().unwrap(),
-        )
-        .unwrap();
-        let mesh = MeshGuard::open(&config, &files, &maps).unwrap();
-        let parts = Parts {
-            config,
+        let reconciler = Arc::new(Reconciler::new(maps.clone(), metrics.clone()));
+        *reconciler.model() = Some(model(&config, &maps));
+        Self {
+            config: Arc::new(config),
             files,
             maps,
-            endpoints,
             metrics,
-            attach_mode: "none",
-            underlay: underlay(),
-            encryption: None,
-            mesh,
-        };
-        let shared = Arc::new(Shared::new(parts, Vec::new()));
-        *shared.model() = Some(model(&shared));
-        Self {
-            shared,
+            signals: Arc::new(Signals::new(underlay())),
+            reconciler,
             _datapath: datapath,
             _bpffs: bpffs,
             _dir: dir,
+        }
+    }
+
+    /// What strict mode works with.
+    pub fn guard_handles(&self) -> strict_mode::Handles {
+        strict_mode::Handles {
+            config: Arc::clone(&self.config),
+            files: Arc::clone(&self.files),
+            maps: self.maps.clone(),
+            reconciler: Arc::clone(&self.reconciler),
+            signals: Arc::clone(&self.signals),
+            metrics: self.metrics.clone(),
         }
     }
 
@@ -127,7 +127,7 @@ impl Fixture {
             name: format!("n{number}").into(),
             node,
         };
-        self.shared.model().as_mut().unwrap().apply(change);
+        self.reconciler.model().as_mut().unwrap().apply(change);
     }
 
     /// The own cluster's records are all there.
@@ -136,7 +136,7 @@ impl Fixture {
             store_id: 1,
             revision: 1,
         };
-        let mut model = self.shared.model();
+        let mut model = self.reconciler.model();
         model.as_mut().unwrap().progress(&"a".into(), position);
     }
 
@@ -172,7 +172,7 @@ fn underlay() -> Underlay {
     }
 }
 
-fn model(shared: &Shared) -> Model {
+fn model(config: &Config, maps: &Maps) -> Model {
     let settings = Settings {
         ipcache_wanted_max: IPCACHE_WANTED_MAX,
         cluster: "a".into(),
@@ -183,9 +183,9 @@ fn model(shared: &Shared) -> Model {
         direct_routing: false,
         path_v4: Some(path()),
         path_v6: None,
-        encryption: shared.config.encryption.for_model(),
+        encryption: config.encryption.for_model(),
     };
-    let mut model = Model::new(settings, read_tables(&shared.maps).unwrap());
+    let mut model = Model::new(settings, read_tables(maps).unwrap());
     model.begin_listing();
     model.end_listing();
     model

@@ -6,7 +6,6 @@ mod cni;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::Context as _;
 use clustermesh_api::v1::agent_server::AgentServer;
@@ -15,8 +14,8 @@ use clustermesh_process::Drain;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 
-use crate::flows::Flows;
-use crate::shared::Shared;
+pub use agent::AgentService;
+pub use cni::CniService;
 
 /// The bound socket.
 pub struct LocalApi {
@@ -45,15 +44,12 @@ impl LocalApi {
     }
 
     /// Serves until the drain.
-    pub async fn serve(self, shared: Arc<Shared>, flows: Flows, drain: Drain) {
-        let until = drain.clone();
+    pub async fn serve(self, cni: CniService, agent: AgentService, drain: Drain) {
         let served = tonic::transport::Server::builder()
-            .add_service(CniServer::new(cni::CniService::new(Arc::clone(&shared))))
-            .add_service(AgentServer::new(agent::AgentService::new(
-                shared, flows, drain,
-            )))
+            .add_service(CniServer::new(cni))
+            .add_service(AgentServer::new(agent))
             .serve_with_incoming_shutdown(UnixListenerStream::new(self.listener), async move {
-                until.draining().await;
+                drain.draining().await;
             })
             .await;
         if let Err(error) = served {

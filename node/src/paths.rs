@@ -1,4 +1,5 @@
-//! Probes of the paths to other nodes: echo requests that go the way of pods' packets, through tunnel and WireGuard.
+//! The paths to other nodes: what they take, found by echo requests that go the way of pods' packets, through tunnel and
+//! WireGuard.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -11,10 +12,11 @@ use clustermesh_node_core::path_mtu::{ATTEMPTS_MAX, PathMtu};
 use clustermesh_process::Drain;
 use tracing::{info, warn};
 
+use crate::config::Config;
 use crate::echo::{Asker, EchoSocket};
-use crate::metrics::Labels;
-use crate::records::reconcile;
-use crate::shared::Shared;
+use crate::metrics::{Labels, Metrics};
+use crate::records::Reconciler;
+use crate::signals::Signals;
 
 /// What is due is sent this often.
 const TICK: Duration = Duration::from_millis(50);
@@ -70,9 +72,24 @@ impl Paths {
     }
 }
 
+/// What the probes work with.
+#[derive(Clone)]
+pub struct Handles {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// Where the findings go, for the local API.
+    pub paths: Arc<Paths>,
+    /// Where the findings go, for the kernel; knows the nodes.
+    pub reconciler: Arc<Reconciler>,
+    /// Whether there is a session.
+    pub signals: Arc<Signals>,
+    /// Counters.
+    pub metrics: Metrics,
+}
+
 /// Probes until the drain.
-pub async fn run(shared: Arc<Shared>, drain: Drain) {
-    let seconds = shared.config.path_probe_seconds;
+pub async fn run(handles: Handles, drain: Drain) {
+    let seconds = handles.config.path_probe_seconds;
     if seconds == 0 {
         return;
     }
@@ -85,7 +102,7 @@ pub async fn run(shared: Arc<Shared>, drain: Drain) {
     };
     let (v4, v6) = (open(false), open(true));
     let mut prober = Prober {
-        shared: Arc::clone(&shared),
+        handles,
         asker: Asker {
             id: rand::random(),
             token: rand::random(),
@@ -96,7 +113,7 @@ pub async fn run(shared: Arc<Shared>, drain: Drain) {
         confirm_every_ms: u64::from(seconds) * 1_000,
     };
     let asker = prober.asker;
-    let mut changes = shared.peer_changes.subscribe();
+    let mut changes = prober.handles.reconciler.peer_changes.subscribe();
     let mut refreshes = tokio::time::interval(REFRESH_EVERY);
     let mut ticks = tokio::time::interval(TICK);
     for interval in [&mut refreshes, &mut ticks] {
@@ -121,7 +138,7 @@ async fn answer(socket: Option<&EchoSocket>, asker: Asker) -> Option<u16> {
 }
 
 struct Prober {
-    shared: Arc<Shared>,
+    handles: Handles,
     asker: Asker,
     next_sequence: u16,
     /// By sequence number; [`ATTEMPTS_MAX`] for each path at most.
@@ -137,12 +154,12 @@ impl Prober {
 
     /// Takes the nodes as they are now.
     fn refresh(&mut self) {
-        let targets = match self.shared.model().as_ref() {
+        let targets = match self.handles.reconciler.model().as_ref() {
             Some(model) if model.is_listed() => model.path_targets(),
             _ => return,
         };
         let now_ms = self.now_ms();
-        let mut paths = self.shared.paths.lock();
+        let mut paths = self.handles.paths.lock();
         let mut gone: BTreeMap<Name, Path> = std::mem::take(&mut *paths);
         for target in targets {
             let name: Name = (Box::from(&*target.cluster), target.node.clone());
@@ -174,9 +191,9 @@ impl Prober {
                 self.waiting.remove(sequence);
             }
             let labels = labels(&cluster, &node);
-            self.shared.metrics.path_mtu.remove(&labels);
-            self.shared.metrics.path_black_hole.remove(&labels);
-            if let Some(model) = self.shared.model().as_mut() {
+            self.handles.metrics.path_mtu.remove(&labels);
+            self.handles.metrics.path_black_hole.remove(&labels);
+            if let Some(model) = self.handles.reconciler.model().as_mut() {
                 model.forget_path_mtu(&cluster, &node);
             }
         }
@@ -186,11 +203,11 @@ impl Prober {
     ///
     /// Nothing without a session: who is cut off from the records must fall silent, or changes of keys wait for it.
     fn send_due(&mut self, v4: Option<&EchoSocket>, v6: Option<&EchoSocket>) {
-        if !*self.shared.connected.borrow() {
+        if !*self.handles.signals.connected.borrow() {
             return;
         }
         let now_ms = self.now_ms();
-        let mut paths = self.shared.paths.lock();
+        let mut paths = self.handles.paths.lock();
         let mut due: Vec<(u64, &Name, &mut Path)> = paths
             .iter_mut()
             .filter(|(_, path)| path.mtu.due_ms() <= now_ms)
@@ -225,7 +242,7 @@ impl Prober {
         let Some(name) = self.waiting.remove(&sequence) else {
             return;
         };
-        let mut paths = self.shared.paths.lock();
+        let mut paths = self.handles.paths.lock();
         if let Some(path) = paths.get_mut(&name)
             && path.sent.contains(&sequence)
         {
@@ -239,7 +256,7 @@ impl Prober {
     /// Makes the kernel follow what has been found, and says what a person must know.
     fn publish(&self) {
         let mut news = Vec::new();
-        for ((cluster, node), path) in self.shared.paths.lock().iter_mut() {
+        for ((cluster, node), path) in self.handles.paths.lock().iter_mut() {
             let now = (path.mtu.usable_bytes(), path.mtu.is_black_hole());
             if path.shown == Some(now) {
                 continue;
@@ -255,17 +272,17 @@ impl Prober {
         if news.is_empty() {
             return;
         }
-        if let Some(model) = self.shared.model().as_mut() {
+        if let Some(model) = self.handles.reconciler.model().as_mut() {
             for (cluster, node, usable) in news {
                 model.set_path_mtu(&cluster, &node, usable);
             }
         }
         // Whoever follows the records tries again what fails.
-        tokio::task::block_in_place(|| reconcile::round(&self.shared));
+        tokio::task::block_in_place(|| self.handles.reconciler.round());
     }
 
     fn show(&self, cluster: &str, node: &str, path: &Path, was_black_hole: bool) {
-        let metrics = &self.shared.metrics;
+        let metrics = &self.handles.metrics;
         let labels = labels(cluster, node);
         let (bytes, most) = (path.mtu.usable_bytes(), path.mtu.most_bytes());
         let is_black_hole = path.mtu.is_black_hole();
@@ -275,7 +292,7 @@ impl Prober {
         if is_black_hole == was_black_hole {
             return;
         }
-        let config = &self.shared.config;
+        let config = &self.handles.config;
         let from = format!("{}/{}", config.cluster, config.node);
         let to = format!("{cluster}/{node}");
         if is_black_hole {
@@ -316,7 +333,13 @@ mod tests {
 
     fn prober(fixture: &Fixture) -> Prober {
         Prober {
-            shared: Arc::clone(&fixture.shared),
+            handles: Handles {
+                config: Arc::clone(&fixture.config),
+                paths: Arc::default(),
+                reconciler: Arc::clone(&fixture.reconciler),
+                signals: Arc::clone(&fixture.signals),
+                metrics: fixture.metrics.clone(),
+            },
             asker: Asker {
                 id: 1,
                 token: [2; 8],
@@ -333,7 +356,7 @@ mod tests {
         for number in numbers {
             fixture.add_node(*number);
         }
-        assert!(reconcile::round(&fixture.shared));
+        assert!(fixture.reconciler.round());
         let mut prober = prober(&fixture);
         prober.refresh();
         (fixture, prober)
@@ -342,7 +365,7 @@ mod tests {
     /// Sends a probe as far as the books go; gives its number and size.
     fn send(prober: &mut Prober, node: &str, now_ms: u64) -> Option<(u16, u16)> {
         let name: Name = ("a".into(), node.into());
-        let mut paths = prober.shared.paths.lock();
+        let mut paths = prober.handles.paths.lock();
         let path = paths.get_mut(&name)?;
         let bytes = path.mtu.poll(now_ms)?;
         let sequence = prober.next_sequence;
@@ -354,7 +377,7 @@ mod tests {
     }
 
     fn narrow_bytes(fixture: &Fixture) -> Vec<u16> {
-        let nodes = fixture.shared.maps.nodes.entries().unwrap().into_iter();
+        let nodes = fixture.maps.nodes.entries().unwrap().into_iter();
         let narrow = nodes.filter(|(_, node)| node.flags & NODE_NARROW != 0);
         narrow.map(|(_, node)| node.path_mtu_bytes).collect()
     }
@@ -366,7 +389,7 @@ mod tests {
         assert!(narrow_bytes(&fixture).is_empty());
         let labels = labels("a", "n2");
         let hole = |fixture: &Fixture| {
-            let metrics = &fixture.shared.metrics;
+            let metrics = &fixture.metrics;
             metrics.path_black_hole.get_or_create(&labels).get()
         };
         let mut now_ms = 10_000;
@@ -385,7 +408,7 @@ mod tests {
         };
         assert!((BASE_BYTES..=NARROW_BYTES).contains(&found), "{found}");
         assert_eq!(hole(&fixture), 1);
-        let [shown] = &fixture.shared.paths.statuses()[..] else {
+        let [shown] = &prober.handles.paths.statuses()[..] else {
             panic!("one path");
         };
         assert!(shown.black_hole && shown.mtu_bytes == u32::from(found));
@@ -399,7 +422,7 @@ mod tests {
         prober.publish();
         assert_eq!((narrow_bytes(&fixture), hole(&fixture)), (vec![], 0));
         assert_eq!(
-            fixture.shared.paths.statuses()[0].mtu_bytes,
+            prober.handles.paths.statuses()[0].mtu_bytes,
             u32::from(PATH_BYTES)
         );
     }
@@ -409,7 +432,7 @@ mod tests {
         let (_fixture, mut prober) = with_nodes(&[2, 3]);
         let (first, _) = send(&mut prober, "n2", 10_000).unwrap();
         let answers = |prober: &Prober| -> Vec<bool> {
-            let paths = prober.shared.paths.statuses();
+            let paths = prober.handles.paths.statuses();
             paths.iter().map(|path| path.answers).collect()
         };
         prober.take(first.wrapping_add(7));
@@ -431,9 +454,9 @@ mod tests {
         prober.refresh();
         let left: Vec<_> = prober.waiting.values().map(|(_, node)| &**node).collect();
         assert_eq!(left, ["n3"]);
-        let paths = fixture.shared.paths.statuses();
+        let paths = prober.handles.paths.statuses();
         assert_eq!((paths.len(), &*paths[0].node), (1, "n3"));
-        let metric = &fixture.shared.metrics.path_mtu;
+        let metric = &fixture.metrics.path_mtu;
         assert!(metric.get(&labels("a", "n2")).is_none());
         assert!(metric.get(&labels("a", "n3")).is_some());
     }
@@ -443,7 +466,7 @@ mod tests {
         let (fixture, mut prober) = with_nodes(&[2]);
         let due = |prober: &Prober| {
             prober
-                .shared
+                .handles
                 .paths
                 .lock()
                 .values()
@@ -454,7 +477,7 @@ mod tests {
         }
         prober.send_due(None, None);
         assert!(due(&prober), "still to be asked");
-        fixture.shared.connected.send_replace(true);
+        fixture.signals.connected.send_replace(true);
         prober.send_due(None, None);
         // Asked, though nothing can be sent without a socket: nobody answers.
         assert!(!due(&prober) && prober.waiting.is_empty());

@@ -1,18 +1,21 @@
-//! Readiness probes: TCP connections from the host's namespace to local pods.
+//! Readiness of local pods' ports, found by TCP connections from the host's namespace.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use clustermesh_api::v1::PortReadiness;
 use clustermesh_node_core::change::{WorkloadDeclaration, WorkloadName};
+use clustermesh_node_core::decode::PROTOCOL_UDP;
 use clustermesh_node_core::probes::{LocalEndpoint, Probes, Target, targets};
 use clustermesh_process::Drain;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
-use crate::shared::Shared;
+use crate::endpoints::Endpoints;
+use crate::records::Reconciler;
 
 /// Probes that run at once.
 const PROBES_RUNNING_MAX: usize = 256;
@@ -78,46 +81,69 @@ impl Prober {
     }
 }
 
-/// Computes the ports to probe from the present endpoints, workloads and services.
-pub fn refresh_targets(shared: &Shared) {
-    let endpoints = shared.endpoints.watch().borrow().clone();
-    let found = {
-        let model = shared.model();
-        let Some(model) = model.as_ref().filter(|model| model.is_listed()) else {
-            return;
-        };
-        let locals: Vec<(WorkloadName, &WorkloadDeclaration, &[IpAddr])> = endpoints
+/// The wire form of ports' readiness.
+#[must_use]
+pub fn port_readiness(ports: &[(Target, bool)]) -> Vec<PortReadiness> {
+    ports
+        .iter()
+        .map(|(target, ready)| PortReadiness {
+            port: u32::from(target.port),
+            protocol: match target.protocol {
+                PROTOCOL_UDP => "UDP".to_owned(),
+                _ => "TCP".to_owned(),
+            },
+            ready: *ready,
+        })
+        .collect()
+}
+
+/// The ports to probe by the present endpoints, workloads and services; `None` until the records have been listed.
+fn wanted_targets(reconciler: &Reconciler, endpoints: &Endpoints) -> Option<BTreeSet<Target>> {
+    let endpoints = endpoints.watch().borrow().clone();
+    let model = reconciler.model();
+    let model = model.as_ref().filter(|model| model.is_listed())?;
+    let locals: Vec<(WorkloadName, &WorkloadDeclaration, &[IpAddr])> = endpoints
+        .iter()
+        .filter_map(|endpoint| {
+            let name = WorkloadName {
+                namespace: endpoint.namespace.as_str().into(),
+                name: endpoint.name.as_str().into(),
+            };
+            let declaration = model.workload(&name)?;
+            Some((name, declaration, endpoint.addresses.as_slice()))
+        })
+        .collect();
+    let services: Vec<_> = model.declared_services().collect();
+    Some(targets(
+        locals
             .iter()
-            .filter_map(|endpoint| {
-                let name = WorkloadName {
-                    namespace: endpoint.namespace.as_str().into(),
-                    name: endpoint.name.as_str().into(),
-                };
-                let declaration = model.workload(&name)?;
-                Some((name, declaration, endpoint.addresses.as_slice()))
-            })
-            .collect();
-        let services: Vec<_> = model.declared_services().collect();
-        targets(
-            locals
-                .iter()
-                .map(|(workload, declaration, addresses)| LocalEndpoint {
-                    workload,
-                    declaration,
-                    addresses,
-                }),
-            services.iter().copied(),
-        )
-    };
-    shared.prober.set_targets(&found);
+            .map(|(workload, declaration, addresses)| LocalEndpoint {
+                workload,
+                declaration,
+                addresses,
+            }),
+        services.iter().copied(),
+    ))
 }
 
 /// Probes until the drain.
-pub async fn run(shared: Arc<Shared>, drain: Drain) {
+pub async fn run(
+    prober: Arc<Prober>,
+    reconciler: Arc<Reconciler>,
+    endpoints: Arc<Endpoints>,
+    drain: Drain,
+) {
+    let refresh = || {
+        if let Some(targets) = wanted_targets(&reconciler, &endpoints) {
+            prober.set_targets(&targets);
+        }
+    };
     let slots = Arc::new(Semaphore::new(PROBES_RUNNING_MAX));
-    let mut endpoints = shared.endpoints.watch();
+    let mut endpoint_changes = endpoints.watch();
+    let mut service_changes = reconciler.service_changes.subscribe();
+    // What was listed before this task began.
+    refresh();
     loop {
-        let prober = &shared.prober;
         let due = {
             let now = prober.now_ms();
             prober.probes().take_due(now)
@@ -126,17 +152,17 @@ pub async fn run(shared: Arc<Shared>, drain: Drain) {
             let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
                 return;
             };
-            let shared = Arc::clone(&shared);
+            let prober = Arc::clone(&prober);
             tokio::spawn(async move {
                 let address = SocketAddr::new(target.address, target.port);
                 let connection = TcpStream::connect(address);
-                let success = tokio::time::timeout(shared.prober.timeout, connection)
+                let success = tokio::time::timeout(prober.timeout, connection)
                     .await
                     .is_ok_and(|connected| connected.is_ok());
-                let now = shared.prober.now_ms();
-                shared.prober.probes().outcome(&target, success, now);
-                shared.prober.changed.notify_one();
-                shared.prober.targets_changed.notify_one();
+                let now = prober.now_ms();
+                prober.probes().outcome(&target, success, now);
+                prober.changed.notify_one();
+                prober.targets_changed.notify_one();
                 drop(slot);
             });
         }
@@ -153,12 +179,13 @@ pub async fn run(shared: Arc<Shared>, drain: Drain) {
         tokio::select! {
             () = until => {}
             () = prober.targets_changed.notified() => {}
-            changed = endpoints.changed() => {
+            changed = endpoint_changes.changed() => {
                 if changed.is_err() {
                     return;
                 }
-                refresh_targets(&shared);
+                refresh();
             }
+            Ok(()) = service_changes.changed() => refresh(),
             () = drain.draining() => return,
         }
     }

@@ -2,7 +2,7 @@
 
 mod claims;
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -10,8 +10,7 @@ use clustermesh_api::address::parse_cidr;
 use clustermesh_api::v1::session_request::Message as Request;
 use clustermesh_api::v1::session_response::Message as Response;
 use clustermesh_api::v1::{
-    EndpointReadiness, Heartbeat, Hello, PortReadiness, ReportApplied, ReportReadiness,
-    SourceRevision, Welcome, WireguardKeys,
+    EndpointReadiness, Heartbeat, Hello, ReportApplied, ReportReadiness, Welcome, WireguardKeys,
 };
 use clustermesh_client::{Client, NodeSession};
 use clustermesh_ebpf::abi::LAYOUT_VERSION;
@@ -21,10 +20,14 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use crate::config::Config;
+use crate::encryption::Encryption;
+use crate::endpoints::Endpoints;
 use crate::host::Underlay;
-use crate::metrics::label;
-use crate::readiness::AddressReadiness;
-use crate::shared::{Applied, Shared};
+use crate::metrics::{Metrics, label};
+use crate::readiness::{AddressReadiness, Prober, port_readiness};
+use crate::records::{Applied, Reconciler};
+use crate::signals::Signals;
 use crate::state_files::NodeFacts;
 use claims::Claims;
 
@@ -48,18 +51,43 @@ pub struct Identity {
     pub instance_id: String,
 }
 
+/// What a session speaks of, and where the server's word goes.
+#[derive(Clone)]
+pub struct Handles {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// The underlay; takes the server's word about this node.
+    pub signals: Arc<Signals>,
+    /// What the kernel holds.
+    pub reconciler: Arc<Reconciler>,
+    /// What is claimed.
+    pub endpoints: Arc<Endpoints>,
+    /// Readiness of their ports.
+    pub prober: Arc<Prober>,
+    /// Keys and devices; `None` where nothing is encrypted.
+    pub encryption: Option<Arc<Encryption>>,
+    /// Counters.
+    pub metrics: Metrics,
+}
+
+impl Handles {
+    fn announcement(&self) -> Option<WireguardKeys> {
+        self.encryption.as_ref().map(|e| e.announcement())
+    }
+}
+
 /// Keeps a session open until the drain.
-pub async fn run(shared: Arc<Shared>, client: Client, identity: Identity, drain: Drain) {
+pub async fn run(handles: Handles, client: Client, identity: Identity, drain: Drain) {
     let mut backoff = BACKOFF_MIN;
     let mut last = String::new();
     loop {
         let started = Instant::now();
         let ended = tokio::select! {
-            ended = serve(&shared, &client, &identity) => ended,
+            ended = serve(&handles, &client, &identity) => ended,
             () = drain.draining() => return,
         };
-        let was_open = shared.connected.send_replace(false);
-        shared
+        let was_open = handles.signals.connected.send_replace(false);
+        handles
             .metrics
             .reconnects
             .get_or_create(&label("stream", "session"))
@@ -85,21 +113,21 @@ pub async fn run(shared: Arc<Shared>, client: Client, identity: Identity, drain:
     }
 }
 
-async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow::Result<()> {
-    let mut underlay = shared.underlay.subscribe();
-    let mut announcements = shared.announcements.subscribe();
+async fn serve(handles: &Handles, client: &Client, identity: &Identity) -> anyhow::Result<()> {
+    let mut underlay = handles.signals.underlay.subscribe();
+    let mut announcements = handles.signals.announcements.subscribe();
     announcements.mark_unchanged();
-    let keys = shared.encryption.as_ref().map(|e| e.announcement());
+    let keys = handles.announcement();
     let underlay_addresses = underlay.borrow_and_update().address_texts();
     let hello = Hello {
-        node: shared.config.node.clone(),
+        node: handles.config.node.clone(),
         boot_id: identity.boot_id.clone(),
         underlay_addresses,
-        labels: shared.config.labels.clone().into_iter().collect(),
+        labels: handles.config.labels.clone().into_iter().collect(),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         map_layout_version: LAYOUT_VERSION,
-        session_ttl_seconds: shared.config.session_ttl_seconds,
-        pod_cidrs_held: shared.endpoints.cidrs_held().await,
+        session_ttl_seconds: handles.config.session_ttl_seconds,
+        pod_cidrs_held: handles.endpoints.cidrs_held().await,
         instance_id: identity.instance_id.clone(),
         wireguard: keys.clone(),
     };
@@ -107,9 +135,9 @@ async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow:
     let welcome = tokio::time::timeout(WELCOME_WAIT, welcome(&mut session))
         .await
         .context("the server does not answer the Hello")??;
-    let facts = facts(shared, &welcome)?;
+    let facts = facts(handles, &welcome)?;
     let ttl = match welcome.session_ttl_seconds {
-        0 => shared.config.session_ttl_seconds,
+        0 => handles.config.session_ttl_seconds,
         granted => granted,
     };
     info!(
@@ -119,25 +147,25 @@ async fn serve(shared: &Shared, client: &Client, identity: &Identity) -> anyhow:
         ttl_seconds = ttl,
         "session open"
     );
-    shared.facts.send_if_modified(|held| {
+    handles.signals.facts.send_if_modified(|held| {
         let changed = held.as_ref() != Some(&facts);
         *held = Some(facts);
         changed
     });
-    shared.connected.send_replace(true);
+    handles.signals.connected.send_replace(true);
     let beat = Duration::from_secs(u64::from(ttl)) / 3;
     let news = News {
         underlay,
         announcements,
         keys,
     };
-    talk(shared, session, beat, news).await
+    talk(handles, session, beat, news).await
 }
 
 /// What makes another Hello necessary.
 struct News {
     underlay: watch::Receiver<Underlay>,
-    announcements: watch::Receiver<u64>,
+    announcements: watch::Receiver<()>,
     /// What the Hello said.
     keys: Option<WireguardKeys>,
 }
@@ -159,12 +187,12 @@ async fn welcome(session: &mut NodeSession) -> anyhow::Result<Welcome> {
     }
 }
 
-fn facts(shared: &Shared, welcome: &Welcome) -> anyhow::Result<NodeFacts> {
-    if welcome.cluster != shared.config.cluster {
+fn facts(handles: &Handles, welcome: &Welcome) -> anyhow::Result<NodeFacts> {
+    if welcome.cluster != handles.config.cluster {
         bail!(
             "the server is of cluster {:?}, this node of {:?}: check server.endpoints",
             welcome.cluster,
-            shared.config.cluster
+            handles.config.cluster
         );
     }
     let one = |text: &str| -> anyhow::Result<Option<IpNetwork>> {
@@ -187,7 +215,7 @@ fn facts(shared: &Shared, welcome: &Welcome) -> anyhow::Result<NodeFacts> {
 }
 
 async fn talk(
-    shared: &Shared,
+    handles: &Handles,
     session: NodeSession,
     beat: Duration,
     mut news: News,
@@ -197,15 +225,15 @@ async fn talk(
         mut responses,
     } = session;
     let mut claims = Claims::default();
-    let mut endpoints = shared.endpoints.watch();
+    let mut endpoints = handles.endpoints.watch();
     let present = endpoints.borrow_and_update().clone();
     sender.send(claims.sync(&present)).await?;
     // A new session knows nothing of earlier reports.
-    shared.prober.take_changes();
-    if let Some(report) = readiness(&mut claims, shared.prober.all()) {
+    handles.prober.take_changes();
+    if let Some(report) = readiness(&mut claims, handles.prober.all()) {
         sender.send(report).await?;
     }
-    let mut applied = shared.applied.subscribe();
+    let mut applied = handles.reconciler.applied.subscribe();
     applied.mark_changed();
     let mut applied_waits = false;
     let mut next_report = Instant::now();
@@ -218,11 +246,10 @@ async fn talk(
             response = responses.next() => {
                 let response = response?.context("the server ended the session")?;
                 claims.answer(response.message);
-                let mut registered = shared.registered.lock().unwrap_or_else(PoisonError::into_inner);
-                registered.clone_from(claims.stored());
+                handles.signals.registered.send_modify(|held| held.clone_from(claims.stored()));
             }
             Ok(()) = news.announcements.changed() => {
-                let keys = shared.encryption.as_ref().map(|e| e.announcement());
+                let keys = handles.announcement();
                 if keys != news.keys {
                     info!("WireGuard keys have changed, opening a session that says so");
                     return Ok(());
@@ -247,8 +274,8 @@ async fn talk(
                     sender.send(request).await?;
                 }
             }
-            () = shared.prober.changed.notified() => {
-                if let Some(report) = readiness(&mut claims, shared.prober.take_changes()) {
+            () = handles.prober.changed.notified() => {
+                if let Some(report) = readiness(&mut claims, handles.prober.take_changes()) {
                     sender.send(report).await?;
                 }
             }
@@ -260,55 +287,19 @@ async fn talk(
                 applied_waits = false;
                 next_report = Instant::now() + REPORT_EVERY;
                 let mut report = report(&applied.borrow_and_update());
-                report.encryption = shared.encryption.as_ref().map(|e| e.report().summary());
+                report.encryption = handles.encryption.as_ref().map(|e| e.report().summary());
                 sender.send(Request::ReportApplied(report)).await?;
             }
         }
     }
 }
 
-/// The wire form of applied revisions.
-#[must_use]
-pub fn source_revisions(applied: &Applied) -> Vec<SourceRevision> {
-    applied
-        .vector
-        .iter()
-        .map(|(cluster, position)| SourceRevision {
-            cluster: cluster.to_string(),
-            store_id: position.store_id,
-            revision: position.revision,
-        })
-        .collect()
-}
-
 fn report(applied: &Applied) -> ReportApplied {
     ReportApplied {
-        sources: source_revisions(applied),
-        refused_records: applied
-            .refused
-            .iter()
-            .map(|(reason, count)| ((*reason).to_owned(), *count))
-            .collect(),
+        sources: applied.source_revisions(),
+        refused_records: applied.refused_records(),
         encryption: None,
     }
-}
-
-/// The wire form of ports' readiness.
-#[must_use]
-pub fn port_readiness(
-    ports: &[(clustermesh_node_core::probes::Target, bool)],
-) -> Vec<PortReadiness> {
-    ports
-        .iter()
-        .map(|(target, ready)| PortReadiness {
-            port: u32::from(target.port),
-            protocol: match target.protocol {
-                clustermesh_node_core::decode::PROTOCOL_UDP => "UDP".to_owned(),
-                _ => "TCP".to_owned(),
-            },
-            ready: *ready,
-        })
-        .collect()
 }
 
 fn readiness(claims: &mut Claims, changes: Vec<AddressReadiness>) -> Option<Request> {

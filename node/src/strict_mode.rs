@@ -1,4 +1,4 @@
-//! The mesh's prefixes in the kernel and in the state folder: what strict mode guards before any record is read.
+//! Strict mode: the mesh's prefixes in the kernel and in the state folder, which it guards before any record is read.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,18 +13,36 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
-use crate::metrics::label;
-use crate::records::reconcile::RETRY_AFTER;
-use crate::shared::Shared;
-use crate::state_files::{NodeFacts, StateFiles};
+use crate::metrics::{Metrics, label};
+use crate::records::{RETRY_AFTER, Reconciler};
+use crate::signals::Signals;
+use crate::state_files::{NodeFacts, StateError, StateFiles};
 
 /// Changes of records are carried out together, at most this often.
 const GATHER: Duration = Duration::from_millis(200);
 /// Prefixes that wait for their end are looked at so often.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 
+/// What the guard works with.
+#[derive(Clone)]
+pub struct Handles {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// Keeps what was learnt.
+    pub files: Arc<StateFiles>,
+    /// Keeps the entries.
+    pub maps: Maps,
+    /// Knows what the records name.
+    pub reconciler: Arc<Reconciler>,
+    /// The server's word about this node, its underlay, and whether there is a session.
+    pub signals: Arc<Signals>,
+    /// Counters.
+    pub metrics: Metrics,
+}
+
 /// What this node knows of the mesh's prefixes; only where strict mode is on.
 pub struct MeshGuard {
+    handles: Handles,
     inner: Mutex<Inner>,
     /// True as soon as pods may come up: programs are attached, and prefixes have been learnt, now or in an earlier run.
     ready: watch::Sender<bool>,
@@ -48,25 +66,22 @@ impl MeshGuard {
     ///
     /// # Errors
     /// The file or the map cannot be read.
-    pub fn open(
-        config: &Config,
-        files: &StateFiles,
-        maps: &Maps,
-    ) -> anyhow::Result<Option<Arc<Self>>> {
-        if !config.encryption.strict {
+    pub fn open(handles: Handles) -> anyhow::Result<Option<Arc<Self>>> {
+        if !handles.config.encryption.strict {
             return Ok(None);
         }
-        let stored = files.mesh_prefixes()?;
+        let stored = handles.files.mesh_prefixes()?;
         let inner = Inner {
             has_learnt: stored.is_some(),
             // Empty is to be stored too: it is known then.
             is_stored: stored.is_some(),
             prefixes: MeshPrefixes::restored(stored.unwrap_or_default()),
             is_attached: false,
-            written: maps.mesh.entries()?.into_iter().collect(),
+            written: handles.maps.mesh.entries()?.into_iter().collect(),
             left_out: 0,
         };
         Ok(Some(Arc::new(Self {
+            handles,
             inner: Mutex::new(inner),
             ready: watch::Sender::new(false),
         })))
@@ -102,12 +117,18 @@ impl MeshGuard {
     ///
     /// # Errors
     /// The kernel refused it.
-    pub fn fill(&self, shared: &Shared, facts: &NodeFacts) -> Result<(), clustermesh_ebpf::Error> {
-        let settings = &shared.config.encryption;
-        let underlay = shared.underlay.borrow().addresses.clone();
+    pub fn fill(&self, facts: &NodeFacts) -> Result<(), clustermesh_ebpf::Error> {
+        let Handles {
+            config,
+            maps,
+            signals,
+            ..
+        } = &self.handles;
+        let settings = &config.encryption;
+        let underlay = signals.underlay.borrow().addresses.clone();
         let mut inner = self.lock();
         let fixed = FixedPrefixes {
-            cluster: &shared.config.cluster,
+            cluster: &config.cluster,
             ranges: &facts.cluster_pod_cidrs,
             listed: &settings.strict_cidrs,
             addresses: &underlay,
@@ -126,19 +147,19 @@ impl MeshGuard {
             .copied()
             .collect();
         deletes.sort_unstable();
-        let done = shared.maps.mesh.upsert(&upserts);
-        let done = done.and_then(|()| shared.maps.mesh.delete(&deletes));
+        let done = maps.mesh.upsert(&upserts);
+        let done = done.and_then(|()| maps.mesh.delete(&deletes));
         inner.written = match done {
             Ok(()) => wanted,
             // Some may be there and some not.
-            Err(_) => shared.maps.mesh.entries()?.into_iter().collect(),
+            Err(_) => maps.mesh.entries()?.into_iter().collect(),
         };
         done
     }
 
     /// Takes what the records name now; true if the kernel and the state folder are to follow.
-    fn learn(&self, shared: &Shared, now_ms: u64) -> bool {
-        let mut guard = shared.model();
+    fn learn(&self, now_ms: u64) -> bool {
+        let mut guard = self.handles.reconciler.model();
         let Some(model) = guard.as_mut() else {
             return false;
         };
@@ -148,7 +169,7 @@ impl MeshGuard {
             return false;
         }
         // Whoever cuts the node off from the records must not make it forget.
-        if !*shared.connected.borrow() {
+        if !*self.handles.signals.connected.borrow() {
             inner.prefixes.restart_grace(now_ms);
         }
         if !has_news && !inner.prefixes.has_absent() {
@@ -172,23 +193,23 @@ impl MeshGuard {
         !inner.is_stored
     }
 
-    fn store(&self, files: &StateFiles) -> Result<(), crate::state_files::StateError> {
+    fn store(&self) -> Result<(), StateError> {
         let prefixes: Vec<_> = self.lock().prefixes.iter().cloned().collect();
-        files.store_mesh_prefixes(&prefixes)?;
+        self.handles.files.store_mesh_prefixes(&prefixes)?;
         let mut inner = self.lock();
         inner.is_stored = true;
         inner.has_learnt = true;
         Ok(())
     }
 
-    fn follow(&self, shared: &Shared, now_ms: u64) -> anyhow::Result<()> {
-        let facts = shared.facts.borrow().clone();
+    fn follow(&self, now_ms: u64) -> anyhow::Result<()> {
+        let facts = self.handles.signals.facts.borrow().clone();
         if let Some(facts) = facts
-            && self.learn(shared, now_ms)
+            && self.learn(now_ms)
         {
-            self.fill(shared, &facts)
+            self.fill(&facts)
                 .context("prefixes of the mesh in the kernel")?;
-            self.store(&shared.files)
+            self.store()
                 .context("prefixes of the mesh in the state folder")?;
             self.publish_ready();
         }
@@ -197,9 +218,14 @@ impl MeshGuard {
 }
 
 /// Keeps the prefixes as the records name them, until the drain.
-pub async fn run(shared: Arc<Shared>, guard: Arc<MeshGuard>, drain: Drain) {
+pub async fn run(guard: Arc<MeshGuard>, drain: Drain) {
     let started = Instant::now();
-    let mut changes = shared.mesh_changes.subscribe();
+    let Handles {
+        reconciler,
+        metrics,
+        ..
+    } = &guard.handles;
+    let mut changes = reconciler.mesh_changes.subscribe();
     let mut looks = tokio::time::interval(LOOK_EVERY);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut last_fault = String::new();
@@ -211,7 +237,7 @@ pub async fn run(shared: Arc<Shared>, guard: Arc<MeshGuard>, drain: Drain) {
         }
         changes.mark_unchanged();
         let now_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
-        match tokio::task::block_in_place(|| guard.follow(&shared, now_ms)) {
+        match tokio::task::block_in_place(|| guard.follow(now_ms)) {
             Ok(()) => {
                 if !std::mem::take(&mut last_fault).is_empty() {
                     info!("the prefixes of the mesh are kept again");
@@ -226,13 +252,12 @@ pub async fn run(shared: Arc<Shared>, guard: Arc<MeshGuard>, drain: Drain) {
                     );
                 }
                 last_fault = text;
-                shared
-                    .metrics
+                metrics
                     .map_failures
                     .get_or_create(&label("map", "mesh"))
                     .inc();
                 tokio::time::sleep(RETRY_AFTER).await;
-                shared.mesh_changes.send_modify(|n| *n = n.wrapping_add(1));
+                reconciler.mesh_changes.send_replace(());
             }
         }
     }
@@ -249,12 +274,12 @@ mod tests {
     const STRICT: &str = "mode = \"all\"\nstrict = true\nstrict_cidrs = [\"10.9.0.0/16\"]";
 
     fn guard(fixture: &Fixture) -> Arc<MeshGuard> {
-        Arc::clone(fixture.shared.mesh.as_ref().unwrap())
+        MeshGuard::open(fixture.guard_handles()).unwrap().unwrap()
     }
 
     fn flags(fixture: &Fixture, prefix: &str) -> Option<u32> {
         let key = mesh_key(prefix.parse().unwrap());
-        let entries = fixture.shared.maps.mesh.entries().unwrap();
+        let entries = fixture.maps.mesh.entries().unwrap();
         let mut found = entries.into_iter().filter(|(held, _)| *held == key);
         found.next().map(|(_, value)| value.flags)
     }
@@ -262,20 +287,19 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn pods_come_up_once_programs_are_attached_and_prefixes_known_here_or_from_before() {
         let fixture = Fixture::new(STRICT);
-        let (guard, shared) = (guard(&fixture), &fixture.shared);
+        let (guard, signals) = (guard(&fixture), &fixture.signals);
         let now = Duration::ZERO;
         guard.set_attached();
         assert!(!guard.wait_ready(now).await, "nothing is known");
         // Without the server's word about this node nothing is learnt.
-        guard.follow(shared, 0).unwrap();
+        guard.follow(0).unwrap();
         assert!(!guard.wait_ready(now).await);
-        shared.facts.send_replace(Some(Fixture::facts()));
+        signals.facts.send_replace(Some(Fixture::facts()));
         fixture.add_node(2);
-        guard.follow(shared, 0).unwrap();
+        guard.follow(0).unwrap();
         assert!(guard.wait_ready(now).await);
         // Another run knows it without any record.
-        let again = MeshGuard::open(&shared.config, &shared.files, &shared.maps);
-        let again = again.unwrap().unwrap();
+        let again = self::guard(&fixture);
         assert!(!again.wait_ready(now).await, "not attached");
         again.set_attached();
         assert!(again.wait_ready(now).await);
@@ -284,10 +308,10 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn the_map_has_what_is_learnt_listed_and_ones_own_as_an_exception() {
         let fixture = Fixture::new(STRICT);
-        let (guard, shared) = (guard(&fixture), &fixture.shared);
-        shared.facts.send_replace(Some(Fixture::facts()));
+        let (guard, signals) = (guard(&fixture), &fixture.signals);
+        signals.facts.send_replace(Some(Fixture::facts()));
         fixture.add_node(2);
-        guard.follow(shared, 0).unwrap();
+        guard.follow(0).unwrap();
         for (prefix, expected) in [
             ("10.1.2.0/24", Some(MESH_PODS)),
             ("192.0.2.2/32", Some(MESH_NODES)),
@@ -303,30 +327,31 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn what_is_gone_stays_for_a_grace_that_runs_only_with_the_records_at_hand() {
         let fixture = Fixture::new(STRICT);
-        let (guard, shared) = (guard(&fixture), &fixture.shared);
-        shared.facts.send_replace(Some(Fixture::facts()));
+        let (guard, signals) = (guard(&fixture), &fixture.signals);
+        signals.facts.send_replace(Some(Fixture::facts()));
         fixture.add_node(2);
         fixture.know_all();
-        shared.connected.send_replace(true);
-        guard.follow(shared, 0).unwrap();
+        signals.connected.send_replace(true);
+        guard.follow(0).unwrap();
         fixture.remove_node(2);
-        guard.follow(shared, 1_000).unwrap();
+        guard.follow(1_000).unwrap();
         assert!(flags(&fixture, "10.1.2.0/24").is_some());
         // Cut off for all of it.
-        shared.connected.send_replace(false);
-        guard.follow(shared, 2 * MESH_PREFIX_GRACE_MS).unwrap();
-        shared.connected.send_replace(true);
-        guard.follow(shared, 3 * MESH_PREFIX_GRACE_MS - 1).unwrap();
+        signals.connected.send_replace(false);
+        guard.follow(2 * MESH_PREFIX_GRACE_MS).unwrap();
+        signals.connected.send_replace(true);
+        guard.follow(3 * MESH_PREFIX_GRACE_MS - 1).unwrap();
         assert!(flags(&fixture, "10.1.2.0/24").is_some());
-        guard.follow(shared, 3 * MESH_PREFIX_GRACE_MS).unwrap();
+        guard.follow(3 * MESH_PREFIX_GRACE_MS).unwrap();
         assert_eq!(flags(&fixture, "10.1.2.0/24"), None);
-        let stored = shared.files.mesh_prefixes().unwrap().unwrap();
+        let stored = fixture.files.mesh_prefixes().unwrap().unwrap();
         assert!(stored.is_empty(), "{stored:?}");
     }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn there_is_no_guard_without_strict_mode() {
         let fixture = Fixture::new("mode = \"all\"");
-        assert!(fixture.shared.mesh.is_none());
+        let guard = MeshGuard::open(fixture.guard_handles()).unwrap();
+        assert!(guard.is_none());
     }
 }

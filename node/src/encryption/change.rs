@@ -19,14 +19,14 @@ use rtnetlink::Handle;
 use tracing::{info, warn};
 
 use super::devices::{Encryption, Leaving, OpenDevice, name_of};
+use super::handles::Handles;
 use super::keys::{self, NEXT_KEY_FILE};
-use super::task::Task;
 use crate::host::Underlay;
 use crate::netlink;
 
-/// Where the change of keys is, as far as it is not in files and devices.
+/// Where the change of keys is in time, as far as it is not in files and devices.
 #[derive(Debug)]
-pub struct Turn {
+struct Turn {
     /// When the last change began or ended; none in this run: long ago.
     since: Option<Instant>,
     /// When this run began.
@@ -76,7 +76,7 @@ impl Heard {
 
 impl Turn {
     /// At the start of the agent.
-    pub fn new() -> Self {
+    fn new() -> Self {
         Self {
             since: None,
             started: Instant::now(),
@@ -126,30 +126,56 @@ impl Encryption {
     }
 }
 
-impl Task {
-    /// Looks whether keys are to change, and does the next step of it.
-    pub(super) async fn change_keys(&mut self) -> anyhow::Result<()> {
+/// Changes this node's keys, step by step.
+pub(super) struct KeyChange {
+    handles: Handles,
+    turn: Turn,
+    /// There are other devices since somebody last asked.
+    has_news: bool,
+}
+
+impl KeyChange {
+    /// At the start of the agent.
+    pub(super) fn new(handles: Handles) -> Self {
+        Self {
+            handles,
+            turn: Turn::new(),
+            has_news: false,
+        }
+    }
+
+    /// True once after there are other devices, or another one of them is the present one: peers must be told to them.
+    pub(super) fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.has_news)
+    }
+
+    /// Looks whether keys are to change, and does the next step of it. `configured` are the peers that the devices were
+    /// last told, if they are still the same devices, and whether everything was known then.
+    pub(super) async fn step(
+        &mut self,
+        configured: Option<&(Vec<WireguardPeer>, bool)>,
+    ) -> anyhow::Result<()> {
         // Programs of before know only the devices of before, and their maps say what they send to.
-        if *self.shared.is_taking_over.borrow() {
+        if *self.handles.signals.is_taking_over.borrow() {
             self.turn.since = Some(Instant::now());
             return Ok(());
         }
         self.open_kept().await?;
-        let leaving = self.encryption.lock().leaving;
+        let leaving = self.handles.encryption.lock().leaving;
         if let Some(leaving) = leaving {
             return self.end_change(leaving).await;
         }
-        let Some((peers, is_settled)) = self.configured.clone() else {
+        let Some((peers, is_settled)) = configured.filter(|_| !self.has_news) else {
             return Ok(());
         };
         // Others learn of keys by the records: without a session nothing begins, and nobody's silence counts.
-        if !*self.shared.connected.borrow() {
+        if !*self.handles.signals.connected.borrow() {
             self.turn.since = Some(Instant::now());
             return Ok(());
         }
-        let state_dir = self.shared.config.state_dir.clone();
+        let state_dir = self.handles.config.state_dir.clone();
         let (epochs, slot) = {
-            let inner = self.encryption.lock();
+            let inner = self.handles.encryption.lock();
             let epochs: Vec<u32> = inner.devices.iter().map(|d| d.key.epoch).collect();
             (epochs, inner.devices.first().map_or(0, |d| d.key.slot))
         };
@@ -162,11 +188,15 @@ impl Task {
             age_ms: self.turn.key_age_ms(keys::age(&state_dir)?),
             next,
             since_ms: self.turn.since_ms(next.is_some()),
-            is_settled,
+            is_settled: *is_settled,
         };
-        let others = self.peer_keys(&peers, current, next);
-        let every_ms = u64::from(self.shared.config.encryption.rotate_hours) * 60 * 60 * 1_000;
-        let is_asked = self.encryption.is_change_asked.load(Ordering::Relaxed);
+        let others = self.peer_keys(peers, current, next);
+        let every_ms = u64::from(self.handles.config.encryption.rotate_hours) * 60 * 60 * 1_000;
+        let is_asked = self
+            .handles
+            .encryption
+            .is_change_asked
+            .load(Ordering::Relaxed);
         match decide(own, &others, every_ms, is_asked) {
             Decision::Wait => Ok(()),
             Decision::Begin { epoch } => self.begin(&state_dir, epoch, 1 - slot).await,
@@ -184,7 +214,7 @@ impl Task {
         current: u32,
         next: Option<u32>,
     ) -> Vec<PeerKeys> {
-        let report = self.encryption.report();
+        let report = self.handles.encryption.report();
         let now = Instant::now();
         let heard = &mut self.turn.heard;
         if let Some(device) = report.devices.first() {
@@ -201,7 +231,7 @@ impl Task {
             let node = (&*peer.cluster, &*peer.node);
             by_node.entry(node).or_default().push(peer.key);
         }
-        let own_cluster = &*self.shared.config.cluster;
+        let own_cluster = &*self.handles.config.cluster;
         by_node
             .iter()
             .filter_map(|((cluster, _), keys)| {
@@ -227,25 +257,31 @@ impl Task {
 
     /// A next key of an earlier run whose device could not be had yet: nothing else is begun before it is there.
     async fn open_kept(&mut self) -> anyhow::Result<()> {
-        let Some(key) = self.encryption.lock().unopened.clone() else {
+        let Some(key) = self.handles.encryption.lock().unopened.clone() else {
             return Ok(());
         };
         let (epoch, slot) = (key.epoch, key.slot);
-        let underlay = self.shared.underlay.borrow().clone();
-        let open = self.encryption.open(key, &underlay, &self.handle).await;
+        let underlay = self.handles.signals.underlay.borrow().clone();
+        let open = self
+            .handles
+            .encryption
+            .open(key, &underlay, &self.handles.netlink)
+            .await;
         let open = open.context("the device of the next key")?;
-        self.encryption.lock().unopened = None;
+        self.handles.encryption.lock().unopened = None;
         self.add_next(open, epoch, slot);
         Ok(())
     }
 
     async fn begin(&mut self, state_dir: &Path, epoch: u32, slot: usize) -> anyhow::Result<()> {
-        let underlay = self.shared.underlay.borrow().clone();
+        let underlay = self.handles.signals.underlay.borrow().clone();
         let open = self
+            .handles
             .encryption
-            .open_next(state_dir, epoch, slot, &underlay, &self.handle)
+            .open_next(state_dir, epoch, slot, &underlay, &self.handles.netlink)
             .await?;
-        self.encryption
+        self.handles
+            .encryption
             .is_change_asked
             .store(false, Ordering::Relaxed);
         self.add_next(open, epoch, slot);
@@ -253,18 +289,16 @@ impl Task {
     }
 
     fn add_next(&mut self, open: OpenDevice, epoch: u32, slot: usize) {
-        self.encryption.lock().devices.push(Arc::new(open));
+        self.handles.encryption.lock().devices.push(Arc::new(open));
         self.turn.since = Some(Instant::now());
-        self.configured = None;
+        self.has_news = true;
         info!(
             epoch,
             device = name_of(slot),
             "keys change: the next one has its device"
         );
         // The programs first, then the record: who reads it sends to the new device.
-        self.shared
-            .wireguard_changes
-            .send_modify(|n| *n = n.wrapping_add(1));
+        self.handles.signals.wireguard_changes.send_replace(());
     }
 
     /// The next key is the one in use from here on, for this run. What there is of the old one goes in [`Self::end_change`].
@@ -276,7 +310,7 @@ impl Task {
                  within a day: nothing encrypted reaches them until their agents run again"
             );
         }
-        let mut inner = self.encryption.lock();
+        let mut inner = self.handles.encryption.lock();
         let old = inner.devices.remove(0);
         inner.leaving = Some(Leaving {
             slot: old.key.slot,
@@ -284,7 +318,7 @@ impl Task {
         });
         drop(inner);
         // Peers that count no epochs go to the device that is the present one now.
-        self.configured = None;
+        self.has_news = true;
         self.turn.since = Some(Instant::now());
         self.turn.key_since = Instant::now();
         self.turn.heard.clear();
@@ -293,15 +327,15 @@ impl Task {
     /// Goes on with the end of a change, of this run or of one that was cut off, as far as it comes. A round has made
     /// the devices and the kernel follow before.
     async fn end_change(&mut self, leaving: Leaving) -> anyhow::Result<()> {
-        let state_dir = self.shared.config.state_dir.clone();
-        let Some(present) = self.encryption.devices().first().cloned() else {
+        let state_dir = self.handles.config.state_dir.clone();
+        let Some(present) = self.handles.encryption.devices().first().cloned() else {
             return Ok(());
         };
         loop {
             let remains = Remains {
                 is_sent_to: self.is_sent_to(leaving.ifindex),
                 is_stored_as_next: keys::is_next(&state_dir, &present.key)?,
-                has_device: self.encryption.lock().leaving.is_some(),
+                has_device: self.handles.encryption.lock().leaving.is_some(),
             };
             match end_step(remains) {
                 // The next round sees to packets that still go there, or whoever follows the records.
@@ -311,14 +345,12 @@ impl Task {
                 }
                 Some(EndStep::Remove) => {
                     let device = name_of(leaving.slot);
-                    netlink::delete_link(&self.handle, device).await?;
-                    self.encryption.lock().leaving = None;
+                    netlink::delete_link(&self.handles.netlink, device).await?;
+                    self.handles.encryption.lock().leaving = None;
                     self.turn.since = Some(Instant::now());
                     let epoch = present.key.epoch;
                     info!(epoch, device, "keys have changed: the old one is gone");
-                    self.shared
-                        .wireguard_changes
-                        .send_modify(|n| *n = n.wrapping_add(1));
+                    self.handles.signals.wireguard_changes.send_replace(());
                 }
             }
         }
@@ -326,10 +358,14 @@ impl Task {
 
     /// Whether the kernel sends to this device; where that is not known yet, it may.
     fn is_sent_to(&self, ifindex: u32) -> bool {
-        self.shared.model().as_ref().is_none_or(|model| {
-            let mut nodes = model.actual().nodes.values();
-            nodes.any(|node| node.flags & NODE_ENCRYPTED != 0 && node.egress_ifindex == ifindex)
-        })
+        self.handles
+            .reconciler
+            .model()
+            .as_ref()
+            .is_none_or(|model| {
+                let mut nodes = model.actual().nodes.values();
+                nodes.any(|node| node.flags & NODE_ENCRYPTED != 0 && node.egress_ifindex == ifindex)
+            })
     }
 }
 
@@ -449,7 +485,7 @@ mod tests {
             }
         }
 
-        /// One step as [`Task::end_change`] does it; false at the end.
+        /// One step as [`KeyChange::end_change`] does it; false at the end.
         fn step(&mut self, run: &mut Run) -> bool {
             if let Some(next) = run.next.take() {
                 run.leaving = Some(run.present.slot);

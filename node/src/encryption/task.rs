@@ -8,15 +8,13 @@ use clustermesh_encryption::DeviceError;
 use clustermesh_node_core::WireguardPeer;
 use clustermesh_process::Drain;
 use nix::net::if_::if_nametoindex;
-use rtnetlink::Handle;
 use tracing::{error, info, warn};
 
-use super::change::Turn;
-use super::devices::{Encryption, OpenDevice, SILENT_MAX, name_of};
+use super::change::KeyChange;
+use super::devices::{OpenDevice, SILENT_MAX, name_of};
+use super::handles::Handles;
 use super::peers;
 use crate::netlink;
-use crate::records::reconcile;
-use crate::shared::Shared;
 
 /// How often the devices are looked at when no record changes.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -24,17 +22,15 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const GATHER: Duration = Duration::from_millis(10);
 
 /// Keeps the devices as the records want them, until the drain.
-pub async fn run(shared: Arc<Shared>, encryption: Arc<Encryption>, handle: Handle, drain: Drain) {
-    let mut changes = shared.peer_changes.subscribe();
-    let mut underlay = shared.underlay.subscribe();
+pub async fn run(handles: Handles, drain: Drain) {
+    let mut changes = handles.reconciler.peer_changes.subscribe();
+    let mut underlay = handles.signals.underlay.subscribe();
     let mut looks = tokio::time::interval(LOOK_EVERY);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut task = Task {
-        shared,
-        encryption,
-        handle,
+        change: KeyChange::new(handles.clone()),
+        handles,
         configured: None,
-        turn: Turn::new(),
         last_fault: String::new(),
         told_server: EncryptionReport::default(),
         silent: None,
@@ -54,13 +50,11 @@ pub async fn run(shared: Arc<Shared>, encryption: Arc<Encryption>, handle: Handl
 }
 
 /// One task that alone changes the devices.
-pub(super) struct Task {
-    pub(super) shared: Arc<Shared>,
-    pub(super) encryption: Arc<Encryption>,
-    pub(super) handle: Handle,
+struct Task {
+    handles: Handles,
     /// What the devices were last made to be, and whether everything was known then.
-    pub(super) configured: Option<(Vec<WireguardPeer>, bool)>,
-    pub(super) turn: Turn,
+    configured: Option<(Vec<WireguardPeer>, bool)>,
+    change: KeyChange,
     last_fault: String,
     told_server: EncryptionReport,
     /// Since when a device gives no answer.
@@ -70,7 +64,7 @@ pub(super) struct Task {
 impl Task {
     /// Says in metric, status and log how the last round ended; the log once.
     fn note_fault(&mut self, fault: Option<String>) {
-        let metric = &self.shared.metrics.encryption_fault;
+        let metric = &self.handles.metrics.encryption_fault;
         metric.set(i64::from(fault.is_some()));
         let fault = fault.unwrap_or_default();
         if fault == self.last_fault {
@@ -84,23 +78,28 @@ impl Task {
                 "the WireGuard devices are not as they should be, trying again"
             );
         }
-        self.encryption.lock().report.fault.clone_from(&fault);
+        self.handles
+            .encryption
+            .lock()
+            .report
+            .fault
+            .clone_from(&fault);
         self.last_fault = fault;
     }
 
     /// Makes the session report how packets travel, when that has changed.
     fn tell_server(&mut self) {
-        let summary = self.encryption.report().summary();
+        let summary = self.handles.encryption.report().summary();
         if summary != self.told_server {
             self.told_server = summary;
-            self.shared.applied.send_modify(|_| ());
+            self.handles.reconciler.applied.send_modify(|_| ());
         }
     }
 
     async fn round(&mut self) -> anyhow::Result<()> {
         self.revive().await?;
         let wanted = {
-            let model = self.shared.model();
+            let model = self.handles.reconciler.model();
             let listed = model.as_ref().filter(|model| model.is_listed());
             listed.map(|model| {
                 let without = model.nodes_without_key();
@@ -110,21 +109,30 @@ impl Task {
         tokio::task::block_in_place(|| {
             if let Some((wanted, without, is_settled)) = wanted {
                 self.configure(&wanted, is_settled)?;
-                self.encryption.lock().report.set_nodes(wanted, without);
+                self.handles
+                    .encryption
+                    .lock()
+                    .report
+                    .set_nodes(wanted, without);
             }
             self.publish_state()
         })?;
-        self.change_keys().await
+        let ended = self.change.step(self.configured.as_ref()).await;
+        if self.change.take_news() {
+            self.configured = None;
+        }
+        ended
     }
 
     /// Tells the model what the devices know now, and makes the kernel follow.
     fn publish_state(&self) -> anyhow::Result<()> {
-        self.encryption.look()?;
-        let state = self.encryption.state();
-        self.encryption
+        self.handles.encryption.look()?;
+        let state = self.handles.encryption.state();
+        self.handles
+            .encryption
             .report()
-            .publish(&self.shared.metrics.encryption);
-        let is_news = match self.shared.model().as_mut() {
+            .publish(&self.handles.metrics.encryption);
+        let is_news = match self.handles.reconciler.model().as_mut() {
             Some(model) if *model.wireguard() != state => {
                 model.set_wireguard(state);
                 model.is_listed()
@@ -133,7 +141,7 @@ impl Task {
         };
         if is_news {
             // What fails is tried again by whoever follows the records.
-            reconcile::round(&self.shared);
+            self.handles.reconciler.round();
         }
         Ok(())
     }
@@ -145,7 +153,7 @@ impl Task {
         if is_same {
             return Ok(());
         }
-        let steps = self.encryption.configure(wanted, is_settled)?;
+        let steps = self.handles.encryption.configure(wanted, is_settled)?;
         if steps > 0 {
             info!(
                 steps,
@@ -153,14 +161,14 @@ impl Task {
                 "peers of the WireGuard devices changed"
             );
         }
-        self.shared.metrics.encryption.clear_peers();
+        self.handles.metrics.encryption.clear_peers();
         self.configured = Some((wanted.to_vec(), is_settled));
         Ok(())
     }
 
     /// Starts devices again that have ended, and those that have been silent for too long.
     async fn revive(&mut self) -> anyhow::Result<()> {
-        for open in self.encryption.devices() {
+        for open in self.handles.encryption.devices() {
             let slot = open.key.slot;
             let answer = tokio::task::block_in_place(|| open.device.status());
             match answer {
@@ -173,7 +181,7 @@ impl Task {
                     if since.elapsed() < SILENT_MAX {
                         return Err(error.into());
                     }
-                    self.encryption.end_silent(slot)?;
+                    self.handles.encryption.end_silent(slot)?;
                 }
                 Ok(_) if if_nametoindex(open.device.name()) == Ok(open.ifindex) => {
                     self.silent = self.silent.filter(|(silent, _)| *silent != slot);
@@ -192,13 +200,14 @@ impl Task {
             device = name_of(ended.key.slot),
             "the WireGuard device has ended, starting it again"
         );
-        let underlay = self.shared.underlay.borrow().clone();
+        let underlay = self.handles.signals.underlay.borrow().clone();
         let open = self
+            .handles
             .encryption
-            .open(ended.key.clone(), &underlay, &self.handle)
+            .open(ended.key.clone(), &underlay, &self.handles.netlink)
             .await?;
         {
-            let mut inner = self.encryption.lock();
+            let mut inner = self.handles.encryption.lock();
             let mut places = inner.devices.iter_mut();
             if let Some(place) = places.find(|held| held.key == ended.key) {
                 *place = Arc::new(open);
@@ -207,16 +216,15 @@ impl Task {
         }
         self.configured = None;
         // Programs first: what peers send is taken from then on.
-        self.shared
-            .wireguard_changes
-            .send_modify(|n| *n = n.wrapping_add(1));
+        self.handles.signals.wireguard_changes.send_replace(());
         Ok(())
     }
 
     async fn follow_underlay(&self) {
-        let mtu = self.shared.underlay.borrow().wireguard_mtu;
-        for ifindex in self.encryption.ifindexes() {
-            if let Err(error) = netlink::set_link(&self.handle, ifindex, mtu, false).await {
+        let mtu = self.handles.signals.underlay.borrow().wireguard_mtu;
+        for ifindex in self.handles.encryption.ifindexes() {
+            if let Err(error) = netlink::set_link(&self.handles.netlink, ifindex, mtu, false).await
+            {
                 warn!(%error, "the WireGuard device keeps its MTU");
             }
         }

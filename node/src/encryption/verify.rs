@@ -15,7 +15,7 @@ use tonic::Status;
 
 use super::devices::Encryption;
 use crate::echo::ask::{AT_ONCE_MAX, PACKET_BYTES, ask_all};
-use crate::shared::Shared;
+use crate::records::Reconciler;
 
 /// Proofs that wait in one stream's socket.
 pub const PROOFS_WAITING_MAX: usize = 2 * AT_ONCE_MAX;
@@ -27,13 +27,13 @@ pub type Proofs = mpsc::Receiver<Result<EncryptionProof, Status>>;
 ///
 /// # Errors
 /// The records are not listed yet, or somebody else is at it.
-pub fn begin(shared: &Shared, encryption: &Arc<Encryption>) -> Result<Proofs, Status> {
+pub fn begin(reconciler: &Reconciler, encryption: &Arc<Encryption>) -> Result<Proofs, Status> {
     let turn = Arc::clone(&encryption.verifications).try_acquire_owned();
     let turn = turn.map_err(|_| {
         Status::resource_exhausted("another verification runs: try again when it has ended")
     })?;
     let nodes = {
-        let model = shared.model();
+        let model = reconciler.model();
         let listed = model.as_ref().filter(|model| model.is_listed());
         listed.map(clustermesh_node_core::Model::provable_nodes)
     };

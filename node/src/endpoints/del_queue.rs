@@ -11,7 +11,6 @@ use clustermesh_process::Drain;
 use tracing::{info, warn};
 
 use super::{Endpoints, interface_name};
-use crate::shared::Shared;
 
 /// Files that are looked at in one round.
 const QUEUED_MAX: usize = 100_000;
@@ -94,12 +93,12 @@ impl DelQueue {
 }
 
 /// Works the queue off until the drain.
-pub async fn run(shared: Arc<Shared>, drain: Drain) {
+pub async fn run(queue: Arc<DelQueue>, endpoints: Arc<Endpoints>, drain: Drain) {
     let mut rounds = tokio::time::interval(WORKED_OFF_EVERY);
     rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            _ = rounds.tick() => shared.queue.work_off(&shared.endpoints).await,
+            _ = rounds.tick() => queue.work_off(&endpoints).await,
             () = drain.draining() => return,
         }
     }

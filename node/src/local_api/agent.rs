@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use clustermesh_api::v1::agent_server::Agent;
 use clustermesh_api::v1::{
@@ -10,6 +10,7 @@ use clustermesh_api::v1::{
     EncryptionStatusResponse, Flow, FlowsRequest, LocalEndpoint, RotateKeysRequest,
     RotateKeysResponse, TrafficCounter, VerifyEncryptionRequest,
 };
+use clustermesh_ebpf::Maps;
 use clustermesh_ebpf::abi::{LAYOUT_VERSION, WireTraffic};
 use clustermesh_process::Drain;
 use tokio::sync::broadcast::error::RecvError;
@@ -18,38 +19,56 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::encryption::verify;
+use crate::config::Config;
+use crate::encryption::{Encryption, verify};
+use crate::endpoints::Endpoints;
 use crate::flows::{Flows, flow};
-use crate::session::{port_readiness, source_revisions};
-use crate::shared::Shared;
+use crate::paths::Paths;
+use crate::readiness::{Prober, port_readiness};
+use crate::records::Reconciler;
+use crate::signals::Signals;
 
 /// Records that wait in one stream's socket.
 const FLOWS_IN_STREAM_MAX: usize = 256;
 
-pub(super) struct AgentService {
-    shared: Arc<Shared>,
-    flows: Flows,
-    drain: Drain,
+/// Answers people and tools: how the agent is, what flows, and what encryption does.
+pub struct AgentService {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// How programs are attached.
+    pub attach_mode: &'static str,
+    /// Kernel maps.
+    pub maps: Maps,
+    /// What the kernel holds.
+    pub reconciler: Arc<Reconciler>,
+    /// The latest word on this node.
+    pub signals: Arc<Signals>,
+    /// Local endpoints.
+    pub endpoints: Arc<Endpoints>,
+    /// Readiness of their ports.
+    pub prober: Arc<Prober>,
+    /// What is known of the paths to other nodes.
+    pub paths: Arc<Paths>,
+    /// Keys and devices; `None` where nothing is encrypted.
+    pub encryption: Option<Arc<Encryption>>,
+    /// Flow records.
+    pub flows: Flows,
+    /// Ends streams.
+    pub drain: Drain,
 }
 
 impl AgentService {
-    pub(super) fn new(shared: Arc<Shared>, flows: Flows, drain: Drain) -> Self {
-        Self {
-            shared,
-            flows,
-            drain,
-        }
+    fn encryption(&self) -> Result<&Arc<Encryption>, Status> {
+        self.encryption.as_ref().ok_or_else(|| {
+            Status::failed_precondition(
+                "this node encrypts nothing: set encryption.mode in its configuration",
+            )
+        })
     }
 }
 
 fn internal(error: &impl std::fmt::Display) -> Status {
     Status::internal(error.to_string())
-}
-
-fn encrypts_nothing() -> Status {
-    Status::failed_precondition(
-        "this node encrypts nothing: set encryption.mode in its configuration",
-    )
 }
 
 #[tonic::async_trait]
@@ -58,8 +77,12 @@ impl Agent for AgentService {
         &self,
         _: Request<AgentStatusRequest>,
     ) -> Result<Response<AgentStatusResponse>, Status> {
-        let shared = &self.shared;
-        let maps = &shared.maps;
+        let Self {
+            config,
+            maps,
+            signals,
+            ..
+        } = self;
         let drops = maps.drops().map_err(|error| internal(&error))?;
         let traffic = maps.traffic().map_err(|error| internal(&error))?;
         let mut map_entries = BTreeMap::new();
@@ -76,20 +99,16 @@ impl Agent for AgentService {
             let entries = entries.map_err(|error| internal(&error))?;
             map_entries.insert(name.to_owned(), entries as u64);
         }
-        let applied = shared.applied.borrow().clone();
-        let registered = shared
-            .registered
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        let endpoints = shared.endpoints.watch().borrow().clone();
+        let applied = self.reconciler.applied.borrow().clone();
+        let registered = signals.registered.borrow().clone();
+        let endpoints = self.endpoints.watch().borrow().clone();
         let response = AgentStatusResponse {
-            node: shared.config.node.clone(),
-            cluster: shared.config.cluster.clone(),
-            server_connected: *shared.connected.borrow(),
-            applied: source_revisions(&applied),
-            attach_mode: shared.attach_mode.to_owned(),
-            routing_mode: shared.config.routing.name().to_owned(),
+            node: config.node.clone(),
+            cluster: config.cluster.clone(),
+            server_connected: *signals.connected.borrow(),
+            applied: applied.source_revisions(),
+            attach_mode: self.attach_mode.to_owned(),
+            routing_mode: config.routing.name().to_owned(),
             map_layout_version: LAYOUT_VERSION,
             endpoints: endpoints
                 .iter()
@@ -104,7 +123,7 @@ impl Agent for AgentService {
                     ports: endpoint
                         .addresses
                         .first()
-                        .map(|ip| port_readiness(&shared.prober.ports_of(*ip)))
+                        .map(|ip| port_readiness(&self.prober.ports_of(*ip)))
                         .unwrap_or_default(),
                     registered: registered.contains(&endpoint.attachment),
                 })
@@ -124,7 +143,7 @@ impl Agent for AgentService {
                 })
                 .collect(),
             map_entries,
-            pod_cidrs: shared
+            pod_cidrs: signals
                 .facts
                 .borrow()
                 .iter()
@@ -132,13 +151,9 @@ impl Agent for AgentService {
                 .flatten()
                 .map(|cidr| cidr.to_string())
                 .collect(),
-            paths: shared.paths.statuses(),
-            underlay_addresses: shared.underlay.borrow().address_texts(),
-            refused_records: applied
-                .refused
-                .iter()
-                .map(|(reason, count)| ((*reason).to_owned(), *count))
-                .collect(),
+            paths: self.paths.statuses(),
+            underlay_addresses: signals.underlay.borrow().address_texts(),
+            refused_records: applied.refused_records(),
         };
         Ok(Response::new(response))
     }
@@ -147,19 +162,19 @@ impl Agent for AgentService {
         &self,
         _: Request<EncryptionStatusRequest>,
     ) -> Result<Response<EncryptionStatusResponse>, Status> {
-        let shared = &self.shared;
-        let settings = &shared.config.encryption;
-        let report = shared.encryption.as_ref().map(|e| e.report());
+        let config = &self.config;
+        let settings = &config.encryption;
+        let report = self.encryption.as_ref().map(|e| e.report());
         let mut response = report.unwrap_or_default().to_message(
             settings.mode.name(),
             settings.strict,
             settings.nodes,
         );
-        response.node.clone_from(&shared.config.node);
-        response.cluster.clone_from(&shared.config.cluster);
-        let paths = shared.paths.statuses().into_iter();
+        response.node.clone_from(&config.node);
+        response.cluster.clone_from(&config.cluster);
+        let paths = self.paths.statuses().into_iter();
         response.black_holes = paths.filter(|path| path.black_hole).collect();
-        for (way, value) in shared.maps.wire_traffic().map_err(|e| internal(&e))? {
+        for (way, value) in self.maps.wire_traffic().map_err(|e| internal(&e))? {
             match way {
                 WireTraffic::EncryptedIn | WireTraffic::EncryptedOut => {
                     response.encrypted_bytes += value.bytes;
@@ -174,12 +189,7 @@ impl Agent for AgentService {
         &self,
         _: Request<RotateKeysRequest>,
     ) -> Result<Response<RotateKeysResponse>, Status> {
-        let encryption = self
-            .shared
-            .encryption
-            .as_ref()
-            .ok_or_else(encrypts_nothing)?;
-        let epoch = encryption.ask_for_change();
+        let epoch = self.encryption()?.ask_for_change();
         Ok(Response::new(RotateKeysResponse { epoch }))
     }
 
@@ -190,12 +200,7 @@ impl Agent for AgentService {
         &self,
         _: Request<VerifyEncryptionRequest>,
     ) -> Result<Response<Self::VerifyEncryptionStream>, Status> {
-        let encryption = self
-            .shared
-            .encryption
-            .as_ref()
-            .ok_or_else(encrypts_nothing)?;
-        let proofs = verify::begin(&self.shared, encryption)?;
+        let proofs = verify::begin(&self.reconciler, self.encryption()?)?;
         Ok(Response::new(Box::pin(ReceiverStream::new(proofs))))
     }
 

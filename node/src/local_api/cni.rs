@@ -19,22 +19,36 @@ use prost::Message as _;
 use tonic::{Code, Request, Response, Status};
 use tracing::{info, warn};
 
-use crate::endpoints::{AddRequest, EndpointError};
-use crate::shared::{Shared, WORKLOAD_WAIT};
+use crate::config::Config;
+use crate::endpoints::{AddRequest, DelQueue, EndpointError, Endpoints};
+use crate::metrics::Metrics;
+use crate::records::{WORKLOAD_WAIT, Workloads};
+use crate::signals::Signals;
 use crate::state_files::{NodeFacts, StoredEndpoint};
+use crate::strict_mode::MeshGuard;
 
 /// ADD waits so long for strict mode.
 const GUARD_WAIT: Duration = Duration::from_secs(5);
 
-pub(super) struct CniService {
-    shared: Arc<Shared>,
+/// Answers the CNI plugin.
+pub struct CniService {
+    /// Settings.
+    pub config: Arc<Config>,
+    /// The underlay, and the server's word about this node.
+    pub signals: Arc<Signals>,
+    /// Which workloads there are.
+    pub workloads: Arc<Workloads>,
+    /// What the calls change.
+    pub endpoints: Arc<Endpoints>,
+    /// DELs that came while no agent answered.
+    pub queue: Arc<DelQueue>,
+    /// Says when pods may come up; `None` without strict mode.
+    pub guard: Option<Arc<MeshGuard>>,
+    /// Counters.
+    pub metrics: Metrics,
 }
 
 impl CniService {
-    pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared }
-    }
-
     /// Logs and counts the outcome of a call, and gives it the form of the wire.
     fn outcome<T>(
         &self,
@@ -47,7 +61,7 @@ impl CniService {
             ("command".to_owned(), command.to_owned()),
             ("code".to_owned(), code.to_string()),
         ];
-        self.shared.metrics.cni_calls.get_or_create(&labels).inc();
+        self.metrics.cni_calls.get_or_create(&labels).inc();
         let container = &attachment.container_id;
         result.map(Response::new).map_err(|error| {
             warn!(
@@ -63,12 +77,13 @@ impl CniService {
     }
 
     /// Carries a change out even if the plugin goes away meanwhile: half of one would contradict the state folder.
-    async fn to_its_end<T, F>(&self, change: impl FnOnce(Arc<Shared>) -> F) -> Result<T, CniError>
+    async fn to_its_end<T>(
+        change: impl Future<Output = Result<T, EndpointError>> + Send + 'static,
+    ) -> Result<T, CniError>
     where
         T: Send + 'static,
-        F: Future<Output = Result<T, EndpointError>> + Send + 'static,
     {
-        match tokio::spawn(change(Arc::clone(&self.shared))).await {
+        match tokio::spawn(change).await {
             Ok(result) => result.map_err(|error| cni_error(&error)),
             Err(error) => Err(CniError::new(
                 code::TRY_AGAIN_LATER,
@@ -79,7 +94,7 @@ impl CniService {
     }
 
     fn facts(&self) -> Result<NodeFacts, CniError> {
-        self.shared.facts.borrow().clone().ok_or_else(|| {
+        self.signals.facts.borrow().clone().ok_or_else(|| {
             CniError::new(
                 code::TRY_AGAIN_LATER,
                 "this node has no pod CIDR yet",
@@ -94,14 +109,14 @@ impl CniService {
             namespace: request.namespace.as_str().into(),
             name: request.name.as_str().into(),
         };
-        let Some(identity) = self.shared.wait_for_workload(&workload).await else {
+        let Some(identity) = self.workloads.wait_for(&workload).await else {
             return Err(CniError::new(
                 code::TRY_AGAIN_LATER,
                 format!("Workload {workload} is not known"),
                 format!(
                     "waited {} s; store it with `clustermesh apply`{}",
                     WORKLOAD_WAIT.as_secs(),
-                    if *self.shared.connected.borrow() {
+                    if *self.signals.connected.borrow() {
                         ""
                     } else {
                         " (the server cannot be reached at present)"
@@ -109,8 +124,8 @@ impl CniService {
                 ),
             ));
         };
-        if let Some(mesh) = &self.shared.mesh
-            && !mesh.wait_ready(GUARD_WAIT).await
+        if let Some(guard) = &self.guard
+            && !guard.wait_ready(GUARD_WAIT).await
         {
             return Err(CniError::new(
                 code::TRY_AGAIN_LATER,
@@ -119,10 +134,10 @@ impl CniService {
                  see `clustermesh-node status`",
             ));
         }
-        let underlay = self.shared.underlay.borrow().clone();
+        let underlay = self.signals.underlay.borrow().clone();
         // Packets that are redirected into the device of user space should fit one call there.
         let mtu = usize::try_from(underlay.wireguard_mtu).unwrap_or(usize::MAX);
-        let is_encrypted = self.shared.config.encryption.is_on();
+        let is_encrypted = self.config.encryption.is_on();
         let segments_max = is_encrypted.then(|| segments_per_call(mtu));
         let request = AddRequest {
             attachment: attachment(request),
@@ -132,12 +147,12 @@ impl CniService {
             mtu: underlay.pod_mtu,
             segments_max,
         };
-        let endpoint = self
-            .to_its_end(|shared| async move {
-                shared.queue.drop_before_add(&request.attachment).await;
-                shared.endpoints.add(request).await
-            })
-            .await?;
+        let (queue, endpoints) = (Arc::clone(&self.queue), Arc::clone(&self.endpoints));
+        let endpoint = Self::to_its_end(async move {
+            queue.drop_before_add(&request.attachment).await;
+            endpoints.add(request).await
+        })
+        .await?;
         info!(
             workload = %format!("{}/{}", endpoint.namespace, endpoint.name),
             container = endpoint.attachment.container_id,
@@ -237,9 +252,8 @@ impl Cni for CniService {
     async fn del(&self, request: Request<CniRequest>) -> Result<Response<CniDelResponse>, Status> {
         let attachment = attachment(&request.into_inner());
         let gone = attachment.clone();
-        let result = self
-            .to_its_end(|shared| async move { shared.endpoints.del(&gone).await })
-            .await;
+        let endpoints = Arc::clone(&self.endpoints);
+        let result = Self::to_its_end(async move { endpoints.del(&gone).await }).await;
         if result.is_ok() {
             info!(container = attachment.container_id, "endpoint detached");
         }
@@ -262,7 +276,6 @@ impl Cni for CniService {
             .collect();
         let result = match addresses {
             Ok(addresses) => self
-                .shared
                 .endpoints
                 .check(&attachment, &call.netns, &addresses)
                 .await
@@ -287,8 +300,8 @@ impl Cni for CniService {
                 ifname: a.ifname,
             })
             .collect();
-        let result = self
-            .to_its_end(|shared| async move { shared.endpoints.gc(&valid).await })
+        let endpoints = Arc::clone(&self.endpoints);
+        let result = Self::to_its_end(async move { endpoints.gc(&valid).await })
             .await
             .map(|removed| CniGcResponse { removed });
         self.outcome(

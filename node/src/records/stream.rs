@@ -1,7 +1,6 @@
 //! The agents' stream: records and watermarks into the model, resumed where it broke off.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -17,9 +16,11 @@ use clustermesh_process::{Drain, Heartbeat};
 use futures_util::FutureExt as _;
 use tracing::{info, warn};
 
-use crate::metrics::label;
-use crate::records::reconcile::{RETRY_AFTER, round};
-use crate::shared::Shared;
+use super::reconciler::{RETRY_AFTER, Reconciler};
+use super::workloads::Workloads;
+use crate::endpoints::Endpoints;
+use crate::metrics::{Metrics, label};
+use crate::state_files::StateFiles;
 
 /// Messages that are handled before the maps are written.
 const MESSAGES_PER_ROUND_MAX: usize = 256;
@@ -34,9 +35,24 @@ const BEAT_EVERY: Duration = Duration::from_secs(5);
 /// The known workloads are stored at most this often.
 const WORKLOADS_STORED_EVERY: Duration = Duration::from_secs(1);
 
+/// Where records and what follows from them go.
+#[derive(Clone)]
+pub struct Sinks {
+    /// The model and the maps.
+    pub reconciler: Arc<Reconciler>,
+    /// Stored for the next start.
+    pub workloads: Arc<Workloads>,
+    /// Their identities follow the workloads'.
+    pub endpoints: Arc<Endpoints>,
+    /// Of which store the kernel's entries are.
+    pub files: Arc<StateFiles>,
+    /// Counters.
+    pub metrics: Metrics,
+}
+
 /// Follows the server's records.
 pub struct Follower {
-    shared: Arc<Shared>,
+    sinks: Sinks,
     client: Client,
     decoder: Decoder,
     cluster: ClusterName,
@@ -57,16 +73,16 @@ impl Follower {
     /// A follower that has read nothing yet; the kernel holds what was read from `held_store`, if `over_entries` at all.
     #[must_use]
     pub fn new(
-        shared: Arc<Shared>,
+        sinks: Sinks,
         client: Client,
+        cluster: ClusterName,
         decoder: Decoder,
         held_store: Option<u64>,
         over_entries: bool,
         heartbeat: Heartbeat,
     ) -> Self {
-        let cluster = shared.config.cluster.as_str().into();
         Self {
-            shared,
+            sinks,
             client,
             decoder,
             cluster,
@@ -104,7 +120,7 @@ impl Follower {
                 // A listing that broke off says nothing of what was not sent.
                 self.store_id = 0;
             }
-            self.shared
+            self.sinks
                 .metrics
                 .reconnects
                 .get_or_create(&label("stream", "records"))
@@ -113,7 +129,7 @@ impl Follower {
                 backoff = BACKOFF_MIN;
             }
             if self.has_missed() {
-                tokio::task::block_in_place(|| round(&self.shared));
+                tokio::task::block_in_place(|| self.sinks.reconciler.round());
             }
             // Jitter: the agents of a cluster whose server comes back do not all knock at once.
             let pause = backoff.mul_f64(rand::random_range(0.5..1.0));
@@ -135,7 +151,7 @@ impl Follower {
         beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut retry = false;
         let mut store_due: Option<tokio::time::Instant> = None;
-        let mut workloads = self.shared.workload_changes.subscribe();
+        let mut workloads = self.sinks.reconciler.workload_changes.subscribe();
         loop {
             let first = tokio::select! {
                 message = stream.next() => Some(message?.context("the server ended the stream")?),
@@ -154,7 +170,7 @@ impl Follower {
                 }
                 () = until(store_due), if store_due.is_some() => {
                     store_due = None;
-                    if let Err(error) = tokio::task::block_in_place(|| self.shared.store_workloads()) {
+                    if let Err(error) = tokio::task::block_in_place(|| self.sinks.workloads.store()) {
                         warn!(%error, "workloads not stored for the next start");
                     }
                     continue;
@@ -181,7 +197,7 @@ impl Follower {
     /// One round of map calls. False if there is something to do again without a new message.
     fn round(&mut self) -> bool {
         let now_ms = self.now_ms();
-        if let Some(model) = self.shared.model().as_mut() {
+        if let Some(model) = self.sinks.reconciler.model().as_mut() {
             model.pass_time(now_ms);
             if model.kept_entries() > 0
                 && let Some(peers) = &self.peers
@@ -189,13 +205,13 @@ impl Follower {
                 model.peers_configured(peers);
             }
         }
-        let complete = round(&self.shared);
-        let (kept, trusted) = match self.shared.model().as_ref() {
+        let complete = self.sinks.reconciler.round();
+        let (kept, trusted) = match self.sinks.reconciler.model().as_ref() {
             Some(model) => (model.kept_entries(), model.is_trusted()),
             None => (0, false),
         };
         let kept_before = self
-            .shared
+            .sinks
             .metrics
             .kept_entries
             .set(i64::try_from(kept).unwrap_or(i64::MAX));
@@ -209,7 +225,7 @@ impl Follower {
             );
         }
         if complete && trusted && self.held_store != Some(self.store_id) {
-            match self.shared.files.store_store_id(self.store_id) {
+            match self.sinks.files.store_store_id(self.store_id) {
                 Ok(()) => {
                     self.held_store = Some(self.store_id);
                     self.over_entries = true;
@@ -222,7 +238,7 @@ impl Follower {
 
     /// A round of this or another task has left something undone.
     fn has_missed(&self) -> bool {
-        self.shared.has_missed.load(Ordering::Relaxed)
+        self.sinks.reconciler.has_missed()
     }
 
     /// True if the store is not the one of which the kernel's entries are.
@@ -235,10 +251,13 @@ impl Follower {
     }
 
     async fn refresh_identities(&self) {
-        let shared = &self.shared;
-        let refreshed = shared
-            .endpoints
-            .refresh_identities(|name| shared.identity_of(name))
+        let Sinks {
+            endpoints,
+            workloads,
+            ..
+        } = &self.sinks;
+        let refreshed = endpoints
+            .refresh_identities(|name| workloads.identity_of(name))
             .await;
         if let Err(error) = refreshed {
             warn!(%error, "identities of local endpoints not brought up to date");
@@ -247,7 +266,7 @@ impl Follower {
 
     fn handle(&mut self, message: AgentWatchResponse) -> anyhow::Result<()> {
         let now_ms = self.now_ms();
-        let mut guard = self.shared.model();
+        let mut guard = self.sinks.reconciler.model();
         let Some(model) = guard.as_mut() else {
             bail!("there is no model yet");
         };
