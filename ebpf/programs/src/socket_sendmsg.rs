@@ -53,24 +53,28 @@ fn kept_or_chosen(
     // SAFETY: checked. Threads that share the socket may write at the same time (the target has no atomic
     // add): should two take the same entry for their first datagrams, one of them chooses anew with its next.
     let storage = unsafe { &mut *storage };
-    let mut place = UDP_CHOICES_PER_SOCKET_MAX;
-    for i in 0..UDP_CHOICES_PER_SOCKET_MAX {
-        if virtual_of(&storage.choices[i].choice) == *named {
-            place = i;
+    // The newest first: it is the likeliest. And as the verifier does not know where that is, one look at what follows
+    // stands for all places.
+    let mut found = None;
+    for age in 1..=UDP_CHOICES_PER_SOCKET_MAX as u32 {
+        let place = storage.next.wrapping_sub(age) as usize % UDP_CHOICES_PER_SOCKET_MAX;
+        if virtual_of(&storage.choices[place].choice) == *named {
+            found = Some(place);
             break;
         }
     }
-    if place < UDP_CHOICES_PER_SOCKET_MAX
+    if let Some(place) = found
         && let Some(kept) = kept(key, frontend, &mut storage.choices[place])
     {
         return Some(kept);
     }
     let (chosen, list_id) = choose(key, frontend)?;
-    if place >= UDP_CHOICES_PER_SOCKET_MAX {
-        place = storage.next as usize;
+    let place = found.unwrap_or_else(|| {
+        let oldest = storage.next as usize % UDP_CHOICES_PER_SOCKET_MAX;
         storage.next = storage.next.wrapping_add(1);
-    }
-    let entry = &mut storage.choices[place % UDP_CHOICES_PER_SOCKET_MAX];
+        oldest
+    });
+    let entry = &mut storage.choices[place];
     // SAFETY: the entry is in the storage.
     unsafe { store(&raw mut entry.choice, &remember(named, &chosen)) };
     entry.list_id = list_id;

@@ -9,3 +9,4 @@ mod interfaces;
 mod node;
 mod sockets;
 mod takeover;
+mod verifier;
