@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use crate::config::Config;
 use crate::encryption;
 use crate::encryption::keys::{KEY_FILE, NEXT_KEY_FILE};
-use crate::state_files::{MESH_FILE, StateFiles};
-use crate::{host, netlink, privileges};
+use crate::state_files::StateFiles;
+use crate::{host, netlink, privileges, state_files};
 
 /// How the status is printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -236,15 +236,10 @@ pub async fn cleanup(config: &Config) -> anyhow::Result<()> {
     for endpoint in files.endpoints()?.endpoints {
         netlink::delete_link(&handle, &endpoint.host_interface).await?;
     }
-    for name in [
-        "node.json",
-        "endpoints.json",
-        "workloads.json",
-        "store.json",
-        MESH_FILE,
-        KEY_FILE,
-        NEXT_KEY_FILE,
-    ] {
+    for name in state_files::FILES
+        .into_iter()
+        .chain([KEY_FILE, NEXT_KEY_FILE])
+    {
         remove_file(&config.state_dir.join(name))?;
     }
     remove_file(&config.socket())?;

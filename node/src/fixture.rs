@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use clustermesh_ebpf::abi::IdentitySplit;
 use clustermesh_ebpf::{AttachMode, Datapath, Maps, Options};
@@ -12,12 +12,13 @@ use clustermesh_node_core::{IPCACHE_WANTED_MAX, Model, Settings, UnderlayPath};
 use prometheus_client::registry::Registry;
 
 use crate::config::Config;
+use crate::endpoints::Endpoints;
 use crate::host::Underlay;
 use crate::metrics::Metrics;
 use crate::records::{Reconciler, read_tables};
 use crate::signals::Signals;
-use crate::state_files::{NodeFacts, StateFiles};
-use crate::strict_mode;
+use crate::state_files::{NodeFacts, StateFiles, StoredEndpoints};
+use crate::{netlink, strict_mode};
 
 /// Largest packet to another node of [`Fixture::add_node`], bytes.
 pub const PATH_BYTES: u16 = 1_450;
@@ -30,7 +31,7 @@ pub struct Fixture {
     pub metrics: Metrics,
     pub signals: Arc<Signals>,
     pub reconciler: Arc<Reconciler>,
-    _datapath: Datapath,
+    datapath: Arc<Mutex<Datapath>>,
     _bpffs: Bpffs,
     _dir: tempfile::TempDir,
 }
@@ -87,7 +88,7 @@ impl Fixture {
             metrics,
             signals: Arc::new(Signals::new(underlay())),
             reconciler,
-            _datapath: datapath,
+            datapath: Arc::new(Mutex::new(datapath)),
             _bpffs: bpffs,
             _dir: dir,
         }
@@ -103,6 +104,18 @@ impl Fixture {
             signals: Arc::clone(&self.signals),
             metrics: self.metrics.clone(),
         }
+    }
+
+    /// Endpoints that an earlier run has left; must be called on a runtime.
+    pub fn endpoints(&self, stored: &StoredEndpoints) -> Arc<Endpoints> {
+        self.files.store_endpoints(stored).unwrap();
+        let endpoints = Endpoints::open(
+            Arc::clone(&self.files),
+            self.maps.clone(),
+            Arc::clone(&self.datapath),
+            netlink::connect().unwrap(),
+        );
+        Arc::new(endpoints.unwrap())
     }
 
     /// Node `nNUMBER` of the own cluster, with addresses of its number.

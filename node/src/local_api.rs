@@ -1,4 +1,4 @@
-//! The local API on a Unix socket: the CNI plugin's calls, and status and flows for people.
+//! The local API on a Unix socket: the CNI plugin's calls, and what people and tools ask.
 
 mod agent;
 mod cni;

@@ -190,3 +190,128 @@ pub async fn run(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use clustermesh_node_core::change::{
+        Affinity, Change, ServiceDeclaration, ServiceName, ServicePort,
+    };
+    use clustermesh_node_core::decode::PROTOCOL_TCP;
+    use clustermesh_node_core::ipam::Attachment;
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::fixture::Fixture;
+    use crate::state_files::{StoredEndpoint, StoredEndpoints};
+
+    const ADDRESS: Ipv4Addr = Ipv4Addr::LOCALHOST;
+    const WAIT: Duration = Duration::from_secs(30);
+
+    fn endpoint() -> StoredEndpoints {
+        let endpoint = StoredEndpoint {
+            attachment: Attachment {
+                container_id: "c".to_owned(),
+                ifname: "eth0".to_owned(),
+            },
+            namespace: "shop".to_owned(),
+            name: "cart-0".to_owned(),
+            netns: String::new(),
+            addresses: vec![ADDRESS.into()],
+            identity: 70_000,
+            host_interface: String::new(),
+            ifindex: 9,
+            host_mac: [0; 6],
+            pod_mac: [0; 6],
+            mtu: 1_450,
+        };
+        StoredEndpoints {
+            endpoints: vec![endpoint],
+            ..StoredEndpoints::default()
+        }
+    }
+
+    fn apply(fixture: &Fixture, change: Change) {
+        fixture.reconciler.model().as_mut().unwrap().apply(change);
+        fixture.reconciler.round();
+    }
+
+    fn workload() -> Change {
+        Change::Workload {
+            workload: WorkloadName {
+                namespace: "shop".into(),
+                name: "cart-0".into(),
+            },
+            declaration: Some(Box::new(WorkloadDeclaration {
+                labels: [("app".to_owned(), "cart".to_owned())].into(),
+                identity: Some(70_000),
+            })),
+        }
+    }
+
+    fn service(port: u16) -> Change {
+        Change::Service {
+            service: ServiceName {
+                namespace: "shop".into(),
+                name: "cart".into(),
+            },
+            declaration: Some(Box::new(ServiceDeclaration {
+                addresses: Vec::new(),
+                ports: vec![ServicePort {
+                    name: "".into(),
+                    protocol: PROTOCOL_TCP,
+                    port: 80,
+                    target_port: port,
+                }],
+                selector: [("app".to_owned(), "cart".to_owned())].into(),
+                global: false,
+                affinity: Affinity::default(),
+            })),
+        }
+    }
+
+    async fn until_readiness_is(prober: &Prober, port: u16, expected: bool) {
+        let known = async {
+            loop {
+                let ports = prober.ports_of(ADDRESS.into());
+                if let [(target, ready)] = ports[..]
+                    && (target.port, ready) == (port, expected)
+                {
+                    return;
+                }
+                prober.changed.notified().await;
+            }
+        };
+        tokio::time::timeout(WAIT, known).await.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn ports_are_probed_whether_they_were_known_before_or_are_learnt_from_a_round() {
+        let fixture = Fixture::new("");
+        let endpoints = fixture.endpoints(&endpoint());
+        let listener = TcpListener::bind((ADDRESS, 0)).await.unwrap();
+        let open = listener.local_addr().unwrap().port();
+        // Before anybody probes.
+        apply(&fixture, workload());
+        apply(&fixture, service(open));
+        let prober = Arc::new(Prober::new(100));
+        let (_trigger, drain) = clustermesh_process::drain();
+        tokio::spawn(run(
+            Arc::clone(&prober),
+            Arc::clone(&fixture.reconciler),
+            endpoints,
+            drain,
+        ));
+        until_readiness_is(&prober, open, true).await;
+        let closed = {
+            let other = TcpListener::bind((ADDRESS, 0)).await.unwrap();
+            other.local_addr().unwrap().port()
+        };
+        apply(&fixture, service(closed));
+        until_readiness_is(&prober, closed, false).await;
+        drop(listener);
+        apply(&fixture, service(open));
+        until_readiness_is(&prober, open, false).await;
+    }
+}

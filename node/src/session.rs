@@ -1,4 +1,4 @@
-//! The session: the only way in which this node writes.
+//! The session with the cluster's server: the only way in which this node writes.
 
 mod claims;
 

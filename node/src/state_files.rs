@@ -14,8 +14,24 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+/// What the server said of this node.
+const NODE_FILE: &str = "node.json";
+/// Endpoints and allocations.
+const ENDPOINTS_FILE: &str = "endpoints.json";
+/// Workloads, as ADD needs them.
+const WORKLOADS_FILE: &str = "workloads.json";
+/// The store of which the kernel's entries are.
+const STORE_FILE: &str = "store.json";
 /// Prefixes of the mesh, for strict mode.
-pub const MESH_FILE: &str = "mesh.json";
+const MESH_FILE: &str = "mesh.json";
+/// All that [`StateFiles`] writes.
+pub const FILES: [&str; 5] = [
+    NODE_FILE,
+    ENDPOINTS_FILE,
+    WORKLOADS_FILE,
+    STORE_FILE,
+    MESH_FILE,
+];
 
 /// What the server said of this node when it last welcomed it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -162,7 +178,7 @@ impl StateFiles {
     /// # Errors
     /// [`StateError::Damaged`] or [`StateError::Io`].
     pub fn facts(&self) -> Result<Option<NodeFacts>, StateError> {
-        self.read("node.json")
+        self.read(NODE_FILE)
     }
 
     /// Stores what the server said.
@@ -170,7 +186,7 @@ impl StateFiles {
     /// # Errors
     /// [`StateError::Io`].
     pub fn store_facts(&self, facts: &NodeFacts) -> Result<(), StateError> {
-        self.write("node.json", facts)
+        self.write(NODE_FILE, facts)
     }
 
     /// Endpoints and allocations.
@@ -178,7 +194,7 @@ impl StateFiles {
     /// # Errors
     /// [`StateError::Damaged`] or [`StateError::Io`].
     pub fn endpoints(&self) -> Result<StoredEndpoints, StateError> {
-        Ok(self.read("endpoints.json")?.unwrap_or_default())
+        Ok(self.read(ENDPOINTS_FILE)?.unwrap_or_default())
     }
 
     /// Stores endpoints and allocations.
@@ -186,7 +202,7 @@ impl StateFiles {
     /// # Errors
     /// [`StateError::Io`].
     pub fn store_endpoints(&self, endpoints: &StoredEndpoints) -> Result<(), StateError> {
-        self.write("endpoints.json", endpoints)
+        self.write(ENDPOINTS_FILE, endpoints)
     }
 
     /// Workloads that were known last.
@@ -194,7 +210,7 @@ impl StateFiles {
     /// # Errors
     /// [`StateError::Damaged`] or [`StateError::Io`].
     pub fn workloads(&self) -> Result<Vec<StoredWorkload>, StateError> {
-        Ok(self.read("workloads.json")?.unwrap_or_default())
+        Ok(self.read(WORKLOADS_FILE)?.unwrap_or_default())
     }
 
     /// Stores the known workloads.
@@ -202,7 +218,7 @@ impl StateFiles {
     /// # Errors
     /// [`StateError::Io`].
     pub fn store_workloads(&self, workloads: &[StoredWorkload]) -> Result<(), StateError> {
-        self.write("workloads.json", &workloads)
+        self.write(WORKLOADS_FILE, &workloads)
     }
 
     /// The store of which the kernel's entries are.
@@ -210,7 +226,7 @@ impl StateFiles {
     /// # Errors
     /// [`StateError::Damaged`] or [`StateError::Io`].
     pub fn store_id(&self) -> Result<Option<u64>, StateError> {
-        self.read("store.json")
+        self.read(STORE_FILE)
     }
 
     /// Stores of which store the kernel's entries are.
@@ -218,7 +234,7 @@ impl StateFiles {
     /// # Errors
     /// [`StateError::Io`].
     pub fn store_store_id(&self, store_id: u64) -> Result<(), StateError> {
-        self.write("store.json", &store_id)
+        self.write(STORE_FILE, &store_id)
     }
 
     /// Prefixes of the mesh that were learnt; `None` if none ever were.

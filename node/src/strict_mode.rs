@@ -1,4 +1,5 @@
-//! Strict mode: the mesh's prefixes in the kernel and in the state folder, which it guards before any record is read.
+//! Strict mode: keeps the mesh's prefixes in the kernel and in the state folder, so that they are guarded before any record
+//! is read.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,4 +1,4 @@
-//! Status and flows.
+//! What people and tools ask: status, flow records, and encryption: its status, other keys, a proof.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
