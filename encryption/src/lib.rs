@@ -8,6 +8,7 @@ pub mod device;
 pub mod kernel;
 pub mod link;
 pub mod process;
+mod socket_client;
 pub mod userspace;
 
 pub use device::{Backend, Device, DeviceError, DeviceStatus, Origin, Others};

@@ -35,6 +35,10 @@ struct Arguments {
     /// Folder of the control socket.
     #[arg(long, default_value = SOCKET_DIR)]
     socket_dir: PathBuf,
+    /// Device of ours whose packets go first while this one takes over from it: first packets are held until it says that
+    /// none of before waits in it, 0.2 s at most.
+    #[arg(long, value_name = "NAME")]
+    follows: Option<String>,
     /// Leave the terminal's session: this is the process in the background.
     #[arg(long, hide = true)]
     detached: bool,
@@ -98,10 +102,19 @@ fn run(arguments: &Arguments) -> Result<()> {
     let options = Options {
         workers: arguments.workers.map(usize::from),
         mtu: arguments.mtu,
+        follows: arguments
+            .follows
+            .as_ref()
+            .map(|name| ControlSocket::path_of(&arguments.socket_dir, name)),
     };
     let device = UserspaceDevice::open(&arguments.name, &options)?;
-    let socket = ControlSocket::serve(&arguments.socket_dir, &arguments.name, device.events())
-        .context("control socket")?;
+    let socket = ControlSocket::serve(
+        &arguments.socket_dir,
+        &arguments.name,
+        device.events(),
+        device.shared(),
+    )
+    .context("control socket")?;
     clustermesh_process::notify_ready()?;
     tracing::info!(device = %arguments.name, socket = %socket.path().display(), "WireGuard device is ready");
     let (sender, ended) = std::sync::mpsc::sync_channel(2);

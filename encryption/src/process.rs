@@ -1,8 +1,6 @@
 //! The device of user space as a process of its own: started or adopted, and spoken to over its control socket.
 
-use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,26 +12,19 @@ use clustermesh_encryption_core::control_client::{
 use clustermesh_encryption_core::secret_text::SecretText;
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket,
-    sockopt::PeerCredentials,
-};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
-use zeroize::Zeroizing;
 
 use crate::device::{Backend, Device, DeviceError, DeviceStatus, Origin};
 use crate::link;
+use crate::socket_client::{ask, connect_now, socket_of};
 
 /// Name of the program.
 pub const PROGRAM: &str = "clustermesh-wireguard";
 /// Longest wait for one whole answer of the device: one that lives gives it in milliseconds.
 pub const ANSWER_SECONDS_MAX: u64 = 5;
-/// Longest answer, bytes: 65,536 peers with a few prefixes each.
-const ANSWER_BYTES_MAX: usize = 64 << 20;
 /// Steps in one request, far below what the device reads at once.
 const STEPS_PER_REQUEST_MAX: usize = 4_096;
-/// Bytes that are read at once.
-const READ_BYTES: usize = 8_192;
 /// A device whose network device was deleted ends within this, and one that is killed.
 const END_SECONDS_MAX: u64 = 10;
 /// The kernel keeps so many bytes of a process's name.
@@ -48,10 +39,8 @@ pub struct ProcessOptions {
     pub socket_dir: PathBuf,
     /// MTU of a new device, bytes.
     pub mtu: u32,
-}
-
-fn socket_of(dir: &Path, name: &str) -> PathBuf {
-    dir.join(format!("{name}.sock"))
+    /// Network device whose packets a new one lets go first, in the same folder: that of the key before.
+    pub follows: Option<String>,
 }
 
 /// A device that a process of its own runs.
@@ -79,12 +68,14 @@ impl ProcessDevice {
         }
         // One that is there without its process can only be in the way.
         link::delete(name).map_err(|source| device.failed("replace", source))?;
+        let follows = options.follows.iter().flat_map(|old| ["--follows", old]);
         let status = Command::new(&options.program)
             .arg(name)
             .arg("--socket-dir")
             .arg(&options.socket_dir)
             .arg("--mtu")
             .arg(options.mtu.to_string())
+            .args(follows)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .status();
@@ -238,66 +229,10 @@ fn is_unserved(error: &io::Error) -> bool {
     )
 }
 
-/// Connects without waiting: a server that takes no connections any more, with a full queue, is one that hangs.
-fn connect_now(path: &Path) -> io::Result<UnixStream> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?).map_err(|error| match error {
-        Errno::EAGAIN => io::ErrorKind::TimedOut.into(),
-        error => io::Error::from(error),
-    })?;
-    let stream = UnixStream::from(socket);
-    stream.set_nonblocking(false)?;
-    Ok(stream)
-}
-
-/// What is left until then; an error when that is nothing.
-fn time_left(deadline: Instant) -> io::Result<Option<Duration>> {
-    match deadline.saturating_duration_since(Instant::now()) {
-        Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
-        left => Ok(Some(left)),
-    }
-}
-
-/// One request and its answer, up to the empty line, all of it by the deadline.
-fn ask(socket: &Path, request: &[u8], deadline: Instant) -> io::Result<SecretText> {
-    let mut stream = connect_now(socket)?;
-    let mut rest = request;
-    while !rest.is_empty() {
-        stream.set_write_timeout(time_left(deadline)?)?;
-        let count = match stream.write(rest) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            other => other?,
-        };
-        rest = rest.get(count..).unwrap_or_default();
-    }
-    let mut answer = SecretText::default();
-    let mut room = Zeroizing::new([0; READ_BYTES]);
-    loop {
-        stream.set_read_timeout(time_left(deadline)?)?;
-        let count = match stream.read(&mut room[..]) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            other => other?,
-        };
-        if count == 0 && answer.as_bytes().is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        answer.push(room.get(..count).unwrap_or_default());
-        if count == 0 || answer.as_bytes().ends_with(b"\n\n") {
-            return Ok(answer);
-        }
-        if answer.as_bytes().len() > ANSWER_BYTES_MAX {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("an answer of more than {ANSWER_BYTES_MAX} bytes"),
-            ));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::net::UnixListener;
+    use std::io::Write;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
 
@@ -308,6 +243,7 @@ mod tests {
             program: dir.join("no-program"),
             socket_dir: dir.to_owned(),
             mtu: 1_420,
+            follows: None,
         }
     }
 
@@ -408,26 +344,6 @@ mod tests {
             }
         });
         assert!(matches!(error, DeviceError::Silent { .. }), "{error}");
-    }
-
-    #[test]
-    fn a_device_that_takes_no_connections_any_more_is_silent() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = socket_of(dir.path(), NAME);
-        let flags = SockFlag::SOCK_CLOEXEC;
-        let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
-        nix::sys::socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
-        let queue = nix::sys::socket::Backlog::new(1).unwrap();
-        nix::sys::socket::listen(&listener, queue).unwrap();
-        let mut waiting = Vec::new();
-        let error = loop {
-            match connect_now(&path) {
-                Ok(stream) => waiting.push(stream),
-                Err(error) => break error,
-            }
-            assert!(waiting.len() < 100, "the queue does not fill");
-        };
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     #[test]

@@ -14,6 +14,8 @@
 pub mod control;
 pub mod control_socket;
 pub mod events;
+pub mod fence;
+pub mod handover;
 mod inbound;
 mod outbound;
 pub mod shared;
@@ -22,6 +24,7 @@ pub mod udp;
 mod worker;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -31,6 +34,7 @@ use clustermesh_encryption_core::engine::Engine;
 use crate::link;
 use control::Control;
 use events::{ApplyError, Event, Events};
+use handover::Handover;
 use shared::Shared;
 use tun::Tun;
 
@@ -63,6 +67,8 @@ pub struct Options {
     pub workers: Option<usize>,
     /// MTU that the network device gets, bytes; `None`: it keeps what it has, a new one gets [`tun::MTU_DEFAULT`].
     pub mtu: Option<u32>,
+    /// Control socket of the device that this one takes over from.
+    pub follows: Option<PathBuf>,
 }
 
 /// A running device.
@@ -72,6 +78,7 @@ pub struct UserspaceDevice {
     events: Events,
     workers: Vec<JoinHandle<()>>,
     control: Option<JoinHandle<io::Result<()>>>,
+    handover: Option<JoinHandle<()>>,
 }
 
 /// Number of workers where none is asked for.
@@ -103,7 +110,8 @@ impl UserspaceDevice {
         let mtu = tun::mtu(name).map_err(failed)?;
         link::set_segments_max(name, udp::segments_per_call(mtu)).map_err(failed)?;
         let engine = Engine::new(&mut |room| rand::fill(room));
-        let shared = Shared::new(count, engine.index_mask(), mtu)
+        let handover = options.follows.clone().map(Handover::new);
+        let shared = Shared::new(count, engine.index_mask(), mtu, handover)
             .map_err(|error| OpenError::Threads(error.into()))?;
         let shared = Arc::new(shared);
         let (events, queue) = Events::queue();
@@ -113,6 +121,7 @@ impl UserspaceDevice {
             events,
             workers: Vec::new(),
             control: None,
+            handover: None,
         };
         let thread = std::thread::Builder::new().name(format!("{name}-control"));
         let control = thread.spawn(move || control.run(&queue));
@@ -130,7 +139,23 @@ impl UserspaceDevice {
                 .workers
                 .push(thread.spawn(work).map_err(OpenError::Threads)?);
         }
+        if device.shared.handover.is_some() {
+            let (shared, events) = (Arc::clone(&device.shared), device.events.clone());
+            let hand_over = move || {
+                if let Some(handover) = &shared.handover {
+                    handover.run(&shared, &events);
+                }
+            };
+            let thread = std::thread::Builder::new().name(format!("{name}-handover"));
+            device.handover = Some(thread.spawn(hand_over).map_err(OpenError::Threads)?);
+        }
         Ok(device)
+    }
+
+    /// What the device's threads share.
+    #[must_use]
+    pub fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
     }
 
     /// Where the control socket's requests go.
@@ -161,6 +186,12 @@ impl Drop for UserspaceDevice {
     fn drop(&mut self) {
         self.shared.is_stopping.store(true, Ordering::Release);
         self.shared.wake_all();
+        if let Some(handover) = &self.shared.handover {
+            handover.stop();
+        }
+        if let Some(thread) = self.handover.take() {
+            let _ = thread.join();
+        }
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }

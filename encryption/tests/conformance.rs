@@ -57,6 +57,7 @@ fn in_user_space(name: &str) -> (Box<dyn Device>, Origin) {
         program: PathBuf::from(env!("CARGO_BIN_EXE_clustermesh-wireguard")),
         socket_dir: SOCKET_DIR.into(),
         mtu: 1_420,
+        follows: None,
     };
     let (device, origin) = ProcessDevice::open(name, &options).unwrap();
     (Box::new(device), origin)

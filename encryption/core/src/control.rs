@@ -38,6 +38,8 @@ pub enum Request {
     Get(Secrets),
     /// Change in these steps.
     Set(Vec<Change>),
+    /// An addition of ours: to be answered when all packets that wait in the device now have passed.
+    Fence,
 }
 
 /// Whether an answer has private and preshared keys in it.
@@ -83,6 +85,7 @@ pub fn parse(request: &str) -> Result<Request, ControlError> {
     match lines.next() {
         Some("get=1") if lines.next().is_none() => Ok(Request::Get(Secrets::Told)),
         Some("get=status") if lines.next().is_none() => Ok(Request::Get(Secrets::Kept)),
+        Some("fence=1") if lines.next().is_none() => Ok(Request::Fence),
         Some("set=1") => {
             let mut changes = Vec::new();
             let mut peer = None;

@@ -16,6 +16,8 @@ use crate::secret_text::SecretText;
 pub const GET: &str = "get=1\n\n";
 /// The same without secrets, which only a device of ours understands.
 pub const GET_STATUS: &str = "get=status\n\n";
+/// Asks a device of ours to answer when all packets that wait in it now have passed.
+pub const FENCE: &str = "fence=1\n\n";
 
 /// Why an answer is not understood, or what the device says it cannot do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

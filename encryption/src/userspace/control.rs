@@ -19,6 +19,7 @@ use clustermesh_encryption_core::message::{Message, parse};
 use clustermesh_encryption_core::secret_text::SecretText;
 
 use super::events::{ApplyError, Event, Events, Handshake};
+use super::handover::Way;
 use super::outbound::Outbound;
 use super::shared::{Peer, Shared, Sockets, Table, count};
 use super::tun;
@@ -263,7 +264,9 @@ impl Control {
         let (Some((session, to)), Some(sockets)) = (ready, self.sockets.first()) else {
             return;
         };
-        let had_any = self.outbound.send_staged(peer, &session, to, sockets);
+        let is_held =
+            peer.has_staged.load(Ordering::Acquire) && self.shared.holds(peer, Way::Outward);
+        let had_any = !is_held && self.outbound.send_staged(peer, &session, to, sockets);
         if confirm && !had_any {
             self.outbound.keepalive(peer, &session, to, sockets);
         }
@@ -288,6 +291,7 @@ impl Control {
             count(&self.shared.counters.staged_dropped);
             count(&peer.errors);
         }
+        staged.end_hold();
         peer.has_staged.store(false, Ordering::Release);
         peer.is_handshake_wanted.store(false, Ordering::Release);
         tracing::info!(device = %self.name, peer = %peer.key, "peer does not answer handshakes; trying again when there is traffic");
@@ -359,10 +363,11 @@ impl Control {
             .map(|seconds| Duration::from_secs(seconds.into()));
         self.engine
             .set_peer(slot, wanted.preshared_key.clone(), keepalive);
+        let turn = self.shared.first_turn();
         let peer = self
             .peers
             .entry(key)
-            .or_insert_with(|| Arc::new(Peer::new(slot, key)));
+            .or_insert_with(|| Arc::new(Peer::new(slot, key, turn)));
         if endpoint.is_some() {
             peer.change(|state| state.endpoint = endpoint);
         }

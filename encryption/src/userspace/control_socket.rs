@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clustermesh_encryption_core::control::{EINVAL, EIO, REQUEST_BYTES_MAX, Request, parse};
 use clustermesh_encryption_core::secret_text::SecretText;
@@ -15,6 +15,9 @@ use nix::unistd::{Uid, geteuid};
 use zeroize::Zeroizing;
 
 use super::events::{ApplyError, Event, Events};
+use super::handover::HOLD_MS_MAX;
+use super::shared::Shared;
+use crate::socket_client::socket_of;
 
 /// Where `wg` looks for sockets.
 pub const SOCKET_DIR: &str = "/var/run/wireguard";
@@ -38,9 +41,9 @@ impl ControlSocket {
     ///
     /// # Errors
     /// When another process serves it, or it cannot be made.
-    pub fn serve(dir: &Path, name: &str, events: Events) -> io::Result<Self> {
+    pub fn serve(dir: &Path, name: &str, events: Events, shared: Arc<Shared>) -> io::Result<Self> {
         std::fs::create_dir_all(dir)?;
-        let path = dir.join(format!("{name}.sock"));
+        let path = socket_of(dir, name);
         let failed =
             |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
         if UnixStream::connect(&path).is_ok() {
@@ -62,7 +65,7 @@ impl ControlSocket {
             .spawn(move || {
                 for stream in listener.incoming() {
                     match stream {
-                        Ok(stream) => serve_client(stream, &events, &clients),
+                        Ok(stream) => serve_client(stream, &events, &shared, &clients),
                         // Without descriptors or memory for one client: the next may find them.
                         Err(error) => {
                             tracing::warn!(%error, "a client of the control socket was not served");
@@ -72,6 +75,12 @@ impl ControlSocket {
                 }
             })?;
         Ok(Self { path })
+    }
+
+    /// Where the device `name` has its socket.
+    #[must_use]
+    pub fn path_of(dir: &Path, name: &str) -> PathBuf {
+        socket_of(dir, name)
     }
 
     /// Where it is.
@@ -94,7 +103,12 @@ fn may_ask(user: Uid) -> bool {
 }
 
 /// Serves one client on a thread of its own; one too many, or a stranger, is sent away.
-fn serve_client(stream: UnixStream, events: &Events, clients: &Arc<AtomicUsize>) {
+fn serve_client(
+    stream: UnixStream,
+    events: &Events,
+    shared: &Arc<Shared>,
+    clients: &Arc<AtomicUsize>,
+) {
     match getsockopt(&stream, PeerCredentials) {
         Ok(client) if may_ask(Uid::from_raw(client.uid())) => {}
         Ok(client) => {
@@ -107,10 +121,11 @@ fn serve_client(stream: UnixStream, events: &Events, clients: &Arc<AtomicUsize>)
         clients.fetch_sub(1, Ordering::AcqRel);
         return;
     }
-    let (events, count) = (events.clone(), Arc::clone(clients));
+    let (events, shared) = (events.clone(), Arc::clone(shared));
+    let count = Arc::clone(clients);
     let spawned = std::thread::Builder::new().spawn(move || {
         // A client that goes away, or is silent, is no fault of the device.
-        let _ = talk(&stream, &events);
+        let _ = talk(&stream, &events, &shared);
         count.fetch_sub(1, Ordering::AcqRel);
     });
     if spawned.is_err() {
@@ -118,13 +133,13 @@ fn serve_client(stream: UnixStream, events: &Events, clients: &Arc<AtomicUsize>)
     }
 }
 
-fn talk(stream: &UnixStream, events: &Events) -> io::Result<()> {
+fn talk(stream: &UnixStream, events: &Events, shared: &Shared) -> io::Result<()> {
     stream.set_read_timeout(Some(CLIENT_SILENCE))?;
     stream.set_write_timeout(Some(CLIENT_SILENCE))?;
     let mut requests = Requests::new(stream);
     let mut writer = stream;
     while requests.read()? {
-        let text = answer(requests.request(), events);
+        let text = answer(requests.request(), events, shared);
         writer.write_all(text.as_bytes())?;
     }
     Ok(())
@@ -189,7 +204,7 @@ fn end_of_request(bytes: &[u8], looked: usize) -> Option<usize> {
     Some(from + found + 2)
 }
 
-fn answer(request: &str, events: &Events) -> SecretText {
+fn answer(request: &str, events: &Events, shared: &Shared) -> SecretText {
     use std::fmt::Write as _;
 
     let (mut text, errno) = match parse(request) {
@@ -210,6 +225,11 @@ fn answer(request: &str, events: &Events) -> SecretText {
                 Err(ApplyError::Config(_)) => EINVAL,
                 Err(ApplyError::Closed | ApplyError::Silent) => EIO,
             };
+            (SecretText::default(), errno)
+        }
+        Ok(Request::Fence) => {
+            let deadline = Instant::now() + Duration::from_millis(HOLD_MS_MAX);
+            let errno = if shared.pass_fence(deadline) { 0 } else { EIO };
             (SecretText::default(), errno)
         }
         Err(error) => {
@@ -276,7 +296,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         // Nobody takes what is asked.
         let (events, _queue) = Events::queue();
-        let served = ControlSocket::serve(dir.path(), NAME, events).unwrap();
+        let shared = Arc::new(Shared::new(1, 0, 1_420, None).unwrap());
+        let served = ControlSocket::serve(dir.path(), NAME, events, shared).unwrap();
         let ask = || {
             let mut stream = UnixStream::connect(served.path()).unwrap();
             stream.write_all(b"get=1\n\n").unwrap();
@@ -288,6 +309,7 @@ mod tests {
             program: dir.path().join("no-program"),
             socket_dir: dir.path().to_owned(),
             mtu: 1_420,
+            follows: None,
         };
         let error = ProcessDevice::open(NAME, &options).unwrap_err();
         assert!(matches!(error, DeviceError::Silent { .. }), "{error}");

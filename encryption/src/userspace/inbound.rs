@@ -12,6 +12,7 @@ use clustermesh_encryption_core::session::{Session, SessionError};
 use nix::errno::Errno;
 
 use super::events::{Event, Events, Handshake};
+use super::handover::{HeldBytes, Turn, Way};
 use super::shared::{Peer, Shared, Table, count};
 use super::tun::{Queue, Writer};
 use super::udp::{MESSAGES_MAX, Received, Receiver, Socket};
@@ -30,6 +31,18 @@ struct Open {
     peer: Arc<Peer>,
     session: Arc<Session>,
     endpoint: Option<SocketAddr>,
+    /// Whether packets may have to wait for their turn.
+    is_held: bool,
+}
+
+/// Packets of one peer that wait for their turn.
+#[derive(Debug)]
+struct Held {
+    peer: Arc<Peer>,
+    buffer: Vec<u8>,
+    /// Where they lie in the buffer.
+    packets: Vec<Range<usize>>,
+    bytes: HeldBytes,
 }
 
 /// What one thread needs to receive; keeps its memory.
@@ -44,6 +57,7 @@ pub struct Inbound {
     last_source: Option<(IpAddr, Slot)>,
     most: usize,
     pending_bytes: usize,
+    held: Vec<Held>,
 }
 
 /// What a run came to.
@@ -68,6 +82,7 @@ impl Inbound {
             last_source: None,
             most: MESSAGES_MAX,
             pending_bytes: 0,
+            held: Vec::new(),
         }
     }
 
@@ -87,6 +102,8 @@ impl Inbound {
         socket: &Socket,
         queue: &Queue,
     ) -> std::io::Result<bool> {
+        // First what has waited.
+        self.let_go(queue)?;
         let asked = self.most;
         let received = self.receiver.receive(socket, asked)?;
         let mut is_run = false;
@@ -99,10 +116,10 @@ impl Inbound {
             self.pending_bytes += message.range.len();
             self.take(table, &message);
             if self.pending_bytes >= WRITE_BYTES || self.merger.is_full() {
-                self.write(queue)?;
+                self.write(queue, None)?;
             }
         }
-        self.write(queue)?;
+        self.write(queue, None)?;
         if received > 0 {
             self.most = if is_run { 1 } else { MESSAGES_MAX };
         }
@@ -170,14 +187,18 @@ impl Inbound {
         let slot = Engine::slot_of_index(self.shared.index_mask, index);
         self.open = table.peer(slot).and_then(|peer| {
             let epoch = peer.epoch();
-            let (session, endpoint) =
-                peer.read(|state| (state.sessions.find(index).cloned(), state.endpoint));
+            let (session, endpoint, turn) = peer.read(|state| {
+                let session = state.sessions.find(index).cloned();
+                (session, state.endpoint, state.inward)
+            });
+            let has_held = self.held.iter().any(|held| Arc::ptr_eq(&held.peer, peer));
             Some(Open {
                 index,
                 epoch,
                 peer: Arc::clone(peer),
                 session: session?,
                 endpoint,
+                is_held: turn != Turn::Open || has_held,
             })
         });
         self.open.is_some()
@@ -210,7 +231,7 @@ impl Inbound {
                     let from = at + TRANSPORT_HEADER_BYTES;
                     if length > 0 {
                         opened.has_data = true;
-                        self.take_packet(table, from..from + length, message.tos, &open.peer);
+                        self.take_packet(table, from..from + length, message.tos, open);
                     }
                 }
                 Err(error) => {
@@ -227,7 +248,8 @@ impl Inbound {
     }
 
     /// Takes a packet that was opened, if its peer may send it.
-    fn take_packet(&mut self, table: &Table, range: Range<usize>, tos: u8, peer: &Peer) {
+    fn take_packet(&mut self, table: &Table, range: Range<usize>, tos: u8, open: &Open) {
+        let peer = &open.peer;
         let refused = |counter| {
             count(counter);
             count(&peer.errors);
@@ -250,7 +272,68 @@ impl Inbound {
             return refused(&self.shared.counters.congestion_dropped);
         }
         let range = range.start..range.start + length;
+        if open.is_held {
+            return self.hold(peer, range);
+        }
         self.merger.push(self.receiver.buffer(), range);
+    }
+
+    /// Keeps a packet that may have to wait for its turn; [`Self::let_go`] follows before anything else of its peer.
+    fn hold(&mut self, peer: &Arc<Peer>, range: Range<usize>) {
+        let Some(handover) = &self.shared.handover else {
+            return self.merger.push(self.receiver.buffer(), range);
+        };
+        let is_held = self.shared.holds(peer, Way::Inward);
+        let place = self
+            .held
+            .iter()
+            .position(|held| Arc::ptr_eq(&held.peer, peer));
+        let place = place.unwrap_or_else(|| {
+            self.held.push(Held {
+                peer: Arc::clone(peer),
+                buffer: Vec::new(),
+                packets: Vec::new(),
+                bytes: HeldBytes::new(&handover.held_bytes),
+            });
+            self.held.len() - 1
+        });
+        let packet = self.receiver.buffer().get(range).unwrap_or_default();
+        let Some(held) = self.held.get_mut(place) else {
+            return;
+        };
+        let from = held.buffer.len();
+        held.buffer.extend_from_slice(packet);
+        held.packets.push(from..held.buffer.len());
+        if !held.bytes.add(packet.len()) && is_held {
+            // No more than this call has received.
+            peer.open(Way::Inward);
+        }
+    }
+
+    /// Writes packets whose turn has come.
+    ///
+    /// # Errors
+    /// When the device is broken.
+    pub fn let_go(&mut self, queue: &Queue) -> std::io::Result<()> {
+        let mut place = 0;
+        while let Some(held) = self.held.get(place) {
+            if held.peer.read(|state| state.inward) != Turn::Open {
+                place += 1;
+                continue;
+            }
+            let mut held = self.held.swap_remove(place);
+            // It says that there are such packets.
+            self.open = None;
+            for range in held.packets {
+                self.pending_bytes += range.len();
+                self.merger.push(&held.buffer, range);
+                if self.pending_bytes >= WRITE_BYTES || self.merger.is_full() {
+                    self.write(queue, Some(&mut held.buffer))?;
+                }
+            }
+            self.write(queue, Some(&mut held.buffer))?;
+        }
+        Ok(())
     }
 
     /// Notes authentic messages: when, how much, and where the peer is now.
@@ -271,13 +354,14 @@ impl Inbound {
         }
     }
 
-    fn write(&mut self, queue: &Queue) -> std::io::Result<()> {
+    /// Writes what was joined: of what was received, or of another buffer.
+    fn write(&mut self, queue: &Queue, other: Option<&mut Vec<u8>>) -> std::io::Result<()> {
+        let buffer = match other {
+            Some(other) => other.as_mut_slice(),
+            None => self.receiver.buffer(),
+        };
         for index in 0..self.merger.len() {
-            let header = self
-                .merger
-                .complete(index, self.receiver.buffer())
-                .to_bytes();
-            let buffer = self.receiver.buffer();
+            let header = self.merger.complete(index, buffer).to_bytes();
             let written = self
                 .writer
                 .write(queue, &header, buffer, self.merger.pieces(index));

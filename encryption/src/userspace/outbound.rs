@@ -15,6 +15,7 @@ use clustermesh_encryption_core::vnet::{VNET_HEADER_BYTES, VnetHeader};
 use nix::errno::Errno;
 
 use super::events::{Event, Events};
+use super::handover::Way;
 use super::shared::{Peer, Route, Shared, Sockets, Table, count};
 use super::udp::{SEGMENTS_MAX, SEND_BYTES_MAX, Socket};
 
@@ -125,7 +126,10 @@ impl Outbound {
             let peer = Arc::clone(&route.peer);
             return self.stage(&peer, packet);
         };
-        let peer = Arc::clone(&route.peer);
+        let (peer, is_held) = (Arc::clone(&route.peer), route.is_held);
+        if is_held && self.hold(&peer, packet) {
+            return;
+        }
         if peer.has_staged.load(Ordering::Acquire) {
             // In their order: first what waited.
             self.send_staged(&peer, &session, to, sockets);
@@ -133,6 +137,25 @@ impl Outbound {
         if !self.seal(&peer, &session, to, sockets, packet) {
             self.stage(&peer, packet);
         }
+    }
+
+    /// Keeps a packet whose turn has not come; false: it has, or there is no more room, and what was held goes before it.
+    fn hold(&self, peer: &Arc<Peer>, packet: &[u8]) -> bool {
+        // Locked for all of it: who lets packets go must not miss this one.
+        let mut staged = peer.staged.lock();
+        let Some(handover) = &self.shared.handover else {
+            return false;
+        };
+        if !self.shared.holds(peer, Way::Outward) {
+            return false;
+        }
+        let is_held = staged.hold(packet, &handover.held_bytes);
+        if is_held {
+            peer.has_staged.store(true, Ordering::Release);
+        } else {
+            peer.open(Way::Outward);
+        }
+        is_held
     }
 
     fn slot_of(&mut self, table: &Table, packet: &[u8]) -> Option<Slot> {
@@ -198,8 +221,10 @@ impl Outbound {
         while let Some(packet) = staged.pop() {
             self.seal(peer, session, to, sockets, &packet);
         }
-        peer.has_staged.store(false, Ordering::Release);
+        staged.end_hold();
+        // Before others are told that nothing waits: what they send comes after it.
         self.flush(sockets);
+        peer.has_staged.store(false, Ordering::Release);
         had_any
     }
 

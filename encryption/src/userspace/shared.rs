@@ -16,6 +16,8 @@ use clustermesh_encryption_core::session::Session;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 
+use super::fence::Fence;
+use super::handover::{Handover, HeldBytes, Turn, Way};
 use super::udp::Socket;
 
 /// Packets that wait for a handshake with one peer; the eldest goes first.
@@ -26,11 +28,12 @@ pub const STAGED_BYTES_MAX: usize = 1 << 20;
 /// A packet of the TUN device, with the header before it.
 pub type StagedPacket = Vec<u8>;
 
-/// Packets that wait for a session.
+/// Packets that wait for a session, or for their turn.
 #[derive(Debug, Default)]
 pub struct Staged {
     packets: VecDeque<StagedPacket>,
     bytes: usize,
+    held: Option<HeldBytes>,
 }
 
 impl Staged {
@@ -44,6 +47,22 @@ impl Staged {
             dropped += 1;
         }
         dropped
+    }
+
+    /// Adds one that waits for its turn, after which none is dropped; false: it is not added, there are enough.
+    pub fn hold(&mut self, packet: &[u8], total: &Arc<AtomicUsize>) -> bool {
+        let held = self.held.get_or_insert_with(|| HeldBytes::new(total));
+        let is_taken = held.add(packet.len());
+        if is_taken {
+            self.bytes += packet.len();
+            self.packets.push_back(packet.to_vec());
+        }
+        is_taken
+    }
+
+    /// Nothing is held any more.
+    pub fn end_hold(&mut self) {
+        self.held = None;
     }
 
     /// Takes the eldest.
@@ -67,6 +86,19 @@ pub struct PathState {
     pub sessions: Sessions,
     /// Where the peer is.
     pub endpoint: Option<SocketAddr>,
+    /// Whether packets to it are held.
+    pub outward: Turn,
+    /// Whether packets from it are.
+    pub inward: Turn,
+}
+
+impl PathState {
+    fn turn(&mut self, way: Way) -> &mut Turn {
+        match way {
+            Way::Outward => &mut self.outward,
+            Way::Inward => &mut self.inward,
+        }
+    }
 }
 
 /// A peer as the data path sees it.
@@ -98,14 +130,19 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// A peer without sessions.
+    /// A peer without sessions; `turn`: of a device that follows another, [`Turn::Fresh`].
     #[must_use]
-    pub fn new(slot: Slot, key: PublicKey) -> Self {
+    pub fn new(slot: Slot, key: PublicKey, turn: Turn) -> Self {
+        let state = PathState {
+            outward: turn,
+            inward: turn,
+            ..PathState::default()
+        };
         Self {
             slot,
             key,
             epoch: AtomicU32::new(1),
-            state: Mutex::default(),
+            state: Mutex::new(state),
             staged: Mutex::default(),
             has_staged: AtomicBool::new(false),
             is_handshake_wanted: AtomicBool::new(false),
@@ -141,6 +178,11 @@ impl Peer {
         self.refused_segment.store(usize::MAX, Ordering::Relaxed);
         self.epoch.fetch_add(1, Ordering::Release);
         result
+    }
+
+    /// Nothing is held any more.
+    pub fn open(&self, way: Way) {
+        self.change(|state| *state.turn(way) = Turn::Open);
     }
 
     /// Notes that `bytes` were sent under a session; `is_data`: more than a keepalive.
@@ -305,6 +347,10 @@ pub struct Shared {
     pub index_mask: u32,
     began: Instant,
     wakes: Vec<EventFd>,
+    /// See there.
+    pub fence: Fence,
+    /// From the device that this one follows.
+    pub handover: Option<Handover>,
 }
 
 impl Shared {
@@ -312,7 +358,12 @@ impl Shared {
     ///
     /// # Errors
     /// When the process has too many files open.
-    pub fn new(workers: usize, index_mask: u32, mtu: usize) -> nix::Result<Self> {
+    pub fn new(
+        workers: usize,
+        index_mask: u32,
+        mtu: usize,
+        handover: Option<Handover>,
+    ) -> nix::Result<Self> {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         let wakes = (0..workers)
             .map(|_| EventFd::from_value_and_flags(0, flags))
@@ -326,6 +377,8 @@ impl Shared {
             index_mask,
             began: Instant::now(),
             wakes,
+            fence: Fence::new(workers),
+            handover,
         })
     }
 
@@ -347,6 +400,50 @@ impl Shared {
         *self.table.lock() = Arc::new(table);
         self.version.fetch_add(1, Ordering::Release);
         self.wake_all();
+    }
+
+    /// Waits until everything that waits in the device's queues now has passed; false: it has not by the deadline.
+    pub fn pass_fence(&self, deadline: Instant) -> bool {
+        let number = self.fence.ask();
+        self.wake_all();
+        self.fence.wait(number, deadline)
+    }
+
+    /// What packets of a new peer have to do.
+    #[must_use]
+    pub const fn first_turn(&self) -> Turn {
+        match self.handover {
+            Some(_) => Turn::Fresh,
+            None => Turn::Open,
+        }
+    }
+
+    /// Whether packets of a peer are held; the first one begins it.
+    pub fn holds(&self, peer: &Arc<Peer>, way: Way) -> bool {
+        let Some(handover) = &self.handover else {
+            return false;
+        };
+        match peer.read(|state| match way {
+            Way::Outward => state.outward,
+            Way::Inward => state.inward,
+        }) {
+            Turn::Open => false,
+            Turn::Held => true,
+            Turn::Fresh => {
+                let is_first = peer.change(|state| {
+                    let turn = state.turn(way);
+                    let is_first = *turn == Turn::Fresh;
+                    if is_first {
+                        *turn = Turn::Held;
+                    }
+                    is_first
+                });
+                if is_first {
+                    handover.begin(peer, way);
+                }
+                true
+            }
+        }
     }
 
     /// Makes every worker look around.
@@ -387,6 +484,8 @@ pub struct Route {
     pub session: Option<Arc<Session>>,
     /// Where to.
     pub endpoint: Option<SocketAddr>,
+    /// Whether packets may have to wait for their turn.
+    pub is_held: bool,
     epoch: u32,
 }
 
@@ -396,12 +495,18 @@ impl Route {
     pub fn new(peer: &Arc<Peer>) -> Self {
         // First the epoch: what changes after it makes the route stale at worst.
         let epoch = peer.epoch();
-        let (session, endpoint) =
-            peer.read(|state| (state.sessions.current.clone(), state.endpoint));
+        let (session, endpoint, turn) = peer.read(|state| {
+            (
+                state.sessions.current.clone(),
+                state.endpoint,
+                state.outward,
+            )
+        });
         Self {
             peer: Arc::clone(peer),
             session,
             endpoint,
+            is_held: turn != Turn::Open,
             epoch,
         }
     }

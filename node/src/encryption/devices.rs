@@ -210,7 +210,7 @@ impl Encryption {
         let name = name_of(key.slot);
         let (port, mtu) = (self.port_of(key.slot), underlay.wireguard_mtu);
         let (device, origin) = tokio::task::block_in_place(|| {
-            let (device, origin) = open_device(&self.settings, self.backend, name, mtu)?;
+            let (device, origin) = open_device(&self.settings, self.backend, key.slot, mtu)?;
             let wanted = device_config(&key, port, Vec::new());
             device.configure(&wanted, Others::Kept)?;
             anyhow::Ok((device, origin))
@@ -443,9 +443,10 @@ fn choose(settings: &Settings) -> anyhow::Result<Backend> {
 fn open_device(
     settings: &Settings,
     backend: Backend,
-    name: &str,
+    slot: usize,
     mtu: u32,
 ) -> Result<(Box<dyn Device>, Origin), DeviceError> {
+    let name = name_of(slot);
     if backend == Backend::Kernel {
         let (device, origin) = KernelDevice::open(name)?;
         return Ok((Box::new(device), origin));
@@ -454,6 +455,7 @@ fn open_device(
         program: settings.program(),
         socket_dir: settings.socket_dir.clone(),
         mtu,
+        follows: Some(name_of(1 - slot).to_owned()),
     };
     let (device, origin) = ProcessDevice::open(name, &options)?;
     Ok((Box::new(device), origin))
