@@ -1,4 +1,6 @@
 //! The values of the schema: typed, and written byte for byte as Cilium writes them.
+//!
+//! Our additions to its records travel under one more JSON key, `clustermesh.io`.
 
 mod cluster_config;
 mod endpoint_slice;
@@ -28,6 +30,3 @@ pub use node::{
 pub use own::{PortReadiness, Readiness, Session, SessionState};
 pub use service::{BackendZone, ClusterService, PortMap, ServicePortNumber, ZoneName};
 pub use timestamp::Timestamp;
-
-/// The JSON key under which our additions to Cilium's records travel.
-pub const EXTENSION_FIELD: &str = "clustermesh.io";

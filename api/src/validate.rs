@@ -4,9 +4,7 @@ use std::ops::Range;
 
 use crate::{
     address::AddressError,
-    identity_split::{
-        IDENTITY_HOST, IDENTITY_REMOTE_NODE, IdentitySplit, NumberingError, is_reserved,
-    },
+    identity_split::{IdentitySplit, NumberingError, is_reserved},
     keys::RecordKey,
     limits::{
         MAX_ADDRESSES_PER_NODE, MAX_BACKENDS_PER_SERVICE, MAX_ENDPOINTS_PER_SLICE,
@@ -379,16 +377,6 @@ fn within(what: &'static str, count: usize, limit: usize) -> Result<(), Violatio
         return Ok(());
     }
     Err(Violation::Limit { what, count, limit })
-}
-
-/// The identity that a peer's claim stands for here: its host is a remote node to us.
-#[must_use]
-pub const fn identity_from_peer(identity: u32) -> u32 {
-    if identity == IDENTITY_HOST {
-        IDENTITY_REMOTE_NODE
-    } else {
-        identity
-    }
 }
 
 #[cfg(test)]

@@ -202,10 +202,3 @@ fn a_record_under_a_key_of_another_kind_is_refused() {
         "cilium/state/nodes/v1/c1/w1: is stored under a key of another kind"
     );
 }
-
-#[test]
-fn the_host_of_a_peer_is_a_remote_node_to_us() {
-    assert_eq!(identity_from_peer(1), 6);
-    assert_eq!(identity_from_peer(4), 4);
-    assert_eq!(identity_from_peer(65_540), 65_540);
-}

@@ -180,25 +180,6 @@ pub enum Condition {
     Unusable,
 }
 
-impl Condition {
-    /// The condition by the three flags; absent `ready` and `serving` mean true, absent `terminating` false.
-    #[must_use]
-    pub fn from_flags(
-        ready: Option<bool>,
-        serving: Option<bool>,
-        terminating: Option<bool>,
-    ) -> Self {
-        let ready = ready.unwrap_or(true);
-        if ready {
-            Self::Ready
-        } else if serving.unwrap_or(true) && terminating.unwrap_or(false) {
-            Self::Draining
-        } else {
-            Self::Unusable
-        }
-    }
-}
-
 /// What a cluster says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClusterConfig {

@@ -8,7 +8,7 @@ use clustermesh_api::{
     address::parse_address,
     keys::{KeyError, Origin},
     manifest::{self, StoredService},
-    records::{self, AddressType, EndpointSlicesExportMode, WIREGUARD_PORT_DEFAULT},
+    records::{self, AddressType, Endpoint, EndpointSlicesExportMode, WIREGUARD_PORT_DEFAULT},
     validate::{Claimant, Violation},
 };
 
@@ -432,8 +432,7 @@ fn slice_record(slice: &records::EndpointSlice) -> Result<SliceRecord, String> {
         .collect();
     let mut endpoints = Vec::with_capacity(slice.endpoints.len());
     for endpoint in &slice.endpoints {
-        let flags = endpoint.conditions.unwrap_or_default();
-        let condition = Condition::from_flags(flags.ready, flags.serving, flags.terminating);
+        let condition = condition(endpoint);
         // The addresses of one endpoint are interchangeable: readers take the first (Kubernetes, EndpointSlice).
         if let Some(text) = endpoint.addresses.first() {
             let address = parse_address(text).map_err(|error| error.to_string())?;
@@ -447,6 +446,17 @@ fn slice_record(slice: &records::EndpointSlice) -> Result<SliceRecord, String> {
         service: service_name(slice.namespace.clone(), service.to_owned()),
         group: EndpointGroup { ports, endpoints },
     })
+}
+
+/// The condition of an endpoint by its record (KEP-1669).
+fn condition(endpoint: &Endpoint) -> Condition {
+    if endpoint.is_ready() {
+        Condition::Ready
+    } else if endpoint.is_serving() && endpoint.is_terminating() {
+        Condition::Draining
+    } else {
+        Condition::Unusable
+    }
 }
 
 fn declaration(stored: &StoredService) -> ServiceDeclaration {

@@ -112,21 +112,4 @@ mod tests {
             [(L, Ready)]
         );
     }
-
-    #[test]
-    fn absent_flags_mean_ready() {
-        assert_eq!(Condition::from_flags(None, None, None), Ready);
-        assert_eq!(
-            Condition::from_flags(Some(false), None, Some(true)),
-            Draining
-        );
-        assert_eq!(
-            Condition::from_flags(Some(false), Some(false), Some(true)),
-            Unusable
-        );
-        assert_eq!(
-            Condition::from_flags(Some(false), Some(true), None),
-            Unusable
-        );
-    }
 }

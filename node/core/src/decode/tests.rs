@@ -168,3 +168,25 @@ proptest! {
         let _ = decoder().decode(key.as_bytes(), NODE.as_bytes().get(..cut));
     }
 }
+
+#[test]
+fn an_endpoint_that_ends_is_used_only_while_it_still_serves() {
+    let of = |ready, serving, terminating| {
+        condition(&Endpoint {
+            conditions: Some(records::EndpointConditions {
+                ready,
+                serving,
+                terminating,
+            }),
+            ..Endpoint::default()
+        })
+    };
+    assert_eq!(condition(&Endpoint::default()), Condition::Ready);
+    assert_eq!(of(None, None, None), Condition::Ready);
+    assert_eq!(of(Some(false), None, Some(true)), Condition::Draining);
+    assert_eq!(
+        of(Some(false), Some(false), Some(true)),
+        Condition::Unusable
+    );
+    assert_eq!(of(Some(false), Some(true), None), Condition::Unusable);
+}
