@@ -16,6 +16,7 @@ use clustermesh_integration::scenario::encrypted::{
     serve, until_first_reaches_all, until_traffic,
 };
 use clustermesh_integration::scenario::{NAMESPACE, until};
+use futures_util::future::join_all;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -323,19 +324,19 @@ async fn keys_change_on_every_node_without_losing_a_packet() {
 
 /// Tries every way to a pod of another node, from a pod and from the host. None may lead there.
 async fn nobody_is_reached(node: &Node, pod: &Pod, others: &[Pod]) {
-    for to in others {
-        for v6 in [false, true] {
-            let address = to.address(v6).unwrap();
-            for mut ping in [
-                pod.command(Path::new("ping")),
-                node.command(Path::new("ping")),
-            ] {
-                ping.args(["-n", "-c", "3", "-i", "0.05", "-W", "1", address]);
-                let reached = run(&mut ping).await;
-                assert!(reached.is_err(), "{} is reached", to.name());
-            }
+    let ways = others.iter().flat_map(|to| [(to, false), (to, true)]);
+    let tried = ways.map(|(to, v6)| async move {
+        let address = to.address(v6).unwrap();
+        for mut ping in [
+            pod.command(Path::new("ping")),
+            node.command(Path::new("ping")),
+        ] {
+            ping.args(["-n", "-c", "3", "-i", "0.05", "-W", "1", address]);
+            let reached = run(&mut ping).await;
+            assert!(reached.is_err(), "{} is reached", to.name());
         }
-    }
+    });
+    join_all(tried).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use futures_util::future::try_join_all;
 use serde_json::Value;
 
 use super::{NAMESPACE, until, workload};
@@ -111,29 +112,36 @@ fn server_of(pod: &Pod, v6: bool) -> Result<String> {
     Ok(SocketAddr::new(pod.address(v6)?.parse()?, PORT).to_string())
 }
 
-/// Echo requests, whole and in fragments, and connections from every pod to every other, in both families.
+/// Echo requests, whole and in fragments, and connections from every pod to every other, in both families; those of one
+/// pod beside each other.
 ///
 /// # Errors
 /// When one is not answered.
 pub async fn all_reach_all(pods: &[Pod]) -> Result<()> {
     for from in pods {
-        for to in pods.iter().filter(|to| to.name() != from.name()) {
-            for v6 in [false, true] {
-                let what = || format!("{} to {} v6 {v6}", from.name(), to.name());
-                let address = to.address(v6)?;
-                from.ping(address).await.with_context(what)?;
-                // The first may be answered by "too big": a path has become narrower.
-                let mut ping = from.command(Path::new("ping"));
-                ping.args(["-n", "-c", "3", "-i", "0.1", "-W", "5"]);
-                ping.args(["-s", FRAGMENTED_BYTES, address]);
-                run(&mut ping).await.with_context(what)?;
-                let server = server_of(to, v6)?;
-                let arguments = ["probe", "--to", &server, "--attempts", "5"];
-                let report = from.traffic(&arguments).await.with_context(what)?;
-                ensure!(report["failed"] == 0, "{}: {report}", what());
-            }
-        }
+        let others = pods.iter().filter(|to| to.name() != from.name());
+        let ways = others.flat_map(|to| [(to, false), (to, true)]);
+        let reached = ways.map(|(to, v6)| async move {
+            let reached = reaches(from, to, v6).await;
+            reached.with_context(|| format!("{} to {} v6 {v6}", from.name(), to.name()))
+        });
+        try_join_all(reached).await?;
     }
+    Ok(())
+}
+
+async fn reaches(from: &Pod, to: &Pod, v6: bool) -> Result<()> {
+    let address = to.address(v6)?;
+    from.ping(address).await?;
+    // The first may be answered by "too big": a path has become narrower.
+    let mut ping = from.command(Path::new("ping"));
+    ping.args(["-n", "-c", "3", "-i", "0.1", "-W", "5"]);
+    ping.args(["-s", FRAGMENTED_BYTES, address]);
+    run(&mut ping).await?;
+    let server = server_of(to, v6)?;
+    let arguments = ["probe", "--to", &server, "--attempts", "5"];
+    let report = from.traffic(&arguments).await?;
+    ensure!(report["failed"] == 0, "{report}");
     Ok(())
 }
 
