@@ -43,14 +43,14 @@ lint: ## Format, clippy, docs, dependency rules
 
 # Scenarios wait for most of their time: they run side by side with what computes, the longest begin first. Each test
 # target is one of make's too (`make test-nodes`); new ones are found by where they lie.
-TEST_JOBS ?= 3
+TEST_JOBS ?= 4
 TEST_FILES := $(wildcard $(foreach folder,* */*,$(folder)/tests/*.rs $(folder)/tests/*/main.rs))
 FOUND := $(addprefix test-,$(filter-out mutants,$(notdir $(basename $(patsubst %/main.rs,%.rs,$(TEST_FILES))))))
 LONG := test-encrypted test-encryption test-faults judged-3 judged-1 test-packet_path test-loader test-continuity unit-tests \
 	test-server test-demo test-devices test-seeds mutant-tests
 TESTS = $(LONG) $(filter-out $(LONG),$(sort $(FOUND))) doc-tests
 .PHONY: $(sort $(FOUND)) unit-tests doc-tests mutant-tests
-test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces (TEST_JOBS=3)
+test: setup build ## All tests: unit, property, conformance, and the scenarios in namespaces (TEST_JOBS=4)
 	@cargo build --quiet --locked -p clustermesh-sim --features mutants --test mutants
 	@cargo test --quiet $(WORKSPACE) --no-run
 	@$(MAKE) --no-print-directory -k -j$(TEST_JOBS) -Otarget WHOSE=ours $(TESTS)
