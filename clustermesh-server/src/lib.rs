@@ -9,6 +9,7 @@ pub mod config;
 pub mod controllers;
 pub mod etcd;
 pub mod gateway;
+pub mod memory;
 pub mod mesh_api;
 pub mod metrics;
 pub mod news;

@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::controllers::{identities, own_records, services, sessions};
 use crate::etcd;
 use crate::gateway::Gateway;
+use crate::memory;
 use crate::mesh_api::MeshService;
 use crate::metrics::{Metrics, PeerPortMetrics};
 use crate::news::News;
@@ -182,6 +183,7 @@ impl Server {
         if let Some(address) = clear_address {
             warn!(%address, "listen_client_clear: every process of this machine may read and write everything");
         }
+        tasks.spawn(memory::keep_small(store.clone(), drain.clone()));
         tasks.spawn(port.serve(drain));
         // Otherwise this is said when it is true.
         if store.check_leader().is_ok() {
