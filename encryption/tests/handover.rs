@@ -92,6 +92,39 @@ impl Drop for Pairs {
     }
 }
 
+/// A process that is stopped until this is dropped, and would stay when a test fails.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn new(process: Pid) -> Self {
+        kill(process, Signal::SIGSTOP).unwrap();
+        let begun = Instant::now();
+        // Each thread stops when it comes to it.
+        while !is_stopped(process) {
+            assert!(begun.elapsed() < PATIENCE, "it does not stop");
+            std::thread::yield_now();
+        }
+        Self(process)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
+/// Whether all threads are (`T`, proc(5)).
+fn is_stopped(process: Pid) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    threads.map(|thread| thread.unwrap().path()).all(|thread| {
+        let stat = std::fs::read_to_string(thread.join("stat")).unwrap_or_default();
+        stat.rsplit(") ")
+            .next()
+            .is_some_and(|rest| rest.starts_with('T'))
+    })
+}
+
 /// Sends numbered datagrams from side 0, the second half after the switch to the new devices, while the old device of
 /// `stopped` is stopped from before the first to `resume_after` the last one. Gives the numbers as they came, and for how
 /// long packets had to wait.
@@ -114,8 +147,7 @@ fn switch(test: char, stopped: usize, resume_after: Duration) -> (Vec<u32>, Dura
     // The way is there, and both ends know each other's addresses.
     send(u32::MAX - 1..u32::MAX);
     assert_eq!(receive(), u32::MAX - 1);
-    let process = pairs.pid(stopped, false);
-    kill(process, Signal::SIGSTOP).unwrap();
+    let process = Stopped::new(pairs.pid(stopped, false));
     send(0..DATAGRAMS);
     pairs.route(true);
     let begun = Instant::now();
@@ -124,7 +156,7 @@ fn switch(test: char, stopped: usize, resume_after: Duration) -> (Vec<u32>, Dura
         // Time for one that overtakes to be here.
         receiver.set_read_timeout(Some(OVERTAKING)).unwrap();
         let _ = receiver.peek(&mut [0; 4]);
-        kill(process, Signal::SIGCONT).unwrap();
+        drop(process);
         receiver.set_read_timeout(Some(PATIENCE)).unwrap();
         begun.elapsed()
     } else {
@@ -132,7 +164,7 @@ fn switch(test: char, stopped: usize, resume_after: Duration) -> (Vec<u32>, Dura
         let first = receive();
         assert_eq!(first, DATAGRAMS, "the old device is stopped");
         let waited = begun.elapsed();
-        kill(process, Signal::SIGCONT).unwrap();
+        drop(process);
         let mut rest: Vec<u32> = (1..2 * DATAGRAMS).map(|_| receive()).collect();
         rest.insert(0, first);
         return (rest, waited);
