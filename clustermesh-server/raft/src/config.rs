@@ -23,11 +23,7 @@ pub(crate) const MAX_BATCH_PROPOSALS: usize = 512;
 pub(crate) const MAX_BATCH_BYTES: usize = 1 << 20;
 /// One encoded proposal, bytes: the copy of a peer is the largest.
 pub(crate) const MAX_PROPOSAL_BYTES: usize = 4 << 20;
-/// So many make an entry of their own while another is on its way; fewer wait for its end.
-pub(crate) const PIPELINED_BATCH_PROPOSALS: usize = 32;
-/// But no longer than this: it may wait for a quorum that is gone.
-pub(crate) const PIPELINED_BATCH_WAIT: Duration = Duration::from_millis(20);
-/// Log entries on their way at once.
+/// Log entries on their way at once: one being synced while the next collects.
 pub(crate) const MAX_ENTRIES_IN_FLIGHT: usize = 2;
 /// Readers that may wait for a read index.
 pub(crate) const MAX_WAITING_READERS: usize = 65_536;
