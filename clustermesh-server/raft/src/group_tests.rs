@@ -1,6 +1,7 @@
 //! Several replicas in one process, over a network in memory that can be cut.
 
 mod divergence;
+mod listing;
 mod network;
 mod releases;
 mod removal;

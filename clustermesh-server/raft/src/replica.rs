@@ -392,7 +392,14 @@ impl<R: AsyncRuntime> Replica<R> {
         let receiver = self.inner.raft.metrics();
         let metrics = receiver.borrow_watched().clone();
         let applied = self.inner.shared.applied.read();
-        let voters: Vec<ReplicaId> = metrics.membership_config.voter_ids().collect();
+        // openraft tells of a change a moment after it is applied; before a start has found its leader it knows of more.
+        let told = &metrics.membership_config;
+        let membership = if applied.membership.log_id() > told.log_id() {
+            &applied.membership
+        } else {
+            told
+        };
+        let voters: Vec<ReplicaId> = membership.voter_ids().collect();
         let is_leader = metrics.state.is_leader();
         // A group of one needs no other's answer, and openraft does not stamp its own.
         let alone = is_leader && voters == [self.inner.replica_id];
@@ -410,7 +417,8 @@ impl<R: AsyncRuntime> Replica<R> {
         } else if let Err(error) = self.check_not_diverged() {
             Some(error.to_string())
         } else {
-            metrics.running_state.err().map(|error| error.to_string())
+            let state = metrics.running_state.as_ref();
+            state.err().map(ToString::to_string)
         };
         Status {
             replica_id: self.inner.replica_id,
@@ -430,8 +438,7 @@ impl<R: AsyncRuntime> Replica<R> {
             last_leader_contact,
             is_learner: !voters.contains(&self.inner.replica_id),
             failure,
-            members: metrics
-                .membership_config
+            members: membership
                 .nodes()
                 .map(|(id, node)| Member {
                     id: *id,
