@@ -183,7 +183,7 @@ impl Server {
         if let Some(address) = clear_address {
             warn!(%address, "listen_client_clear: every process of this machine may read and write everything");
         }
-        tasks.spawn(memory::keep_small(store.clone(), drain.clone()));
+        tokio::task::spawn_blocking(memory::give_back);
         tasks.spawn(port.serve(drain));
         // Otherwise this is said when it is true.
         if store.check_leader().is_ok() {
