@@ -19,7 +19,7 @@ pub enum IdentityError {
     Empty,
 }
 
-/// Why one value could not be read; [`RecordError`](super::RecordError) adds which.
+/// Why one value could not be read; [`RecordError`](crate::record::RecordError) adds which.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
     /// Not the JSON that was expected.
