@@ -18,8 +18,11 @@ pub mod fence;
 pub mod handover;
 mod inbound;
 mod outbound;
+pub mod peer;
+mod release;
 pub mod shared;
 pub mod tun;
+pub mod turn;
 pub mod udp;
 mod worker;
 
@@ -143,7 +146,7 @@ impl UserspaceDevice {
             let (shared, events) = (Arc::clone(&device.shared), device.events.clone());
             let hand_over = move || {
                 if let Some(handover) = &shared.handover {
-                    handover.run(&shared, &events);
+                    release::run(handover, &shared, &events);
                 }
             };
             let thread = std::thread::Builder::new().name(format!("{name}-handover"));

@@ -19,10 +19,11 @@ use clustermesh_encryption_core::message::{Message, parse};
 use clustermesh_encryption_core::secret_text::SecretText;
 
 use super::events::{ApplyError, Event, Events, Handshake};
-use super::handover::Way;
 use super::outbound::Outbound;
-use super::shared::{Peer, Shared, Sockets, Table, count};
+use super::peer::Peer;
+use super::shared::{Shared, Sockets, Table, count};
 use super::tun;
+use super::turn::Way;
 use super::udp::{self, HANDSHAKE_TOS, Socket};
 use crate::link;
 

@@ -12,9 +12,10 @@ use clustermesh_encryption_core::session::{Session, SessionError};
 use nix::errno::Errno;
 
 use super::events::{Event, Events, Handshake};
-use super::handover::{HeldBytes, Turn, Way};
-use super::shared::{Peer, Shared, Table, count};
+use super::peer::Peer;
+use super::shared::{Shared, Table, count};
 use super::tun::{Queue, Writer};
+use super::turn::{HeldBytes, Turn, Way};
 use super::udp::{MESSAGES_MAX, Received, Receiver, Socket};
 
 /// A message of so many bytes is a run, and more of its kind are likely: they are taken one by one, while they are warm

@@ -15,8 +15,9 @@ use clustermesh_encryption_core::vnet::{VNET_HEADER_BYTES, VnetHeader};
 use nix::errno::Errno;
 
 use super::events::{Event, Events};
-use super::handover::Way;
-use super::shared::{Peer, Route, Shared, Sockets, Table, count};
+use super::peer::{Peer, Route};
+use super::shared::{Shared, Sockets, Table, count};
+use super::turn::Way;
 use super::udp::{SEGMENTS_MAX, SEND_BYTES_MAX, Socket};
 
 /// Room for one packet of the device with its header, bytes.
