@@ -9,7 +9,6 @@ use clustermesh_encryption_core::control_client::{read_description, set_request}
 use clustermesh_encryption_core::difference::difference;
 use clustermesh_encryption_core::engine::{Engine, Now, Output};
 use clustermesh_encryption_core::key::PrivateKey;
-use clustermesh_encryption_core::merge::{Joins, Merger};
 use clustermesh_encryption_core::message::{
     COOKIE_REPLY_BYTES, Message, TRANSPORT_HEADER_BYTES, TRANSPORT_OVERHEAD_BYTES,
     parse as parse_message,
@@ -17,7 +16,7 @@ use clustermesh_encryption_core::message::{
 use clustermesh_encryption_core::packet;
 use clustermesh_encryption_core::secret_text::SecretText;
 use clustermesh_encryption_core::session::{Role, Session, SessionKeys};
-use clustermesh_encryption_core::split::Split;
+use clustermesh_encryption_core::test_support::{merge, split};
 use clustermesh_encryption_core::vnet::{VNET_HEADER_BYTES, VnetHeader};
 
 /// Packets that are joined at once.
@@ -204,17 +203,17 @@ pub(crate) fn offload(bytes: &[u8]) -> bool {
     let Some((header, packet)) = bytes.split_first_chunk::<VNET_HEADER_BYTES>() else {
         return false;
     };
-    let Some(mut segments) = cut(VnetHeader::from_bytes(header), packet) else {
+    let Some(mut segments) = split(VnetHeader::from_bytes(header), packet, PACKETS_MAX) else {
         return false;
     };
     // As the device joins them: what is behind the length that they state is cut off before.
     segments.retain(|segment| packet::stated_len(segment) == Some(segment.len()));
     let mut again: Vec<Vec<u8>> = Vec::new();
-    for (mut vnet, joined) in join(&segments) {
+    for (mut vnet, joined) in merge(&segments) {
         if vnet.outer_transport > 0 {
             vnet.outer_transport -= LINK_HEADER_BYTES;
         }
-        let cut = cut(vnet, &joined);
+        let cut = split(vnet, &joined, PACKETS_MAX);
         assert!(cut.is_some(), "what was joined cannot be cut: {vnet:?}");
         again.extend(cut.into_iter().flatten());
     }
@@ -225,38 +224,6 @@ pub(crate) fn offload(bytes: &[u8]) -> bool {
     found.sort_unstable();
     assert_eq!(found, expected, "joined and cut again");
     true
-}
-
-fn cut(vnet: VnetHeader, packet: &[u8]) -> Option<Vec<Vec<u8>>> {
-    let plan = Split::plan(vnet, packet, packet.len()).ok()?;
-    let segment = |index| {
-        let mut segment = vec![0; plan.segment_len(index)];
-        plan.copy(index, packet, &mut segment).ok()?;
-        Some(segment)
-    };
-    (0..plan.count().min(PACKETS_MAX)).map(segment).collect()
-}
-
-fn join(packets: &[Vec<u8>]) -> Vec<(VnetHeader, Vec<u8>)> {
-    let mut buffer = Vec::new();
-    let mut merger = Merger::new(Joins {
-        udp: true,
-        tunnels: true,
-    });
-    for packet in packets {
-        let from = buffer.len();
-        buffer.extend_from_slice(packet);
-        merger.push(&buffer, from..from + packet.len());
-    }
-    (0..merger.len())
-        .map(|index| {
-            let vnet = merger.complete(index, &mut buffer);
-            let pieces = merger
-                .pieces(index)
-                .flat_map(|range| buffer[range].to_vec());
-            (vnet, pieces.collect())
-        })
-        .collect()
 }
 
 /// An IPv4 packet that must not be cut, of this protocol, with so many bytes behind its header.

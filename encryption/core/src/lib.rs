@@ -20,6 +20,8 @@ pub mod replay;
 pub mod secret_text;
 pub mod session;
 pub mod split;
+#[cfg(any(test, feature = "test-support"))]
+pub mod test_support;
 pub mod vnet;
 
 #[cfg(test)]

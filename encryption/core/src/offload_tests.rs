@@ -6,6 +6,7 @@ use crate::checksum::{Sum, pseudo_header, write_ipv4};
 use crate::merge::{Joins, Merger};
 use crate::packet::{TCP, UDP};
 use crate::split::{PACKET_BYTES_MAX, Split};
+use crate::test_support;
 use crate::vnet::{
     GSO_ECN, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, GSO_UDP_TUNNEL_IPV4, GSO_UDP_TUNNEL_IPV6,
     NEEDS_CSUM, VNET_HEADER_BYTES, VnetHeader,
@@ -150,40 +151,13 @@ fn inner_super_packet(shape: Shape) -> Super {
 }
 
 fn split(from: &Super) -> Vec<Vec<u8>> {
-    let plan = Split::plan(from.vnet, &from.packet, from.packet.len()).unwrap();
-    (0..plan.count())
-        .map(|index| {
-            let mut segment = vec![0; plan.segment_len(index)];
-            plan.copy(index, &from.packet, &mut segment).unwrap();
-            segment
-        })
-        .collect()
+    test_support::split(from.vnet, &from.packet, PACKET_BYTES_MAX).unwrap()
 }
 
 fn merge(packets: &[Vec<u8>]) -> Vec<Super> {
-    let mut buffer = Vec::new();
-    let mut merger = Merger::new(Joins {
-        udp: true,
-        tunnels: true,
-    });
-    for packet in packets {
-        let from = buffer.len();
-        buffer.extend_from_slice(packet);
-        // Packets lie apart in real buffers.
-        buffer.extend_from_slice(&[0xee; 7]);
-        merger.push(&buffer, from..from + packet.len());
-    }
-    (0..merger.len())
-        .map(|index| {
-            let vnet = merger.complete(index, &mut buffer);
-            let pieces = merger
-                .pieces(index)
-                .flat_map(|range| buffer[range].to_vec());
-            Super {
-                vnet,
-                packet: pieces.collect(),
-            }
-        })
+    let merged = test_support::merge(packets).into_iter();
+    merged
+        .map(|(vnet, packet)| Super { vnet, packet })
         .collect()
 }
 
