@@ -27,6 +27,7 @@ use crate::paths::{self, Paths};
 use crate::readiness::{self, Prober};
 use crate::records::{Reconciler, Workloads};
 use crate::session;
+use crate::settings_map::SettingsMap;
 use crate::signals::Signals;
 use crate::state_files::StateFiles;
 use crate::strict_mode::{self, MeshGuard};
@@ -84,7 +85,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let queue = Arc::new(DelQueue::new(config.queue_dir()));
     let client = Client::new(&config.client())?;
     let api = LocalApi::bind(&config.socket())?;
-    let flows = Flows::new(maps.clone());
+    let settings = SettingsMap::new(maps.clone());
+    let flows = Flows::new(maps.clone(), settings.clone());
     let readiness = Readiness::new();
     let heartbeats = Heartbeats::new(SILENCE_MAX);
     let alive: HealthCheck = {
@@ -115,7 +117,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         queue: Arc::clone(&queue),
         guard: guard.clone(),
         encryption: encryption.clone(),
-        flows: flows.clone(),
+        settings,
         metrics: metrics.clone(),
     };
     let layout_changed = matches!(takeover, Takeover::LayoutChanged { .. });

@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use clustermesh_api::v1::Flow;
 use clustermesh_ebpf::abi::{
-    CONFIG_FLOWS, DropReason, FlowRecord, HOOK_FROM_HOST, HOOK_FROM_NETWORK, HOOK_FROM_POD,
-    HOOK_FROM_WIREGUARD, HOOK_TO_NETWORK, TrafficPath, VERDICT_FORWARDED,
+    DropReason, FlowRecord, HOOK_FROM_HOST, HOOK_FROM_NETWORK, HOOK_FROM_POD, HOOK_FROM_WIREGUARD,
+    HOOK_TO_NETWORK, TrafficPath, VERDICT_FORWARDED,
 };
 use clustermesh_ebpf::{FlowReader, Maps};
 use clustermesh_node_core::tables::ip;
 use tokio::sync::broadcast;
 use tracing::warn;
+
+use crate::settings_map::SettingsMap;
 
 /// Records that wait for one listener; beyond, the oldest are lost and counted.
 pub const FLOWS_WAITING_MAX: usize = 4_096;
@@ -22,6 +24,7 @@ const RING_LOOKED_AT_EVERY: Duration = Duration::from_millis(10);
 #[derive(Clone)]
 pub struct Flows {
     maps: Maps,
+    settings: SettingsMap,
     sender: broadcast::Sender<FlowRecord>,
     running: Arc<Mutex<bool>>,
 }
@@ -29,9 +32,10 @@ pub struct Flows {
 impl Flows {
     /// Nobody listens yet.
     #[must_use]
-    pub fn new(maps: Maps) -> Self {
+    pub fn new(maps: Maps, settings: SettingsMap) -> Self {
         Self {
             maps,
+            settings,
             sender: broadcast::Sender::new(FLOWS_WAITING_MAX),
             running: Arc::default(),
         }
@@ -46,7 +50,7 @@ impl Flows {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if !*running {
             let ring = self.maps.flows()?;
-            set_flag(&self.maps, true)?;
+            self.settings.set_flows(true)?;
             *running = true;
             tokio::spawn(self.clone().pump(ring));
         }
@@ -62,7 +66,7 @@ impl Flows {
             }
             let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
             if self.sender.receiver_count() == 0 {
-                if let Err(error) = set_flag(&self.maps, false) {
+                if let Err(error) = self.settings.set_flows(false) {
                     warn!(%error, "the kernel programs go on writing flow records");
                 }
                 *running = false;
@@ -70,24 +74,6 @@ impl Flows {
             }
         }
     }
-
-    /// True while the programs write records.
-    #[must_use]
-    pub fn are_on(&self) -> bool {
-        *self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn set_flag(maps: &Maps, on: bool) -> Result<(), clustermesh_ebpf::Error> {
-    let Some(mut config) = maps.config()? else {
-        return Ok(());
-    };
-    if on {
-        config.flags |= CONFIG_FLOWS;
-    } else {
-        config.flags &= !CONFIG_FLOWS;
-    }
-    maps.set_config(&config)
 }
 
 /// The wire form of a record.

@@ -8,7 +8,7 @@
 //! * Who keeps what: [`records`] (maps of nodes, addresses, services), [`endpoints`] (pods), [`readiness`] (ports of pods),
 //!   [`paths`] (to other nodes), [`encryption`] (keys and WireGuard devices), [`strict_mode`] (prefixes of the mesh),
 //!   [`host`] (underlay, addresses, routes), [`flows`] (flow records).
-//! * What they share: [`signals`] (the latest word on this node), [`config`], [`state_files`], [`metrics`].
+//! * What they share: [`signals`] (the latest word on this node), [`settings_map`] (of the kernel programs), [`config`], [`state_files`], [`metrics`].
 //! * The machine: [`netlink`], [`echo`], [`privileges`].
 
 pub mod agent;
@@ -30,6 +30,7 @@ pub mod privileges;
 pub mod readiness;
 pub mod records;
 pub mod session;
+pub mod settings_map;
 pub mod signals;
 pub mod state_files;
 pub mod strict_mode;

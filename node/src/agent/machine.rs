@@ -22,10 +22,10 @@ use super::program_settings::{ConfigFlags, node_config};
 use crate::config::{Config, Routing};
 use crate::encryption::{self, Encryption};
 use crate::endpoints::{DelQueue, Endpoints, work_off_queue};
-use crate::flows::Flows;
 use crate::host::{self, HostPair, Underlay};
 use crate::metrics::Metrics;
 use crate::records::{Follower, RETRY_AFTER, Reconciler, Sinks, Workloads, read_tables};
+use crate::settings_map::SettingsMap;
 use crate::signals::Signals;
 use crate::state_files::{NodeFacts, StateFiles};
 use crate::strict_mode::MeshGuard;
@@ -53,7 +53,7 @@ pub(super) struct Handles {
     pub(super) queue: Arc<DelQueue>,
     pub(super) guard: Option<Arc<MeshGuard>>,
     pub(super) encryption: Option<Arc<Encryption>>,
-    pub(super) flows: Flows,
+    pub(super) settings: SettingsMap,
     pub(super) metrics: Metrics,
 }
 
@@ -234,7 +234,7 @@ impl Machine {
         if let Some(guard) = &self.handles.guard {
             guard.fill(&facts)?;
         }
-        self.handles.maps.set_config(&self.node_config(&facts))?;
+        self.handles.settings.set_node(self.node_config(&facts))?;
         self.handles.endpoints.restore(&facts, self.pair).await?;
         if first {
             // Before the plugin is answered: what ended while no agent ran must not be met by an ADD.
@@ -341,7 +341,7 @@ impl Machine {
     /// new address is taken; then routes and paths; last the session, by which others learn of it.
     async fn follow_underlay(&mut self) -> anyhow::Result<()> {
         if let Some(facts) = &self.facts {
-            self.handles.maps.set_config(&self.node_config(facts))?;
+            self.handles.settings.set_node(self.node_config(facts))?;
             if !self.layout_changed {
                 self.activate().await?;
             }
@@ -387,7 +387,7 @@ impl Machine {
     /// Makes the programs know the WireGuard devices as they are now.
     async fn follow_wireguard(&mut self) -> anyhow::Result<()> {
         if let Some(facts) = &self.facts {
-            self.handles.maps.set_config(&self.node_config(facts))?;
+            self.handles.settings.set_node(self.node_config(facts))?;
             if !self.layout_changed {
                 self.activate().await?;
             }
@@ -403,7 +403,6 @@ impl Machine {
             self.pair,
             split_of(facts).local_bits(),
             ConfigFlags {
-                flows: self.handles.flows.are_on(),
                 direct: self.handles.config.routing == Routing::Direct,
                 encryption: self
                     .handles

@@ -1,8 +1,7 @@
 //! The kernel programs' settings, from what the agent knows of its node.
 
 use clustermesh_ebpf::abi::{
-    CONFIG_DIRECT, CONFIG_ENCRYPT_NODES, CONFIG_FLOWS, CONFIG_STRICT, NodeConfig, TUNNEL_PORT,
-    V4_MAPPED_BITS,
+    CONFIG_DIRECT, CONFIG_ENCRYPT_NODES, CONFIG_STRICT, NodeConfig, TUNNEL_PORT, V4_MAPPED_BITS,
 };
 use clustermesh_node_core::tables::address;
 use ipnetwork::IpNetwork;
@@ -15,8 +14,6 @@ use crate::state_files::NodeFacts;
 /// What is on or off in the kernel programs.
 #[derive(Clone, Copy, Debug)]
 pub struct ConfigFlags<'a> {
-    /// A flow record for every packet.
-    pub flows: bool,
     /// Pods are reached by direct routing.
     pub direct: bool,
     /// Settings of encryption, and devices, where something is encrypted.
@@ -52,8 +49,7 @@ pub fn node_config(
         cluster_id: facts.cluster_id,
         tunnel_port_be: TUNNEL_PORT.to_be_bytes(),
         host_ifindex: pair.host_ifindex,
-        flags: (if flags.flows { CONFIG_FLOWS } else { 0 })
-            | (if flags.direct { CONFIG_DIRECT } else { 0 }),
+        flags: if flags.direct { CONFIG_DIRECT } else { 0 },
         host_mac: pair.host_mac,
         ..NodeConfig::EMPTY
     };
