@@ -1,5 +1,6 @@
 //! Typed maps: batched writes and reads, element by element where the kernel has no batches.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -120,6 +121,23 @@ impl<K: Plain, V: Plain> Table<K, V> {
             }
         }
         Ok(())
+    }
+
+    /// Makes the map hold `wanted` and nothing else: what is wanted is there before the rest goes.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`upsert`](Self::upsert), [`entries`](Self::entries) and [`delete`](Self::delete).
+    pub fn replace_all(&self, wanted: &BTreeMap<K, V>) -> Result<(), Error>
+    where
+        K: Ord,
+    {
+        let pairs: Vec<_> = wanted.iter().map(|(key, value)| (*key, *value)).collect();
+        self.upsert(&pairs)?;
+        let mut held = self.entries()?;
+        held.retain(|(key, _)| !wanted.contains_key(key));
+        let rest: Vec<_> = held.into_iter().map(|(key, _)| key).collect();
+        self.delete(&rest)
     }
 
     /// The value of `key`; of a trie, of the longest prefix that covers it.

@@ -76,6 +76,13 @@ where
     model.retain(|key, _| !some.contains(key));
     check(&model, "thinned out");
 
+    // One that comes, one that changes, one that stays, and all others go.
+    let few: Vec<K> = model.keys().copied().take(2).collect();
+    let wanted = BTreeMap::from([(absent, other), (few[0], other), (few[1], model[&few[1]])]);
+    table.replace_all(&wanted).unwrap();
+    model = wanted;
+    check(&model, "replaced");
+
     let rest: Vec<K> = model.keys().copied().collect();
     table.delete(&rest).unwrap();
     check(&BTreeMap::new(), "emptied");

@@ -200,28 +200,8 @@ impl Endpoints {
             }
             interfaces.insert(endpoint.ifindex, interface_value(endpoint));
         }
-        let upserts: Vec<_> = interfaces.iter().map(|(k, v)| (*k, *v)).collect();
-        self.maps.interfaces.upsert(&upserts)?;
-        let upserts: Vec<_> = wanted.iter().map(|(k, v)| (*k, *v)).collect();
-        self.maps.endpoints.upsert(&upserts)?;
-        let stale: Vec<_> = self
-            .maps
-            .endpoints
-            .entries()?
-            .into_iter()
-            .map(|(key, _)| key)
-            .filter(|key| !wanted.contains_key(key))
-            .collect();
-        self.maps.endpoints.delete(&stale)?;
-        let stale: Vec<_> = self
-            .maps
-            .interfaces
-            .entries()?
-            .into_iter()
-            .map(|(key, _)| key)
-            .filter(|key| !interfaces.contains_key(key))
-            .collect();
-        self.maps.interfaces.delete(&stale)?;
+        self.maps.interfaces.replace_all(&interfaces)?;
+        self.maps.endpoints.replace_all(&wanted)?;
         Ok(())
     }
 
