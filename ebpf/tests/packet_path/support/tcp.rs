@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use super::net::inside;
@@ -9,9 +10,33 @@ use super::net::inside;
 /// A connection that makes no progress for this long has failed.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Byte `position` of the stream: a pattern whose period fits no packet size.
-fn byte_at(position: usize) -> u8 {
-    ((position % 251) ^ ((position / 251) % 241)) as u8
+/// Bytes after which the pattern repeats: they fit no packet size.
+const PERIOD: usize = 251 * 241;
+/// What the stream is made of, again and again.
+static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let byte_at = |position| ((position % 251) ^ (position / 251)) as u8;
+    (0..PERIOD).map(byte_at).collect()
+});
+
+/// The stream from `position` on, as far as the pattern goes in one piece.
+fn pattern_from(position: usize) -> &'static [u8] {
+    &PATTERN[position % PERIOD..]
+}
+
+/// The first place at which `bytes` are not the stream's from `position` on.
+fn first_wrong(bytes: &[u8], position: usize) -> Option<usize> {
+    let mut checked = 0;
+    while checked < bytes.len() {
+        let wanted = pattern_from(position + checked);
+        let found = &bytes[checked..];
+        let together = wanted.len().min(found.len());
+        if wanted[..together] != found[..together] {
+            let same = wanted.iter().zip(found).take_while(|(w, f)| w == f);
+            return Some(checked + same.count());
+        }
+        checked += together;
+    }
+    None
 }
 
 /// Sends `bytes` from one namespace to an address in another and back the number received.
@@ -36,8 +61,6 @@ pub fn transfer(from: &str, to: &str, address: IpAddr, bytes: usize) -> Result<(
 }
 
 fn send(target: SocketAddr, bytes: usize) -> Result<(), String> {
-    // Before the connection: the other end has patience for packets, not for this.
-    let data: Vec<u8> = (0..bytes).map(byte_at).collect();
     let mut stream =
         TcpStream::connect_timeout(&target, PATIENCE).map_err(|e| format!("connect: {e}"))?;
     stream
@@ -46,7 +69,13 @@ fn send(target: SocketAddr, bytes: usize) -> Result<(), String> {
     stream
         .set_read_timeout(Some(PATIENCE))
         .map_err(|e| e.to_string())?;
-    stream.write_all(&data).map_err(|e| format!("write: {e}"))?;
+    let mut position = 0;
+    while position < bytes {
+        let piece = pattern_from(position);
+        let piece = &piece[..piece.len().min(bytes - position)];
+        stream.write_all(piece).map_err(|e| format!("write: {e}"))?;
+        position += piece.len();
+    }
     let mut answer = [0; 8];
     stream
         .read_exact(&mut answer)
@@ -72,7 +101,7 @@ fn receive(listener: &TcpListener, bytes: usize) -> Result<(), String> {
         if count == 0 {
             return Err(format!("the stream ended at {position}"));
         }
-        if let Some(wrong) = (0..count).find(|i| buffer[*i] != byte_at(position + i)) {
+        if let Some(wrong) = first_wrong(&buffer[..count], position) {
             return Err(format!("byte {} is wrong", position + wrong));
         }
         position += count;
@@ -95,5 +124,19 @@ fn accept(listener: &TcpListener) -> Result<TcpStream, String> {
             .map(|(stream, _)| stream)
             .map_err(|e| format!("accept: {e}")),
         Err(error) => Err(format!("poll: {error}")),
+    }
+}
+
+#[test]
+fn one_wrong_byte_is_found_wherever_the_pattern_begins() {
+    let stream: Vec<u8> = PATTERN.iter().cycle().take(3 * PERIOD).copied().collect();
+    for (start, length) in [(0, 5), (PERIOD - 2, 5), (7, 2 * PERIOD)] {
+        let mut bytes = stream[start..start + length].to_vec();
+        assert_eq!(first_wrong(&bytes, start), None);
+        for wrong in [0, 2, length - 1] {
+            bytes[wrong] ^= 1;
+            assert_eq!(first_wrong(&bytes, start), Some(wrong));
+            bytes[wrong] ^= 1;
+        }
     }
 }
