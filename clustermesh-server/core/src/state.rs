@@ -1,5 +1,7 @@
 //! The replicated state and its views for readers.
 
+mod invariants;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
@@ -14,17 +16,18 @@ use crate::{
     error::{Compacted, KvError},
     group::Group,
     hash::Fnv64,
-    index::key_of,
     keyspace::{Keyspace, visible_at},
     lease::{LeaseTable, LeaseView},
     limits::{LEASE_OVERHEAD_BYTES, NUMBERED_COPIES_LEVEL},
     pb::MemberAlarm,
-    peer::{CopyPlace, PeerCursor, PeerUsage, cached_cluster},
+    peer::{CopyPlace, PeerCursor, PeerUsage},
     pin::Pins,
     range::ReadView,
     txn::Plan,
     version::{EventGroup, Version},
 };
+
+pub(crate) use invariants::check_versions;
 
 /// Revision of an empty store: the first write gets 2, as in etcd.
 pub(crate) const FIRST_REVISION: i64 = 1;
@@ -427,133 +430,5 @@ impl State {
         self.auth.hash(&mut hash);
         self.group.hash(&mut hash);
         hash.finish()
-    }
-
-    /// Checks the invariants that hold between any two entries; for tests, as it walks over everything.
-    ///
-    /// # Errors
-    /// A text that names the broken invariant.
-    pub fn check(&self) -> Result<(), String> {
-        self.check_index()?;
-        self.check_history()?;
-        for group in &self.history {
-            for event in &group.events {
-                let stored = self.keyspace.index().get(event.key());
-                if !stored.is_some_and(|versions| versions.contains(event.kv())) {
-                    let name = event.key().escape_ascii();
-                    return Err(format!("event of {name} is not in the index"));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The same for a state whose history was made of its index: looking each event up there again would take most of the time.
-    pub(crate) fn check_loaded(&self) -> Result<(), String> {
-        self.check_index()?;
-        self.check_history()
-    }
-
-    fn check_index(&self) -> Result<(), String> {
-        let floor = self.floor_revision();
-        let mut bytes = 0;
-        let mut attached = 0;
-        let mut copies = BTreeMap::new();
-        self.keyspace.index().check()?;
-        for versions in self.keyspace.index().iter() {
-            let key = key_of(versions);
-            let name = key.escape_ascii();
-            let newest = versions
-                .last()
-                .ok_or_else(|| "a key has no version".to_owned())?;
-            if newest.is_tombstone() && newest.mod_revision() < floor {
-                return Err(format!("{name} keeps a compacted tombstone"));
-            }
-            for version in versions {
-                bytes += version.approximate_bytes();
-                if version.key() != key {
-                    let other = version.key().escape_ascii();
-                    return Err(format!("{name} holds a version of {other}"));
-                }
-                if version.mod_revision() > self.revision {
-                    return Err(format!("{name} has a version of the future"));
-                }
-            }
-            // Of what the floor hides, only the version that a reader there sees may stay.
-            let hidden = versions
-                .iter()
-                .zip(versions.iter().skip(1))
-                .any(|(one, next)| {
-                    one.mod_revision() < floor
-                        && (one.is_tombstone() || next.mod_revision() <= floor)
-                });
-            if hidden {
-                return Err(format!("{name} keeps a compacted version"));
-            }
-            if !versions.is_sorted_by_key(Version::revision) {
-                return Err(format!("versions of {name} are out of order"));
-            }
-            if !newest.is_tombstone()
-                && let Some(cluster) = cached_cluster(key)
-            {
-                let usage: &mut PeerUsage = copies.entry(cluster).or_default();
-                usage.add(key, newest.value_bytes());
-            }
-            if newest.lease() != 0 {
-                attached += 1;
-                if !self.leases.is_attached(newest.lease(), key) {
-                    return Err(format!("{name} is not attached to its lease"));
-                }
-            }
-        }
-        if bytes != self.keyspace.bytes() {
-            return Err(format!(
-                "counted {} bytes, there are {bytes}",
-                self.keyspace.bytes()
-            ));
-        }
-        let counted = self
-            .keyspace
-            .copies()
-            .map(|(cluster, usage)| (cluster.as_ref(), usage));
-        if !counted.eq(copies) {
-            return Err("copies of peers are counted wrong".into());
-        }
-        if attached != self.leases.attached() {
-            return Err(format!(
-                "leases have {} keys, the index {attached}",
-                self.leases.attached()
-            ));
-        }
-        Ok(())
-    }
-
-    fn check_history(&self) -> Result<(), String> {
-        let mut expected = self.first_history_revision();
-        if self.history.is_empty() && self.revision > self.compact_revision.max(FIRST_REVISION) {
-            return Err(format!(
-                "revision {} has no history, compacted at {}",
-                self.revision, self.compact_revision
-            ));
-        }
-        for group in &self.history {
-            if group.revision != expected {
-                return Err(format!(
-                    "history has revision {} at the place of {expected}",
-                    group.revision
-                ));
-            }
-            if group.events.is_empty() {
-                return Err(format!("revision {expected} has no event"));
-            }
-            expected += 1;
-        }
-        if expected != self.revision + 1 {
-            return Err(format!(
-                "history ends before {expected}, revision is {}",
-                self.revision
-            ));
-        }
-        Ok(())
     }
 }

@@ -4,7 +4,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
 use prost::Message;
-use smallvec::smallvec;
+use smallvec::SmallVec;
 
 use crate::{
     index::{Versions, key_of},
@@ -13,7 +13,7 @@ use crate::{
     pb,
     peer::{CopyPlace, PeerCursor},
     snapshot::{SnapshotError, auth},
-    state::{FIRST_REVISION, MAX_REVISION, NEVER_COMPACTED, State},
+    state::{FIRST_REVISION, MAX_REVISION, NEVER_COMPACTED, State, check_versions},
     version::{EventGroup, Revision, StoredEvent, Version, VersionNumbers},
 };
 
@@ -24,6 +24,10 @@ pub struct SnapshotLoader {
     state: Option<State>,
     /// Where the history starts.
     first_revision: i64,
+    /// What the index was dropped up to.
+    floor_revision: i64,
+    /// What the history is made of, in the order of keys, each with its revision: events lie all over the memory.
+    changes: Vec<(i64, StoredEvent)>,
     keyspace: Keyspace,
     /// Versions of the last key so far.
     last_key: Versions,
@@ -102,25 +106,13 @@ impl SnapshotLoader {
         if !self.ended {
             return Err(self.damaged("the end is missing"));
         }
+        self.end_key()?;
         let mut state = self.state.take().ok_or_else(|| self.damaged("no header"))?;
-        self.end_key();
         state.keyspace = std::mem::take(&mut self.keyspace);
-        state.history = self.history(&state)?;
-        for versions in state.keyspace.index().iter() {
-            let lease = versions.last().map_or(0, Version::lease);
-            if lease == 0 {
-                continue;
-            }
-            let key = key_of(versions);
-            if !state.leases.contains(lease) {
-                let key = key.escape_ascii();
-                return Err(self.damaged(format!("key {key} has an unknown lease")));
-            }
-            state.leases.move_key(key, 0, lease);
-        }
-        // Installing is rare and a replica must never serve a broken state.
+        state.history = self.history(state.revision)?;
+        // Installing is rare and a replica must never serve a broken state. Keys were checked as they came.
         state
-            .check_loaded()
+            .check_history()
             .map_err(|reason| self.damaged(reason))?;
         Ok(state)
     }
@@ -148,6 +140,11 @@ impl SnapshotLoader {
         self.first_revision = header
             .history_revision
             .unwrap_or_else(|| floor_revision.max(FIRST_REVISION + 1));
+        self.floor_revision = if self.first_revision > header.revision {
+            compact_revision
+        } else {
+            compact_revision.min(self.first_revision)
+        };
         let after_recovery = compact_revision.saturating_add(1);
         if header
             .history_revision
@@ -231,12 +228,38 @@ impl SnapshotLoader {
         Ok(())
     }
 
-    /// Nothing more of the last key will come.
-    fn end_key(&mut self) {
+    /// Nothing more of the last key will come: it is checked, attached and noted for the history while it is at hand.
+    fn end_key(&mut self) -> Result<(), SnapshotError> {
         let versions = std::mem::take(&mut self.last_key);
-        if !versions.is_empty() {
-            self.keyspace.push_last(versions);
+        let (Some(newest), Some(state)) = (versions.last(), &mut self.state) else {
+            return Ok(());
+        };
+        let lease = newest.lease();
+        let checked = check_versions(&versions, self.floor_revision, state.revision);
+        let checked = checked.and_then(|()| {
+            if lease == 0 || state.leases.contains(lease) {
+                return Ok(());
+            }
+            let key = key_of(&versions).escape_ascii();
+            Err(format!("key {key} has an unknown lease"))
+        });
+        if let Err(reason) = checked {
+            return Err(self.damaged(reason));
         }
+        state.leases.move_key(key_of(&versions), 0, lease);
+        for version in &versions {
+            let revision = version.mod_revision();
+            if revision < self.first_revision {
+                continue;
+            }
+            let prev = visible_at(&versions, revision - 1)
+                .filter(|_| revision > state.compact_revision)
+                .cloned();
+            self.changes
+                .push((revision, StoredEvent::new(version.clone(), prev)));
+        }
+        self.keyspace.push_last(versions);
+        Ok(())
     }
 
     fn push_key(&mut self, entry: pb::SnapshotKey) -> Result<(), SnapshotError> {
@@ -249,7 +272,7 @@ impl SnapshotLoader {
             return Err(self.damaged(format!("key {name} has no version")));
         }
         if order.is_lt() {
-            self.end_key();
+            self.end_key()?;
             self.counts.keys += 1;
         }
         let newest_revision = self.state.as_ref().map_or(0, State::revision);
@@ -265,44 +288,41 @@ impl SnapshotLoader {
     }
 
     /// History is the index, read by revision.
-    fn history(&self, state: &State) -> Result<VecDeque<Arc<EventGroup>>, SnapshotError> {
+    fn history(&mut self, newest: i64) -> Result<VecDeque<Arc<EventGroup>>, SnapshotError> {
+        let changes = std::mem::take(&mut self.changes);
         let first = self.first_revision;
-        let count = usize::try_from(state.revision - first + 1).unwrap_or(0);
-        // With the revision at hand: events lie all over the memory.
-        let mut changes: Vec<(Revision, StoredEvent)> = Vec::new();
-        for versions in state.keyspace.index().iter() {
-            for version in versions {
-                let revision = version.mod_revision();
-                if revision < first {
-                    continue;
-                }
-                let prev = visible_at(versions, revision - 1)
-                    .filter(|_| revision > state.compact_revision)
-                    .cloned();
-                let event = StoredEvent::new(version.clone(), prev);
-                changes.push((version.revision(), event));
+        let revisions = usize::try_from(newest - first + 1).unwrap_or(0);
+        // Before memory is taken for what a header claims.
+        if changes.len() < revisions {
+            let changes = changes.len();
+            return Err(self.damaged(format!("{revisions} revisions have {changes} changes")));
+        }
+        let place = |revision: i64| usize::try_from(revision - first).unwrap_or(usize::MAX);
+        let mut sizes = vec![0_usize; revisions];
+        for (revision, _) in &changes {
+            match sizes.get_mut(place(*revision)) {
+                Some(size) => *size += 1,
+                None => return Err(self.damaged(format!("a change of revision {revision}"))),
             }
         }
-        changes.sort_unstable_by_key(|(revision, _)| *revision);
-        let mut groups: Vec<EventGroup> = Vec::new();
-        for (Revision { main: revision, .. }, event) in changes {
-            match groups.last_mut() {
-                Some(group) if group.revision == revision => group.events.push(event),
-                _ => groups.push(EventGroup {
-                    revision,
-                    events: smallvec![event],
-                }),
+        let missing = sizes.iter().filter(|size| **size == 0).count();
+        if missing > 0 {
+            return Err(self.damaged(format!("history lacks {missing} of {revisions} revisions")));
+        }
+        let mut groups: Vec<SmallVec<[StoredEvent; 1]>> =
+            sizes.into_iter().map(SmallVec::with_capacity).collect();
+        for (revision, event) in changes {
+            if let Some(events) = groups.get_mut(place(revision)) {
+                events.push(event);
             }
         }
-        // All lie between the first and the newest revision, so the right number means no hole.
-        if groups.len() != count {
-            return Err(self.damaged(format!("history has {} revisions of {count}", groups.len())));
-        }
-        let shrunk = groups.into_iter().map(|mut group| {
-            group.events.shrink_to_fit();
-            Arc::new(group)
-        });
-        Ok(shrunk.collect())
+        let group = |(revision, mut events): (i64, SmallVec<[StoredEvent; 1]>)| {
+            if events.len() > 1 {
+                events.sort_unstable_by_key(|event| event.kv().sub());
+            }
+            Arc::new(EventGroup { revision, events })
+        };
+        Ok((first..).zip(groups).map(group).collect())
     }
 }
 
