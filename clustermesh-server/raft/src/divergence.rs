@@ -21,7 +21,7 @@ use crate::{
     error::ReadError,
     forward::Router,
     hash_kv::hash_kv,
-    membership::Members,
+    membership::{Handover, Members},
     peer::target,
     proposal::Proposer,
     shared::{Milestones, Shared},
@@ -345,7 +345,11 @@ pub(crate) async fn stand_aside<R: AsyncRuntime>(
     hub.close();
     tracing::error!(error = %ReadError::Diverged, "this replica serves nothing any more");
     // Who reads from the log leads as well as any other, but a leader is asked for more than that.
-    while stop.or(members.hand_over()).await == Some(false) {
+    while stop
+        .or(members.hand_over())
+        .await
+        .is_some_and(|handover| handover != Handover::Done)
+    {
         if stop.or(R::sleep(COMPARE_RETRY_PAUSE)).await.is_none() {
             return;
         }

@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -95,6 +98,8 @@ pub(crate) struct Bound<R: AsyncRuntime> {
     pub(crate) members: Members<R>,
     pub(crate) incoming: Incoming,
     pub(crate) refused: Refused<R::Instant>,
+    /// The replica is being shut down: what still comes is refused, and Raft is not asked any more.
+    pub(crate) ending: AtomicBool,
 }
 
 /// Takes what the process of another replica says; an error is its answer.
@@ -166,7 +171,10 @@ impl<R: AsyncRuntime> PeerHandler<R> {
     }
 
     fn bound(&self) -> Result<Arc<Bound<R>>, Refusal> {
-        self.slot.lock().upgrade().ok_or_else(not_ready)
+        let bound = self.slot.lock().upgrade();
+        bound
+            .filter(|bound| !bound.has_ended())
+            .ok_or_else(not_ready)
     }
 
     /// Answers a question of another replica.
@@ -226,6 +234,10 @@ impl<R: AsyncRuntime> PeerHandler<R> {
 }
 
 impl<R: AsyncRuntime> Bound<R> {
+    fn has_ended(&self) -> bool {
+        self.ending.load(Ordering::Acquire) || self.members.router.has_ended()
+    }
+
     /// A message must be meant for this replica of this group, and come from one that was not removed.
     fn check(&self, header: Option<&Header>) -> Result<(), Refusal> {
         self.judge(header).inspect_err(|refusal| {

@@ -12,6 +12,7 @@ use openraft::{
     ChangeMembers, Raft,
     async_runtime::{AsyncRuntime, Instant, WatchReceiver},
     errors::{ChangeMembershipError, ClientWriteError, RaftError},
+    metrics::RaftMetrics,
     raft::ClientWriteResponse,
 };
 use rand::Rng;
@@ -109,6 +110,20 @@ impl MemberError {
             _ => Self::Unknown,
         }
     }
+}
+
+/// What became of a leadership that was to be handed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Handover {
+    /// Another replica leads, or will.
+    Done,
+    /// No other voter answers, of so many that there are.
+    Nobody {
+        /// Voters beside this replica.
+        others: usize,
+    },
+    /// The process's log says why.
+    Failed,
 }
 
 /// The member that is reached there.
@@ -341,6 +356,11 @@ impl<R: AsyncRuntime> Members<R> {
         }
         let metrics = self.raft().metrics();
         let metrics = metrics.borrow_watched();
+        self.answers(voter, &metrics)
+    }
+
+    /// Whether another voter answered this leader a short while ago.
+    fn answers(&self, voter: ReplicaId, metrics: &RaftMetrics<Types<R>>) -> bool {
         let heard = metrics
             .heartbeat
             .as_ref()
@@ -395,32 +415,34 @@ impl<R: AsyncRuntime> Members<R> {
         }
     }
 
-    /// If this replica leads, the voter that has most of the log takes over. Whether another replica leads, or will.
-    pub(crate) async fn hand_over(&self) -> bool {
+    /// If this replica leads, the voter that has most of the log takes over, of those that answer.
+    pub(crate) async fn hand_over(&self) -> Handover {
         let own = self.router.own;
-        let next = {
+        let (next, others) = {
             let metrics = self.raft().metrics();
             let metrics = metrics.borrow_watched();
             if !metrics.state.is_leader() {
-                return true;
+                return Handover::Done;
             }
-            let voters: BTreeSet<ReplicaId> = metrics.membership_config.voter_ids().collect();
-            metrics.replication.as_ref().and_then(|replication| {
+            let mut others: BTreeSet<ReplicaId> = metrics.membership_config.voter_ids().collect();
+            others.remove(&own);
+            let next = metrics.replication.as_ref().and_then(|replication| {
                 replication
                     .iter()
-                    .filter(|(id, _)| **id != own && voters.contains(id))
+                    .filter(|(id, _)| others.contains(id) && self.answers(**id, &metrics))
                     .max_by_key(|(_, matched)| matched.as_ref().map(|matched| matched.index))
                     .map(|(id, _)| *id)
-            })
+            });
+            (next, others.len())
         };
         let Some(next) = next else {
-            return false;
+            return Handover::Nobody { others };
         };
         match self.change(Change::TransferLeader(next)).await {
-            Ok(_) => true,
+            Ok(_) => Handover::Done,
             Err(error) => {
                 tracing::warn!(%error, "leadership was not handed over");
-                false
+                Handover::Failed
             }
         }
     }

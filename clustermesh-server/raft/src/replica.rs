@@ -30,7 +30,7 @@ use crate::{
     forward::Router,
     group::AuthChanges,
     handler::Bound,
-    membership::MemberError,
+    membership::{Handover, MemberError},
     metrics::Metrics,
     peer::{AsideError, CallError, target},
     proposal::Proposer,
@@ -349,7 +349,11 @@ impl<R: AsyncRuntime> Replica<R> {
 
     /// Before a planned stop: if this replica leads, another voter that has the whole log takes over.
     pub async fn resign(&self) {
-        let _handed_over_or_logged = self.inner.bound.members.hand_over().await;
+        if let Handover::Nobody { others: 1.. } = self.inner.bound.members.hand_over().await {
+            tracing::info!(
+                "leadership is handed over to nobody, since no other voter answers: the group has no leader until a majority runs"
+            );
+        }
     }
 
     /// Tells the process of another replica something that is not for the log; see [`PeerHandler::on_aside`](crate::PeerHandler::on_aside).
@@ -472,6 +476,7 @@ impl<R: AsyncRuntime> Replica<R> {
     /// Stops the replica: ends watchers, answers what waits, closes the log. Done when the data may be opened again.
     pub async fn shutdown(&self) {
         self.inner.hub.close();
+        self.inner.bound.ending.store(true, Ordering::Release);
         if let Err(error) = self.inner.raft.shutdown().await {
             tracing::error!(%error, "raft did not stop in order");
         }

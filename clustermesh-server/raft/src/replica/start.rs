@@ -1,6 +1,9 @@
 //! Starting a replica: data, recovery, openraft, tasks.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use clustermesh_core::pb;
 use clustermesh_store::{DataDir, Identity, LogId, SledLog, SnapshotStore};
@@ -279,6 +282,7 @@ impl<R: AsyncRuntime> Replica<R> {
             members: members.clone(),
             incoming: Incoming::new(opened.snapshots.clone()),
             refused: Refused::default(),
+            ending: AtomicBool::new(false),
         });
         handler.bind(&bound);
         spawn::<R>(batcher.run(router.clone(), stop.clone()));
