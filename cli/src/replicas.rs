@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use clustermesh_api::etcd::rpc::{AlarmMember, Member, StatusResponse};
-use clustermesh_client::{Client, ClientConfig};
+use clustermesh_client::{Client, ClientConfig, ClientError};
 use serde_json::{Value, json};
 use tokio::{task::JoinSet, time::timeout};
 
@@ -16,7 +16,9 @@ use crate::{
 };
 
 /// A replica that does not answer by then is shown as unreachable.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// What only a quorum can answer is waited for so long.
+const QUORUM_PATIENCE: Duration = Duration::from_secs(2);
 
 /// One replica, and what it says of itself.
 #[derive(Debug)]
@@ -26,19 +28,29 @@ pub struct Replica {
     alarms: Vec<&'static str>,
 }
 
-/// All replicas of the group that `client` is connected to; without a quorum as the connected one knows them.
-pub async fn ask(global: &GlobalArgs, client: &Client) -> Result<Vec<Replica>> {
-    let (own, members, alarms) =
-        tokio::join!(client.store_status(), client.members(), client.alarms());
-    let own = own?;
+/// What a quorum answers; `None` where there is none.
+async fn of_quorum<T>(
+    answer: impl Future<Output = Result<T, ClientError>>,
+) -> Result<Option<T>, ClientError> {
+    match timeout(QUORUM_PATIENCE, answer).await {
+        Ok(Err(error)) if error.is_transient() => Ok(None),
+        Ok(answered) => answered.map(Some),
+        Err(_) => Ok(None),
+    }
+}
+
+/// All replicas of the group that `client` is connected to, and whether they have a quorum; without one as the connected
+/// replica knows them.
+pub async fn ask(global: &GlobalArgs, client: &Client) -> Result<(Vec<Replica>, bool)> {
+    let own = client.store_status().await?;
+    let (members, alarms) =
+        tokio::try_join!(of_quorum(client.members()), of_quorum(client.alarms()))?;
+    let quorum = members.is_some();
     let members = match members {
-        Err(error) if error.is_transient() => client.known_members().await?,
-        answered => answered?,
+        Some(members) => members,
+        None => client.known_members().await?,
     };
-    let alarms = match alarms {
-        Err(error) if error.is_transient() => Vec::new(),
-        answered => answered?,
-    };
+    let alarms = alarms.unwrap_or_default();
     let mut asking = JoinSet::new();
     for (index, member) in members.iter().enumerate() {
         let config = ClientConfig {
@@ -68,7 +80,8 @@ pub async fn ask(global: &GlobalArgs, client: &Client) -> Result<Vec<Replica>> {
             answer,
         }
     };
-    Ok(members.into_iter().zip(answers).map(replica).collect())
+    let replicas = members.into_iter().zip(answers).map(replica).collect();
+    Ok((replicas, quorum))
 }
 
 async fn ask_one(config: ClientConfig) -> Result<StatusResponse, String> {

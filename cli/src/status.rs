@@ -19,6 +19,9 @@ use crate::{
 
 /// The server ends the wait itself; this much later we no longer believe that it will.
 const WAIT_GRACE: Duration = Duration::from_secs(5);
+/// Above everything that a replica says without a quorum.
+const NO_QUORUM: &str =
+    "NO QUORUM: nothing can be changed, and this is what the replica that answered knew last.\n\n";
 /// Laggards that are named one by one.
 const MAX_LAGGARDS_SHOWN: usize = 10;
 
@@ -27,20 +30,23 @@ pub async fn run(global: &GlobalArgs, args: &StatusArgs) -> Result<()> {
     if args.wait {
         wait(&client, args.timeout).await?;
     }
-    let (replicas, status) = tokio::join!(replicas::ask(global, &client), client.mesh_status());
-    let replicas = replicas?;
+    let (replicas, status) =
+        tokio::join!(replicas::ask(global, &client), client.known_mesh_status());
+    let (replicas, mut quorum) = replicas?;
     let (status, failed) = match status {
         Ok(status) => (Some(status), None),
         // A plain store is no cluster of a mesh.
         Err(error) if error.is_unimplemented() => (None, None),
-        // Without a quorum nothing is known of the cluster, and all the more is asked of its replicas.
+        // A server of an older release knows nothing of the cluster without a quorum.
         Err(error) if error.is_transient() => (None, Some(error)),
         Err(error) => return Err(error.into()),
     };
+    quorum &= !status.as_ref().is_some_and(|status| status.stale);
     match global.output {
         Output::Json => {
             let mut value = status.as_ref().map_or_else(|| json!({}), to_json);
             if let Some(value) = value.as_object_mut() {
+                value.insert("quorum".to_owned(), quorum.into());
                 value.insert("replicas".to_owned(), replicas::to_json(&replicas).into());
             }
             output::json(&value)?;
@@ -49,10 +55,19 @@ pub async fn run(global: &GlobalArgs, args: &StatusArgs) -> Result<()> {
             let cluster = status.as_ref().map_or_else(String::new, to_text);
             let replicas = indent(&replicas::table(&replicas).render());
             let gap = if cluster.is_empty() { "" } else { "\n" };
-            output::print(&format!("{cluster}{gap}Replicas\n{replicas}"))?;
+            let remark = if quorum { "" } else { NO_QUORUM };
+            output::print(&format!("{remark}{cluster}{gap}Replicas\n{replicas}"))?;
         }
     }
-    failed.map_or(Ok(()), |error| Err(error.into()))
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    if !quorum {
+        bail!(
+            "the store has no quorum: more than half of its replicas must run and reach each other"
+        );
+    }
+    Ok(())
 }
 
 async fn wait(client: &Client, limit: Duration) -> Result<()> {

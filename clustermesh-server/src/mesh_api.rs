@@ -4,6 +4,7 @@ mod report;
 mod wait;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use clustermesh_api::v1::mesh_server::Mesh;
@@ -24,6 +25,9 @@ use crate::auth::Caller;
 use crate::peering::PeerStatuses;
 use crate::planner::{CommitError, Done, Planner};
 use crate::store::Store;
+
+/// A status that may be stale waits so long for a quorum.
+const QUORUM_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Progress messages queued for one waiter.
 const WAIT_QUEUE_MESSAGES: usize = 4;
@@ -124,8 +128,17 @@ impl Mesh for MeshService {
         request: Request<MeshStatusRequest>,
     ) -> Result<Response<MeshStatusResponse>, Status> {
         Caller::of(&request)?.check_operator()?;
-        self.shared.store.linearize().await?;
-        Ok(Response::new(report::status(&self.shared)))
+        let store = &self.shared.store;
+        let stale = if request.get_ref().accept_stale {
+            !store.linearize_within(QUORUM_PATIENCE).await?
+        } else {
+            store.linearize().await?;
+            false
+        };
+        Ok(Response::new(MeshStatusResponse {
+            stale,
+            ..report::status(&self.shared)
+        }))
     }
 
     type WaitStream = ReceiverStream<Result<WaitProgress, Status>>;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use clustermesh_api::etcd::rpc::ResponseHeader;
 use clustermesh_core::pb::{PeerCopy, PeerForget, proposal::Command};
 use clustermesh_core::{Outcome, State};
-use clustermesh_raft::{Committed, Replica, WatchSpec, Watcher};
+use clustermesh_raft::{Committed, ReadError, Replica, WatchSpec, Watcher};
 use openraft_rt_tokio::TokioRuntime;
 use tonic::Status;
 
@@ -175,6 +175,18 @@ impl Store {
             .linearize()
             .await
             .map_err(|error| read_status(&error))
+    }
+
+    /// The same, but false where no quorum answers within `patience`.
+    ///
+    /// # Errors
+    /// As [`Store::linearize`], but for a leader that is missing.
+    pub async fn linearize_within(&self, patience: Duration) -> Result<bool, Status> {
+        match tokio::time::timeout(patience, self.replica.linearize()).await {
+            Ok(Ok(())) => Ok(true),
+            Err(_) | Ok(Err(ReadError::NotLeader { .. } | ReadError::NoQuorum)) => Ok(false),
+            Ok(Err(error)) => Err(read_status(&error)),
+        }
     }
 
     fn check_not_diverged(&self) -> Result<(), Status> {

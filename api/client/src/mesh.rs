@@ -56,7 +56,20 @@ impl Client {
     /// # Errors
     /// The call failed.
     pub async fn mesh_status(&self) -> Result<MeshStatusResponse, ClientError> {
-        let answer = self.mesh().status(timed(MeshStatusRequest {})).await;
+        self.ask_status(false).await
+    }
+
+    /// The same; without a quorum what the connected replica has applied, which is marked as `stale`.
+    ///
+    /// # Errors
+    /// The call failed.
+    pub async fn known_mesh_status(&self) -> Result<MeshStatusResponse, ClientError> {
+        self.ask_status(true).await
+    }
+
+    async fn ask_status(&self, accept_stale: bool) -> Result<MeshStatusResponse, ClientError> {
+        let request = MeshStatusRequest { accept_stale };
+        let answer = self.mesh().status(timed(request)).await;
         answer
             .map(tonic::Response::into_inner)
             .map_err(|status| self.fault(status))

@@ -55,6 +55,7 @@ fn status() -> MeshStatusResponse {
                 vec![source("c1", 0xab, 110), source("c2", 0xee, 99)],
             ),
         ],
+        ..MeshStatusResponse::default()
     }
 }
 

@@ -57,6 +57,7 @@ pub(super) fn status(shared: &Shared) -> MeshStatusResponse {
         server_version: VERSION.to_owned(),
         peers,
         nodes,
+        ..MeshStatusResponse::default()
     }
 }
 
