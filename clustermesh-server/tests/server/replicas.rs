@@ -302,6 +302,8 @@ async fn a_replica_that_starts_without_a_quorum_serves_what_it_has_and_more_late
     })
     .await;
     assert!(group.client(0).get("k").await.is_err());
+    let known = group.client(0).known_mesh_status().await.unwrap();
+    assert!(known.stale && known.revision > 0, "{known:?}");
     group.replicas[1].start();
     group.leader(&[0, 1]).await;
     let value = soon("the value", async {
@@ -312,6 +314,8 @@ async fn a_replica_that_starts_without_a_quorum_serves_what_it_has_and_more_late
         }
     });
     assert_eq!(value.await.unwrap().value, "v");
+    let known = group.client(0).known_mesh_status().await.unwrap();
+    assert!(!known.stale, "a quorum runs");
     soon("a write", async {
         while group.client(0).put(put("k", "w")).await.is_err() {
             tokio::time::sleep(Duration::from_millis(50)).await;
