@@ -123,7 +123,8 @@ impl Sides {
         report: &mut Report,
     ) -> Result<bool> {
         let (etcd, ours) = tokio::join!(self.etcd.perform(op), self.ours.perform(op));
-        let (etcd, ours) = (etcd?, ours?);
+        let etcd = etcd.with_context(|| format!("step {step}, etcd"))?;
+        let ours = ours.with_context(|| format!("step {step}, ours"))?;
         generator.learn(op, &etcd);
         let same_state = report.compare(step, op, &etcd, &ours);
         // Reads change nothing.

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::kv_client::KvClient;
 use clustermesh_api::etcd::rpc::watch_client::WatchClient;
@@ -95,21 +95,29 @@ struct Stream {
 }
 
 impl Stream {
-    async fn send(&self, request: RequestUnion) -> Result<()> {
+    async fn send(&mut self, request: RequestUnion) -> Result<()> {
         let request = WatchRequest {
             request_union: Some(request),
         };
-        self.requests
-            .send(request)
-            .await
-            .context("the watch stream is closed")
+        if self.requests.send(request).await.is_ok() {
+            return Ok(());
+        }
+        // What the server said last is why.
+        while let Some(response) = self.next().await? {
+            drop(response);
+        }
+        bail!("the server took no more requests of a watch stream and ended it without a reason")
     }
 
     async fn receive(&mut self) -> Result<WatchResponse> {
+        self.next().await?.context("the watch stream ended")
+    }
+
+    async fn next(&mut self) -> Result<Option<WatchResponse>> {
         timeout(WAIT_MAX, self.responses.message())
             .await
-            .context("a watch response did not come")??
-            .context("the watch stream ended")
+            .context("a watch response did not come")?
+            .context("the server ended a watch stream")
     }
 }
 

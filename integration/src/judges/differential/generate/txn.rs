@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::compare::TargetUnion;
 use clustermesh_api::etcd::rpc::request_op::Request;
-use clustermesh_api::etcd::rpc::{Compare, PutRequest, RequestOp, TxnRequest};
+use clustermesh_api::etcd::rpc::{Compare, DeleteRangeRequest, PutRequest, RequestOp, TxnRequest};
 use rand::RngExt;
 
 use super::Generator;
@@ -12,6 +12,8 @@ use super::Generator;
 const DEPTH_MAX: usize = 3;
 /// Two of them fit into a request.
 const LARGE_VALUE_BYTES: usize = 600_000;
+/// As the end of a range: there is none.
+const FROM_KEY: &[u8] = b"\0";
 /// etcd takes 128 operations.
 const TOO_MANY_OPS: usize = 129;
 
@@ -23,7 +25,9 @@ impl Generator {
         if self.chance(0.01) {
             return large_txn();
         }
-        self.nested_txn(DEPTH_MAX)
+        let mut txn = self.nested_txn(DEPTH_MAX);
+        spare_etcd(&mut txn);
+        txn
     }
 
     fn nested_txn(&mut self, depth: usize) -> TxnRequest {
@@ -95,6 +99,39 @@ impl Generator {
             0
         } else {
             self.any_revision()
+        }
+    }
+}
+
+/// Takes out what kills etcd: a put that keeps the value or lease of a key that the transaction has deleted before. Its
+/// check for such pairs overlooks deletions of everything from a key on.
+fn spare_etcd(txn: &mut TxnRequest) {
+    let mut deletes = Vec::new();
+    each_op(txn, &mut |request| {
+        if let Request::RequestDeleteRange(delete) = request
+            && delete.range_end == FROM_KEY
+        {
+            deletes.push(delete.clone());
+        }
+    });
+    each_op(txn, &mut |request| {
+        if let Request::RequestPut(put) = request
+            && deletes
+                .iter()
+                .any(|delete: &DeleteRangeRequest| delete.key <= put.key)
+        {
+            put.ignore_value = false;
+            put.ignore_lease = false;
+        }
+    });
+}
+
+fn each_op(txn: &mut TxnRequest, visit: &mut impl FnMut(&mut Request)) {
+    for op in txn.success.iter_mut().chain(&mut txn.failure) {
+        match &mut op.request {
+            Some(Request::RequestTxn(inner)) => each_op(inner, visit),
+            Some(request) => visit(request),
+            None => {}
         }
     }
 }
