@@ -37,6 +37,8 @@ pub(crate) fn propose_status(error: &ProposeError) -> Status {
         ProposeError::QueueFull { .. } => too_many_requests(),
         ProposeError::TooLarge { .. } => kv_status(&KvError::RequestTooLarge),
         ProposeError::Stopped => Status::unavailable("etcdserver: server stopped"),
+        // Another replica can serve: clients go there.
+        ProposeError::Diverged => Status::unavailable(format!("clustermesh: {error}")),
     }
 }
 

@@ -189,7 +189,11 @@ impl Store {
         }
     }
 
-    fn check_not_diverged(&self) -> Result<(), Status> {
+    /// For what is served without [`Store::linearize`], which checks this itself.
+    ///
+    /// # Errors
+    /// `Unavailable`: the group found that the data here is not its own.
+    pub fn check_not_diverged(&self) -> Result<(), Status> {
         let checked = self.replica.check_not_diverged();
         checked.map_err(|error| read_status(&error))
     }

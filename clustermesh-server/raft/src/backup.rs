@@ -14,8 +14,10 @@ impl<R: AsyncRuntime> Replica<R> {
     /// A snapshot of at least what is applied here now. Writers are not kept waiting.
     ///
     /// # Errors
-    /// [`ReadError::Stopped`] when the replica has stopped or the snapshot cannot be written.
+    /// [`ReadError::Stopped`] when the replica has stopped or the snapshot cannot be written, [`ReadError::Diverged`] where
+    /// the data is not the group's.
     pub async fn backup(&self) -> Result<SnapshotFile, ReadError> {
+        self.check_not_diverged()?;
         let wanted = self.status().applied_index;
         let mut metrics = self.raft().metrics();
         let mut asked = false;

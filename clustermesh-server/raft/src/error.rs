@@ -45,6 +45,9 @@ pub enum ProposeError {
     /// The replica has stopped.
     #[error("the replica has stopped")]
     Stopped,
+    /// This replica's data differs from its group's, so its answer would be wrong; nothing was proposed.
+    #[error("{}", ReadError::Diverged)]
+    Diverged,
 }
 
 impl ProposeError {
@@ -55,7 +58,7 @@ impl ProposeError {
             Self::Unknown | Self::Timeout => Reason::UnknownOutcome,
             Self::QueueFull { .. } => Reason::Busy,
             Self::TooLarge { .. } => Reason::Invalid,
-            Self::Stopped => Reason::NotReady,
+            Self::Stopped | Self::Diverged => Reason::NotReady,
         };
         refuse(reason, self.to_string())
     }

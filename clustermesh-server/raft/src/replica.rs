@@ -186,6 +186,7 @@ impl<R: AsyncRuntime> Replica<R> {
     /// # Errors
     /// [`ProposeError`]; only [`ProposeError::Unknown`], [`ProposeError::Timeout`] and [`ProposeError::Stopped`] leave open whether it was committed.
     pub async fn propose(&self, proposal: pb::Proposal) -> Result<Committed, ProposeError> {
+        self.check_may_propose()?;
         self.inner.proposer.propose(proposal).await
     }
 
@@ -197,7 +198,14 @@ impl<R: AsyncRuntime> Replica<R> {
         &self,
         proposal: pb::Proposal,
     ) -> Result<Committed, ProposeError> {
+        self.check_may_propose()?;
         self.inner.proposer.propose_as_leader(proposal).await
+    }
+
+    /// What a proposal comes to is told from the state here.
+    fn check_may_propose(&self) -> Result<(), ProposeError> {
+        self.check_not_diverged()
+            .map_err(|_| ProposeError::Diverged)
     }
 
     /// The term in which this replica leads. What other leaders decided before is all applied once [`Replica::linearize`] returns.

@@ -54,7 +54,9 @@ impl Kv for KvService {
         let request = request.into_inner();
         range_stream::check(&request)?;
         caller.check_read(&request.key, &request.range_end)?;
-        if !request.serializable {
+        if request.serializable {
+            store.check_not_diverged()?;
+        } else {
             store.linearize().await?;
         }
         store.permit(|state, actor| {

@@ -27,6 +27,13 @@ async fn one_is_taken_out_of_service(group: &Group, damaged: usize, change: Prop
         group.replicas[damaged].linearize().await,
         Err(ReadError::Diverged)
     );
+    // What it wrote would be answered, and what it saved restored, from the wrong data.
+    assert_eq!(
+        group.replicas[damaged].propose(put("k", "v", 0)).await,
+        Err(ProposeError::Diverged)
+    );
+    let saved = group.replicas[damaged].backup().await;
+    assert!(matches!(saved, Err(ReadError::Diverged)));
     let mut watcher = group.replicas[damaged].watch(everything(1));
     let watched = tokio::time::timeout(PATIENCE, watcher.next()).await;
     assert!(matches!(watched, Ok(Err(WatchEnd::Stopped))));

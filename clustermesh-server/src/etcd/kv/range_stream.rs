@@ -90,6 +90,7 @@ impl Cursor {
     }
 
     fn next(&mut self, store: &Store) -> Result<RangeStreamResponse, Status> {
+        store.check_not_diverged()?;
         let found = store
             .read(|state| self.read(state))
             .map_err(|error| kv_status(&error))?;
