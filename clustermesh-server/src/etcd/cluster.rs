@@ -148,11 +148,10 @@ impl Cluster for ClusterService {
         request: Request<MemberListRequest>,
     ) -> Result<Response<MemberListResponse>, Status> {
         Caller::of(&request)?.check_known()?;
-        Ok(Response::new(
-            self.store
-                .member_list(request.into_inner().linearizable)
-                .await?,
-        ))
+        let store = self.store.asked_by(&request)?;
+        let listed = store.member_list(request.into_inner().linearizable).await?;
+        store.permit_named()?;
+        Ok(Response::new(listed))
     }
 
     async fn member_promote(

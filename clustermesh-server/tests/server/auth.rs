@@ -3,6 +3,7 @@
 use clustermesh_api::etcd::auth::{Permission, UserAddOptions, permission::Type};
 use clustermesh_api::etcd::rpc::alarm_request::AlarmAction;
 use clustermesh_api::etcd::rpc::auth_client::AuthClient;
+use clustermesh_api::etcd::rpc::cluster_client::ClusterClient;
 use clustermesh_api::etcd::rpc::kv_client::KvClient;
 use clustermesh_api::etcd::rpc::maintenance_client::MaintenanceClient;
 use clustermesh_api::etcd::rpc::watch_client::WatchClient;
@@ -11,8 +12,8 @@ use clustermesh_api::etcd::rpc::{
     AlarmRequest, AlarmType, AuthEnableRequest, AuthRoleAddRequest, AuthRoleGrantPermissionRequest,
     AuthStatusRequest, AuthUserAddRequest, AuthUserDeleteRequest, AuthUserGrantRoleRequest,
     AuthUserListRequest, AuthUserRevokeRoleRequest, AuthenticateRequest, CompactionRequest,
-    HashKvRequest, LeaseGrantRequest, RangeRequest, WatchCreateRequest, WatchRequest,
-    lease_client::LeaseClient,
+    HashKvRequest, LeaseGrantRequest, MemberListRequest, RangeRequest, WatchCreateRequest,
+    WatchRequest, lease_client::LeaseClient,
 };
 use clustermesh_client::Client;
 use tonic::{Code, Request};
@@ -164,6 +165,14 @@ async fn users_do_what_their_roles_permit() {
         (error.code(), error.message()),
         (Code::Unauthenticated, "etcdserver: invalid auth token")
     );
+    let mut members = ClusterClient::new(operator.channel());
+    let list = MemberListRequest::default();
+    let error = members
+        .member_list(with_token("no-such-token", list))
+        .await
+        .unwrap_err();
+    assert_eq!(error.message(), "etcdserver: invalid auth token");
+    members.member_list(with_token(&token, list)).await.unwrap();
     // As gateways send it.
     let mut request = Request::new(put("app/b", "1"));
     let bearer = format!("Bearer {token}");
