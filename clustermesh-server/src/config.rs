@@ -27,6 +27,8 @@ pub use replica::ReplicaSection;
 pub const MAX_ENDPOINTS_PER_PEER: usize = 16;
 /// `auth_token_ttl_seconds`.
 const AUTH_TOKEN_TTL_SECONDS: std::ops::RangeInclusive<u32> = 1..=86_400;
+/// `watch_progress_notify_interval_ms`.
+const WATCH_PROGRESS_NOTIFY_INTERVAL_MS: std::ops::RangeInclusive<u64> = 100..=86_400_000;
 /// `snapshot_log_bytes`.
 const SNAPSHOT_LOG_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=4 << 30;
 /// `drain_seconds`.
@@ -78,6 +80,9 @@ pub struct Config {
     /// A user's token ends after so long without use, in seconds.
     #[serde(default = "default_auth_token_ttl_seconds")]
     pub auth_token_ttl_seconds: u32,
+    /// A quiet watch that asked for it hears of the revision this often, in milliseconds.
+    #[serde(default = "default_watch_progress_notify_interval_ms")]
+    pub watch_progress_notify_interval_ms: u64,
     /// Automatic compaction of history.
     #[serde(default)]
     pub compaction: CompactionConfig,
@@ -206,6 +211,11 @@ fn default_snapshot_log_bytes() -> u64 {
 /// etcd's `--auth-token-ttl`.
 fn default_auth_token_ttl_seconds() -> u32 {
     300
+}
+
+/// etcd's `--watch-progress-notify-interval`.
+fn default_watch_progress_notify_interval_ms() -> u64 {
+    600_000
 }
 
 fn default_drain_seconds() -> u64 {
@@ -339,6 +349,18 @@ impl Config {
                     self.auth_token_ttl_seconds,
                     AUTH_TOKEN_TTL_SECONDS.start(),
                     AUTH_TOKEN_TTL_SECONDS.end()
+                ),
+            ));
+        }
+        if !WATCH_PROGRESS_NOTIFY_INTERVAL_MS.contains(&self.watch_progress_notify_interval_ms) {
+            let bounds = &WATCH_PROGRESS_NOTIFY_INTERVAL_MS;
+            return Err(fault(
+                "watch_progress_notify_interval_ms",
+                format!(
+                    "{} is outside {} to {}",
+                    self.watch_progress_notify_interval_ms,
+                    bounds.start(),
+                    bounds.end()
                 ),
             ));
         }

@@ -10,6 +10,8 @@ mod maintenance;
 mod recipe;
 mod watch;
 
+use std::time::Duration;
+
 use clustermesh_api::FILE_DESCRIPTOR_SET;
 use clustermesh_api::etcd::election::election_server::ElectionServer;
 use clustermesh_api::etcd::lock::lock_server::LockServer;
@@ -44,6 +46,7 @@ pub fn add_services(
     answers: &AnswerBudget,
     metrics: &Metrics,
     drain: &Drain,
+    watch_progress_notify_interval: Duration,
 ) {
     routes
         .add_service(
@@ -55,6 +58,7 @@ pub fn add_services(
             store.clone(),
             metrics.watch.clone(),
             drain.clone(),
+            watch_progress_notify_interval,
         ))
         .add_service(
             LeaseServer::new(lease::LeaseService::new(store.clone(), drain.clone()))

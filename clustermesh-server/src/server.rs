@@ -105,7 +105,8 @@ impl Server {
 
         let mut routes = Routes::builder();
         let answers = AnswerBudget::new(metrics.answers.clone());
-        etcd::add_services(&mut routes, &store, &answers, &metrics, &drain);
+        let progress = Duration::from_millis(config.watch_progress_notify_interval_ms);
+        etcd::add_services(&mut routes, &store, &answers, &metrics, &drain, progress);
         etcd::add_reflection(&mut routes)?;
         if let Some(settings) = settings {
             let parts = ClusterParts {

@@ -108,6 +108,11 @@ fn impossible_values_are_refused_with_their_key() {
         ),
         (
             "[cluster]",
+            "watch_progress_notify_interval_ms = 10\n[cluster]",
+            "watch_progress_notify_interval_ms",
+        ),
+        (
+            "[cluster]",
             "snapshot_log_bytes = 1000\n[cluster]",
             "snapshot_log_bytes",
         ),

@@ -7,6 +7,7 @@ mod task;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use clustermesh_api::etcd::rpc::WatchRequest;
 use clustermesh_api::etcd::rpc::watch_server::SERVICE_NAME;
@@ -48,17 +49,24 @@ struct Shared {
     metrics: WatchMetrics,
     places: Places,
     drain: Drain,
+    progress_notify_interval: Duration,
 }
 
 impl WatchService {
-    /// Over `store`; streams end when `drain` begins.
-    pub fn new(store: Store, metrics: WatchMetrics, drain: Drain) -> Self {
+    /// Over `store`; streams end when `drain` begins. A quiet watch tells its revision at the interval, if asked to.
+    pub fn new(
+        store: Store,
+        metrics: WatchMetrics,
+        drain: Drain,
+        progress_notify_interval: Duration,
+    ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 store,
                 metrics,
                 places: stream::places(),
                 drain,
+                progress_notify_interval,
             }),
         }
     }
@@ -117,7 +125,10 @@ impl WatchService {
             self.shared.metrics.clone(),
             self.shared.places.clone(),
             responses.clone(),
-            needs_leader(request.metadata().as_ref()),
+            stream::Manner {
+                needs_leader: needs_leader(request.metadata().as_ref()),
+                progress_notify_interval: self.shared.progress_notify_interval,
+            },
         );
         let drain = self.shared.drain.clone();
         tokio::spawn(async move {

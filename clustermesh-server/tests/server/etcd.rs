@@ -210,6 +210,32 @@ async fn watches_share_a_stream_and_begin_and_end_as_etcds_do() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn only_a_quiet_watch_that_wants_it_tells_its_revision_by_itself() {
+    let pki = Pki::new();
+    let often = "watch_progress_notify_interval_ms = 100\n";
+    let cluster = Cluster::start_with(&pki, 1, &[], often).await;
+    let client = cluster.operator(&pki);
+    let asks = WatchCreateRequest {
+        progress_notify: true,
+        ..watch("w/", "w0")
+    };
+    let mut stream = client.watch([asks, watch("v/", "v0")]).await.unwrap();
+    let mut created = Vec::new();
+    for _ in 0..2 {
+        created.push(next(&mut stream).await.watch_id);
+    }
+    let written = client.put(put("elsewhere", "1")).await.unwrap();
+    let written = written.header.unwrap().revision;
+    for _ in 0..3 {
+        let progress = soon("a progress notification", next(&mut stream)).await;
+        assert_eq!(progress.watch_id, created[0]);
+        assert!(progress.events.is_empty() && !progress.canceled);
+    }
+    let progress = next(&mut stream).await;
+    assert!(progress.header.unwrap().revision >= written);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn each_progress_request_is_answered_while_others_write_elsewhere() {
     let pki = Pki::new();
     let cluster = Cluster::start(&pki, 1, &[]).await;

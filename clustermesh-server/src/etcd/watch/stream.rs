@@ -41,6 +41,15 @@ pub(super) fn places() -> Places {
     Places::new(MAX_WATCHES, MAX_WATCHES_OF_ONE)
 }
 
+/// What holds for all watches of a stream.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Manner {
+    /// The client wants to hear when there is no leader.
+    pub(super) needs_leader: bool,
+    /// A quiet watch tells its revision this often, if it was asked to (etcd's `watch-progress-notify-interval`).
+    pub(super) progress_notify_interval: Duration,
+}
+
 /// All watches of one stream.
 #[derive(Debug)]
 pub(super) struct WatchStream {
@@ -59,8 +68,7 @@ pub(super) struct WatchStream {
     passed: Arc<Notify>,
     /// Revision that a progress request waits for.
     progress_wanted: Option<i64>,
-    /// The client wants to hear when there is no leader.
-    needs_leader: bool,
+    manner: Manner,
 }
 
 #[derive(Debug)]
@@ -88,7 +96,7 @@ impl WatchStream {
         metrics: WatchMetrics,
         places: Places,
         responses: Responses,
-        needs_leader: bool,
+        manner: Manner,
     ) -> Self {
         Self {
             store,
@@ -102,7 +110,7 @@ impl WatchStream {
             next_id: 0,
             passed: Arc::new(Notify::new()),
             progress_wanted: None,
-            needs_leader,
+            manner,
         }
     }
 
@@ -124,7 +132,7 @@ impl WatchStream {
                         Ok(())
                     }
                 },
-                _ = leader.tick(), if self.needs_leader => {
+                _ = leader.tick(), if self.manner.needs_leader => {
                     self.store.check_leader()?;
                     Ok(())
                 }
@@ -239,7 +247,9 @@ impl WatchStream {
             asked: Arc::clone(&asked),
             wanted: Wanted::of(&request),
             fragment: request.fragment,
-            progress_notify: request.progress_notify,
+            progress_notify: request
+                .progress_notify
+                .then_some(self.manner.progress_notify_interval),
             quiet: false,
             responses: self.responses.clone(),
             metrics: self.metrics.clone(),

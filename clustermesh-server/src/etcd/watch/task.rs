@@ -13,6 +13,7 @@ use clustermesh_raft::{WatchEnd, WatchEvents, WatchItem};
 use futures_util::FutureExt;
 use prost::Message;
 use tokio::sync::Notify;
+use tokio::time::Interval;
 use tonic::Status;
 
 use super::message::{Batch, Wanted, WatchMessage};
@@ -21,8 +22,6 @@ use crate::etcd::lease::server_stopped;
 use crate::metrics::WatchMetrics;
 use crate::store::{AuthChanges, Store, TokioWatcher};
 
-/// A quiet watch with `progress_notify` hears of the revision this often (etcd's `watch-progress-notify-interval`).
-const PROGRESS_NOTIFY_INTERVAL: Duration = Duration::from_secs(600);
 /// A fragment has at most so many bytes of events (etcd's default request limit and 512 KiB).
 const FRAGMENT_BYTES: usize = MAX_VALUE_BYTES + (512 << 10);
 
@@ -64,6 +63,14 @@ pub(super) fn cancel_reason(status: &Status) -> String {
     )
 }
 
+/// Never without a timer.
+async fn ticked(timer: &mut Option<Interval>) {
+    match timer {
+        Some(timer) => drop(timer.tick().await),
+        None => std::future::pending().await,
+    }
+}
+
 pub(super) struct WatchTask {
     pub(super) id: i64,
     pub(super) auth: AuthGuard,
@@ -72,7 +79,8 @@ pub(super) struct WatchTask {
     pub(super) asked: Arc<Notify>,
     pub(super) wanted: Wanted,
     pub(super) fragment: bool,
-    pub(super) progress_notify: bool,
+    /// So often a quiet watch tells its revision, where the client wants that.
+    pub(super) progress_notify: Option<Duration>,
     /// The next progress goes to the client as such.
     pub(super) quiet: bool,
     pub(super) responses: Responses,
@@ -83,8 +91,12 @@ pub(super) struct WatchTask {
 
 impl WatchTask {
     pub(super) async fn run(mut self) {
-        let mut quiet = tokio::time::interval(PROGRESS_NOTIFY_INTERVAL);
-        quiet.reset();
+        // A timer costs something with every message, and few clients want it.
+        let mut quiet = self.progress_notify.map(|period| {
+            let mut quiet = tokio::time::interval(period);
+            quiet.reset();
+            quiet
+        });
         loop {
             let item = tokio::select! {
                 biased;
@@ -99,7 +111,7 @@ impl WatchTask {
                     self.watcher.request_progress();
                     continue;
                 }
-                _ = quiet.tick(), if self.progress_notify => {
+                () = ticked(&mut quiet), if quiet.is_some() => {
                     self.quiet = true;
                     self.watcher.request_progress();
                     continue;
@@ -107,7 +119,9 @@ impl WatchTask {
             };
             let handled = match item {
                 Ok(WatchItem::Events(events)) => {
-                    quiet.reset();
+                    if let Some(quiet) = &mut quiet {
+                        quiet.reset();
+                    }
                     self.events(events).await
                 }
                 Ok(WatchItem::Progress { revision }) => self.progress(revision).await,
