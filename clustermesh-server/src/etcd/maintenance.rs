@@ -125,9 +125,13 @@ impl Maintenance for MaintenanceService {
             Err(MemberError::NotFound) => Err(Status::failed_precondition(
                 "etcdserver: bad leader transferee",
             )),
-            Err(error) => Err(Status::unavailable(format!(
-                "etcdserver: request timed out, leader transfer took too long ({error})"
-            ))),
+            Err(error) => {
+                tracing::warn!(%error, target = format!("{target:016x}"), "the leader was not moved");
+                // Clients know this text.
+                Err(Status::unavailable(
+                    "etcdserver: request timed out, leader transfer took too long",
+                ))
+            }
         }
     }
 
