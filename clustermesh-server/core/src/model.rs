@@ -236,9 +236,8 @@ impl Model {
             value: value.clone(),
             lease,
         };
-        draft
-            .changes
-            .push((false, kv.clone(), self.now().get(key).cloned()));
+        let before = self.now().get(key).filter(|_| kv.version > 1);
+        draft.changes.push((false, kv.clone(), before.cloned()));
         draft.keys.insert(key.clone(), kv);
     }
 

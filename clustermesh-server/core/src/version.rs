@@ -309,8 +309,14 @@ pub struct StoredEvent {
 }
 
 impl StoredEvent {
-    pub(crate) const fn new(kv: Version, prev: Option<Version>) -> Self {
-        Self { kv, prev }
+    /// `prev` is the key before the revision. As in etcd, an event that creates the key has none, also where the
+    /// same revision deleted it.
+    pub(crate) fn new(kv: Version, prev: Option<Version>) -> Self {
+        let creates = kv.create_revision() == kv.mod_revision();
+        Self {
+            kv,
+            prev: prev.filter(|_| !creates),
+        }
     }
 
     /// Put or delete.

@@ -221,6 +221,23 @@ fn a_key_put_and_deleted_in_one_revision_leaves_both_events() {
 }
 
 #[test]
+fn a_key_deleted_and_put_in_one_revision_is_created_anew() {
+    let mut state = State::new();
+    apply(&mut state, [put("a", "old")]);
+    let request = txn(
+        vec![],
+        vec![delete_op("a", "\0"), put_op("a", "new")],
+        vec![],
+    );
+    run(&mut state, request).unwrap();
+    let created = &state.history(2, usize::MAX).unwrap()[0].events;
+    let prev = |event: &StoredEvent| event.prev().map(|prev| text(&prev.value()).to_owned());
+    assert_eq!(created.len(), 2);
+    assert_eq!(prev(&created[0]).as_deref(), Some("old"));
+    assert_eq!((prev(&created[1]), created[1].kv().version()), (None, 1));
+}
+
+#[test]
 fn failing_operations_leave_no_trace() {
     let mut state = State::new();
     apply(
