@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use clustermesh_api::etcd::rpc::compare::TargetUnion;
 use clustermesh_api::etcd::rpc::request_op::Request;
-use clustermesh_api::etcd::rpc::{Compare, DeleteRangeRequest, PutRequest, RequestOp, TxnRequest};
+use clustermesh_api::etcd::rpc::{Compare, PutRequest, RequestOp, TxnRequest};
 use rand::RngExt;
 
 use super::Generator;
@@ -103,25 +103,22 @@ impl Generator {
     }
 }
 
-/// Takes out what kills etcd: a put that keeps the value or lease of a key that the transaction has deleted before. Its
-/// check for such pairs overlooks deletions of everything from a key on.
+/// Takes out what breaks etcd: a key that a transaction deletes and then puts. Its check for such pairs overlooks
+/// deletions of everything from a key on. They end it at once where the put keeps the value or lease, and later where
+/// history is compacted up to that revision.
 fn spare_etcd(txn: &mut TxnRequest) {
-    let mut deletes = Vec::new();
+    let mut last_put = Bytes::new();
     each_op(txn, &mut |request| {
-        if let Request::RequestDeleteRange(delete) = request
-            && delete.range_end == FROM_KEY
-        {
-            deletes.push(delete.clone());
+        if let Request::RequestPut(put) = request {
+            last_put = last_put.clone().max(put.key.clone());
         }
     });
     each_op(txn, &mut |request| {
-        if let Request::RequestPut(put) = request
-            && deletes
-                .iter()
-                .any(|delete: &DeleteRangeRequest| delete.key <= put.key)
+        if let Request::RequestDeleteRange(delete) = request
+            && delete.range_end == FROM_KEY
+            && delete.key <= last_put
         {
-            put.ignore_value = false;
-            put.ignore_lease = false;
+            delete.range_end.clear();
         }
     });
 }
