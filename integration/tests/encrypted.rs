@@ -4,7 +4,8 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use clustermesh_integration::lab::capture::{Capture, PODS_IN_CLEAR};
+use clustermesh_ebpf_abi::LAYOUT_VERSION;
+use clustermesh_integration::lab::capture::{Capture, PODS_IN_CLEAR, WIREGUARD};
 use clustermesh_integration::lab::cluster::Cluster;
 use clustermesh_integration::lab::host::run;
 use clustermesh_integration::lab::node::Node;
@@ -18,7 +19,8 @@ use clustermesh_integration::scenario::encrypted::{
 use clustermesh_integration::scenario::{NAMESPACE, until};
 use futures_util::future::join_all;
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use nix::unistd::Pid;
+use serde_json::{Value, json};
 
 /// Echo requests while keys change: half a minute of them.
 const ECHOES: &str = "1500";
@@ -251,6 +253,65 @@ async fn a_device_that_dies_is_started_again_and_nothing_leaves_in_clear_meanwhi
     until_first_reaches_all(&pods).await.unwrap();
     all_reach_all(&pods).await.unwrap();
     streams.finish().await.unwrap();
+    nothing_in_clear(taps).await.unwrap();
+    drop(servers);
+    assert_eq!(lab.remove().await, Vec::<String>::new());
+}
+
+/// What the kernel's and the device's state of encryption hangs on: the device's process, its keys, and the peers' keys.
+async fn keys_of(node: &Node) -> (Pid, Value) {
+    let status = until_traffic(node, "encrypted", 3).await.unwrap();
+    let keys = |list: &str| -> Vec<Value> {
+        let of = status[list].as_array().unwrap().iter();
+        of.map(|one| json!([one["public_key"], one["epoch"]]))
+            .collect()
+    };
+    let (mut devices, mut peers) = (keys("devices"), keys("peers"));
+    for list in [&mut devices, &mut peers] {
+        list.sort_by_key(Value::to_string);
+    }
+    (
+        node.wireguard_pid().unwrap(),
+        json!({"devices": devices, "peers": peers}),
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_with_another_map_layout_takes_over_without_a_new_key_or_clear_text() {
+    let mut lab = lab_with("mode = \"all\"\nstrict = true", false).await;
+    let other = lab.config().binaries.join("layout-next/clustermesh-node");
+    let nodes: Vec<&Node> = lab.clusters().iter().flat_map(Cluster::nodes).collect();
+    let mut before = Vec::new();
+    for node in nodes {
+        before.push(keys_of(node).await);
+    }
+    let (pods, servers) = pods(&lab).await.unwrap();
+    all_reach_all(&pods).await.unwrap();
+    let taps = Capture::everywhere(&lab, PODS_IN_CLEAR).await.unwrap();
+    let sealed = Capture::everywhere(&lab, WIREGUARD).await.unwrap();
+    let streams = Streams::begin(&pods).await.unwrap();
+    let own = lab.config().binaries.join("clustermesh-node");
+    let mut layouts = Vec::new();
+    // To the other build and back: a downgrade is a change of layout too.
+    for program in [&other, &own] {
+        let node = lab.cluster_mut(0).node_mut(0);
+        node.stop_agent(Signal::SIGTERM).await.unwrap();
+        node.start_agent_of(program).await.unwrap();
+        lab.cluster(0).wait_converged(30).await.unwrap();
+        let status = lab.cluster(0).node(0).agent_status().await.unwrap();
+        layouts.push(status["map_layout_version"].clone());
+        all_reach_all(&pods).await.unwrap();
+        let nodes = lab.clusters().iter().flat_map(Cluster::nodes);
+        for (node, before) in nodes.zip(&before) {
+            assert_eq!(keys_of(node).await, *before, "{}", node.netns());
+        }
+    }
+    assert_ne!(layouts[0], layouts[1], "both builds have the same layout");
+    assert_eq!(layouts[1], LAYOUT_VERSION);
+    streams.finish().await.unwrap();
+    for tap in sealed {
+        assert!(!tap.close().await.unwrap().is_empty(), "nothing is sealed");
+    }
     nothing_in_clear(taps).await.unwrap();
     drop(servers);
     assert_eq!(lab.remove().await, Vec::<String>::new());
