@@ -6,6 +6,7 @@ use clustermesh_api::etcd::election::{
 };
 use clustermesh_api::etcd::lock::lock_client::LockClient;
 use clustermesh_api::etcd::lock::{LockRequest, UnlockRequest};
+use clustermesh_api::etcd::rpc::downgrade_request::DowngradeAction;
 use clustermesh_api::etcd::rpc::kv_client::KvClient;
 use clustermesh_api::etcd::rpc::maintenance_client::MaintenanceClient;
 use clustermesh_api::etcd::rpc::range_request::SortOrder;
@@ -149,6 +150,17 @@ async fn maintenance_gives_a_snapshot_with_its_digest_and_refuses_as_etcd_does()
             Code::InvalidArgument,
             "etcdserver: invalid downgrade target version"
         )
+    );
+    // Where etcd would go down one minor release, ours has nothing to go down to.
+    let downgrade = DowngradeRequest {
+        action: DowngradeAction::Enable.into(),
+        version: "3.6".into(),
+    };
+    let refused = maintenance.downgrade(downgrade).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(
+        refused.message().contains("an older clustermesh-server"),
+        "{refused}"
     );
     let refused = maintenance
         .move_leader(MoveLeaderRequest { target_id: 1 })
